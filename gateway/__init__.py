@@ -1,0 +1,1 @@
+"""The HTTP gateway: one file per service, put together in `gateway.app`."""

@@ -1,0 +1,1 @@
+"""Penstock leads requests to language models through Redis Streams and loses none."""
