@@ -1,0 +1,212 @@
+"""The flows: what each kind of job is asked with, which stages it passes, what it answers.
+
+A service adds a row here, a file in `gateway/`, and a stage where it needs one. Nothing else knows a route.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from pipeline.errors import MalformedEntry
+from pipeline.job import Job, Json, Priority
+
+MAX_QUERY_CHARS: Final = 16_000
+Name = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:-]+$")]
+ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Metadata = dict[Annotated[str, StringConstraints(max_length=128)], str | int | float | bool | None]
+
+
+class Payload(BaseModel):
+    """What a sender asks for: unknown fields are refused, by name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class QueryPayload(Payload):
+    """A question to be answered from the indexed documents."""
+
+    query: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_QUERY_CHARS)]
+    top_k: int | None = Field(None, ge=1, le=50, description="sources to use; the retriever's setting when absent")
+    model: ModelName | None = Field(None, description="model name sent to the replica; the llm setting when absent")
+    metadata: Metadata | None = Field(None, description="returned with the answer, unread", max_length=64)
+
+
+class DocumentPayload(Payload):
+    """A document to be indexed; the same id replaces what was there."""
+
+    document_id: Name
+    title: Annotated[str, StringConstraints(max_length=1_000)] = ""
+    text: Annotated[str, StringConstraints(min_length=1)]
+    metadata: Metadata = Field(default_factory=dict, max_length=64)
+
+
+class DocumentDeletion(Payload):
+    """A document to be taken out of the index."""
+
+    document_id: Name
+
+
+class ChatMessage(Payload):
+    """One turn, as OpenAI's chat-completions protocol spells it."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[str, StringConstraints(min_length=1)]
+
+
+class PromptPayload(Payload):
+    """A prompt, or a list of turns, straight to a replica."""
+
+    prompt: Annotated[str, StringConstraints(min_length=1)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1_000)] | None = None
+    model: ModelName | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either `prompt` or `messages`, and only one of them")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """One kind of job.
+
+    Attributes:
+        route: the stages it passes, in order.
+        lifetime: the setting in section `lifetimes` that bounds its life.
+        result: the parts of the final state that its result shows.
+        call_timeout_s: bound of one LLM call.
+        leases: whether a replica is picked when the job is accepted, not only when it is placed.
+    """
+
+    name: str
+    route: tuple[str, ...]
+    payload: type[Payload]
+    lifetime: str
+    result: tuple[str, ...]
+    call_timeout_s: float = 30.0
+    leases: bool = False
+
+
+FLOWS: Final[dict[str, Flow]] = {
+    flow.name: flow
+    for flow in (
+        Flow(
+            "query",
+            route=("encoder", "retriever", "llm"),
+            payload=QueryPayload,
+            lifetime="query_s",
+            result=("answer", "sources", "model", "usage"),
+            leases=True,
+        ),
+        Flow(
+            "document",
+            route=("encoder", "retriever"),
+            payload=DocumentPayload,
+            lifetime="document_s",
+            result=("document_id", "chunks"),
+        ),
+        Flow(
+            "document_deletion",
+            route=("retriever",),
+            payload=DocumentDeletion,
+            lifetime="document_s",
+            result=("document_id", "deleted"),
+        ),
+        Flow(
+            "message",
+            route=("llm",),
+            payload=PromptPayload,
+            lifetime="message_s",
+            result=("answer", "model", "usage"),
+            call_timeout_s=120.0,
+        ),
+    )
+}
+
+FOREIGN: Final[dict[str, str]] = {"encoder": "query", "llm": "message"}
+"""The flow of an entry without an envelope, by the stage whose stream it was put on."""
+
+
+class _Wish(Payload):
+    """What any foreign entry may say besides its payload."""
+
+    id: str
+    priority: Priority = "normal"
+    timeout_s: float | None = Field(None, gt=0, le=86_400)
+
+
+def new_job(
+    flow_name: str,
+    payload: Payload,
+    *,
+    job_id: str,
+    now_ms: int,
+    lifetime_s: float,
+    tenant: str = "default",
+    priority: Priority = "normal",
+) -> Job:
+    """Return a job at the start of its flow's route.
+
+    Args:
+        now_ms: its due time, on Redis' clock; the deadline counts from here.
+        lifetime_s: what the sender asked for, or the flow's default.
+    """
+    flow = FLOWS[flow_name]
+    return Job(
+        id=job_id,
+        flow=flow.name,
+        payload=payload.model_dump(exclude_none=True),
+        route=list(flow.route),
+        deadline_ms=now_ms + int(lifetime_s * 1000),
+        tenant=tenant,
+        priority=priority,
+        at_us=now_ms * 1000,
+    )
+
+
+def adopt(stage: str, body: Json, *, now_ms: int, lifetimes: Mapping[str, float]) -> Job:
+    """Turn a foreign entry's object into a job at the start of its stream's default flow.
+
+    Raises:
+        MalformedEntry: the stream has no default flow, or the object does not fit it.
+    """
+    job_id = str(body["id"])
+    if stage not in FOREIGN:
+        message = f"job:{stage}_in takes envelopes only: put the job on the stream where its route begins"
+        raise MalformedEntry(message, code="no_default_route", job_id=job_id)
+    flow = FLOWS[FOREIGN[stage]]
+    try:
+        wish = _Wish.model_validate({name: body[name] for name in _Wish.model_fields if name in body})
+        payload = flow.payload.model_validate({k: v for k, v in body.items() if k not in _Wish.model_fields})
+    except ValidationError as error:
+        raise MalformedEntry(describe(error), code="invalid_payload", job_id=job_id) from error
+    return new_job(
+        flow.name,
+        payload,
+        job_id=job_id,
+        now_ms=now_ms,
+        lifetime_s=wish.timeout_s or lifetimes[flow.lifetime],
+        priority=wish.priority,
+    )
+
+
+def describe(error: ValidationError) -> str:
+    """Return one line that names every wrong field."""
+    return "; ".join(f"{field_path(item['loc']) or 'body'}: {_plain(item['msg'])}" for item in error.errors())
+
+
+def field_path(location: tuple[int | str, ...]) -> str:
+    """Return a field's place as people write it, e.g. `messages[17].prompt`."""
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    return path
+
+
+def _plain(message: str) -> str:
+    return message.removeprefix("Value error, ")

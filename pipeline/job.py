@@ -1,0 +1,202 @@
+"""The envelope: what one stream entry carries, and how it is read and written.
+
+A job is one JSON object that a person can read. Ours begins with `{"v":1,"id":"..."`: scripts find the id there
+without parsing, and an entry that does not begin so was written by somebody else (a foreign entry) and is adopted
+first. An id is safe inside JSON, in a key and in a URL without escaping.
+
+    {"v": 1, "id": "...", "accepted_us": ..., "flow": "query", "tenant": "default", "priority": "normal",
+     "route": ["retriever", "llm"], "deadline_ms": ..., "attempt": 1, "payload": {...}, "state": {...},
+     "timings_ms": {"encoder_wait": 0.4}, "at_us": ...}
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, cast, get_args
+
+import orjson
+
+from pipeline.errors import MalformedEntry
+
+Json = dict[str, Any]
+Priority = Literal["high", "normal", "low"]
+Status = Literal["completed", "failed", "expired", "cancelled"]
+
+PRIORITIES: Final[tuple[Priority, ...]] = get_args(Priority)
+OURS: Final = b'{"v":1,"id":"'
+DEFAULT_TENANT: Final = "default"
+
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_ID_SOMEWHERE = re.compile(rb'"id"\s*:\s*"([A-Za-z0-9._:-]{1,128})"')
+
+
+def new_id() -> str:
+    """Return a fresh job id: 32 hexadecimal digits."""
+    return uuid.uuid4().hex
+
+
+def is_valid_id(text: object) -> bool:
+    """Say whether *text* may be an id: 1 to 128 of `A-Z a-z 0-9 . _ : -`."""
+    return isinstance(text, str) and _ID.fullmatch(text) is not None
+
+
+@dataclass(slots=True)
+class Job:
+    """One job on its way.
+
+    Attributes:
+        flow: the row of `pipeline.flows.FLOWS` it follows.
+        route: the stages still to come after the present one.
+        payload: what the sender asked for; never changed.
+        state: what stages have found so far; each adds to it.
+        deadline_ms: instant on Redis' clock after which no stage starts or goes on.
+        attempt: 1 for the first; rises with every charged retry at the present stage.
+        accepted_us: instant of acceptance on Redis' clock, unique and rising over all jobs.
+        at_us: when the last hop let go of it, on Redis' clock; the present wait began then.
+        timings_ms: spans so far, `<stage>_wait` and `<stage>` per hop.
+        avoid: replicas that failed this job, oldest first; others are tried before them.
+        vector: binary companion of the entry (little-endian), None where a stage needs none.
+        replica: where this job was placed; set while the llm stage holds it, never on the wire.
+    """
+
+    id: str
+    flow: str
+    payload: Json
+    route: list[str]
+    deadline_ms: int
+    tenant: str = DEFAULT_TENANT
+    priority: Priority = "normal"
+    state: Json = field(default_factory=dict)
+    attempt: int = 1
+    accepted_us: int = 0
+    at_us: int = 0
+    timings_ms: dict[str, float] = field(default_factory=dict)
+    avoid: list[str] = field(default_factory=list)
+    vector: bytes | None = None
+    replica: str | None = None
+
+    def tail(self) -> bytes:
+        """Return the envelope without its head (`v`, `id`, `accepted_us`), which the accepting script writes."""
+        return orjson.dumps(self._body())[1:]
+
+    def encode(self) -> bytes:
+        """Return the envelope as it stands on a stream."""
+        return orjson.dumps({"v": 1, "id": self.id, "accepted_us": self.accepted_us} | self._body())
+
+    def _body(self) -> Json:
+        body: Json = {
+            "flow": self.flow,
+            "tenant": self.tenant,
+            "priority": self.priority,
+            "route": self.route,
+            "deadline_ms": self.deadline_ms,
+            "attempt": self.attempt,
+            "at_us": self.at_us,
+            "payload": self.payload,
+            "state": self.state,
+            "timings_ms": self.timings_ms,
+        }
+        if self.avoid:
+            body["avoid"] = self.avoid
+        return body
+
+
+def decode(data: bytes, vector: bytes | None = None) -> Job:
+    """Read an envelope of ours.
+
+    Raises:
+        MalformedEntry: it begins like one of ours, yet is not a whole envelope.
+    """
+    try:
+        body = orjson.loads(data)
+        if body.pop("v") != 1 or not is_valid_id(body["id"]):
+            raise MalformedEntry("the envelope's version or id is not one of ours", code="bad_envelope")
+        return Job(vector=vector, **body)
+    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        message = f"the entry begins like an envelope but is not one: {error}"
+        raise MalformedEntry(message, code="bad_envelope", job_id=find_id(data)) from error
+
+
+def decode_foreign(data: bytes) -> Json:
+    """Read an entry that another program wrote: a JSON object with an `id`.
+
+    Raises:
+        MalformedEntry: not JSON, not an object, or without a usable id.
+    """
+    try:
+        body = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise MalformedEntry(f"the entry's `data` is not JSON: {error}", code="not_json") from error
+    if not isinstance(body, dict):
+        raise MalformedEntry(f"the entry's `data` is JSON, but a {type(body).__name__} and no object", code="not_a_job")
+    if not is_valid_id(body.get("id")):
+        message = "the entry needs an `id` of 1 to 128 characters out of A-Z a-z 0-9 . _ : -"
+        raise MalformedEntry(message, code="bad_id")
+    return cast("Json", body)
+
+
+def find_id(data: bytes) -> str | None:
+    """Return the first thing in broken *data* that looks like a job's id, None where nothing does."""
+    found = _ID_SOMEWHERE.search(data)
+    return found.group(1).decode() if found else None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A stage did its part.
+
+    Attributes:
+        value: merged into the job's state for the stages to come and for the result.
+        vector: goes along to the next stage as the entry's binary field.
+        start: further jobs that begin in the same instant as this one moves on.
+    """
+
+    value: Json
+    vector: bytes | None = None
+    start: tuple[Job, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The one outcome of a job, as it stands in `job:completion:<id>`.
+
+    Attributes:
+        error: `{"type", "code", "message"}`, None when completed.
+        worker: who ended the job; None when it ended while waiting.
+        replica: URL of the LLM replica that answered, where one did.
+        timings_ms: `<stage>_wait` and `<stage>` per hop; the gateway adds its own when it answers.
+    """
+
+    id: str
+    status: Status
+    tenant: str = DEFAULT_TENANT
+    result: Json | None = None
+    error: dict[str, str] | None = None
+    worker: str | None = None
+    replica: str | None = None
+    attempts: int = 1
+    timings_ms: dict[str, float] = field(default_factory=dict)
+    finished_us: int = 0
+
+    def encode(self) -> bytes:
+        """Return the JSON text of the completion key."""
+        return orjson.dumps(self)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Completion:
+        """Read a completion key.
+
+        Raises:
+            ValueError: the text is not a completion.
+        """
+        try:
+            return cls(**orjson.loads(data))
+        except TypeError as error:
+            raise ValueError(f"not a completion: {error}") from error
+
+
+def error_body(kind: str, code: str, message: str) -> dict[str, str]:
+    """Return the `error` of a completion: `type` for classes of failure, `code` for programs, `message` for people."""
+    return {"type": kind, "code": code, "message": message}

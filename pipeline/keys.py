@@ -1,0 +1,129 @@
+"""Every Redis key, spelled once: type, life, writer, reader.
+
+Scripts receive these spellings as a Lua table made from `LUA_KEYS`, so no key is spelled in two places.
+`BOUNDED` lists the keys that live without a TTL, and why each cannot grow for ever.
+
+key                        type    life                         written by              read by
+`job:<stage>_in[:high|:low]` stream  an entry until it is settled  submit, settle, promote  stage workers
+`job:completion:<id>`      string  setting, 60 s                settle, cancel, expire  gateways, anyone
+`job:delayed`              zset    until due                    settle, submit          promote
+`job:dead`                 stream  setting, age and count       settle                  `penstock dead`
+`job:live`                 zset    id until the job ends        submit, settle          expire, admission
+`job:stamp`                string  for ever, one number         submit                  submit
+`live:<id>`                hash    until the job ends           submit, settle, ...     all scripts, gateways
+`inflight:<tenant>`        set     ids until the job ends       submit, settle          submit
+`idem:<tenant>:<hash>`     hash    24 h                         submit, settle          submit, gateways
+`reply:<gateway>`          stream  60 s after its gateway       settle, cancel, expire  that gateway
+`worker:<consumer>`        string  lease, 10 s                  its worker              all workers, gateways
+`workers`                  zset    until seen to be gone        workers                 status, gateways
+`llm:replicas`             hash    url until it is dropped      llm workers             gateways, llm workers
+`llm:load:<URL>`           string  bounded by replicas          all scripts             anyone
+`llm:leases:<URL>`         zset    job id until the job leaves  submit, place, settle   submit, place
+`llm:running:<URL>`        zset    job id until the call ends   place, settle           place
+`llm:health:<URL>`         hash    1 h after the last call      observe                 place
+"""
+
+from __future__ import annotations
+
+from typing import Final
+from urllib.parse import parse_qs, urlsplit, urlunsplit
+
+from pipeline.job import DEFAULT_TENANT, Priority
+
+COMPLETION: Final = "job:completion:"
+DELAYED: Final = "job:delayed"
+DEAD: Final = "job:dead"
+LIVE_INDEX: Final = "job:live"
+STAMP: Final = "job:stamp"
+LIVE: Final = "live:"
+IN_FLIGHT: Final = "inflight:"
+IDEMPOTENCY: Final = "idem:"
+REPLY: Final = "reply:"
+WORKER: Final = "worker:"
+WORKERS: Final = "workers"
+REPLICAS: Final = "llm:replicas"
+LOAD: Final = "llm:load:"
+LEASES: Final = "llm:leases:"
+RUNNING: Final = "llm:running:"
+HEALTH: Final = "llm:health:"
+
+CANCEL_CHANNEL: Final = "job:cancelled"
+"""Pub/sub: ids of running jobs to stop. A hint: the mark in the live record is the truth."""
+WAKE_CHANNEL: Final = "llm:wake"
+"""Pub/sub: a slot was freed or an entry was added. A hint: a slow poll stands behind it."""
+
+LUA_KEYS: Final = {
+    "completion": COMPLETION,
+    "delayed": DELAYED,
+    "dead": DEAD,
+    "live_index": LIVE_INDEX,
+    "stamp": STAMP,
+    "live": LIVE,
+    "worker": WORKER,
+    "workers": WORKERS,
+    "replicas": REPLICAS,
+    "load": LOAD,
+    "leases": LEASES,
+    "running": RUNNING,
+    "health": HEALTH,
+    "cancel_channel": CANCEL_CHANNEL,
+    "wake_channel": WAKE_CHANNEL,
+}
+
+BOUNDED: Final = {
+    "job:*_in": "unfinished work, bounded by admission",
+    "job:*_in:high": "unfinished work, bounded by admission",
+    "job:*_in:low": "unfinished work, bounded by admission",
+    DELAYED: "unfinished work, bounded by admission",
+    DEAD: "capped by count and age",
+    LIVE_INDEX: "one member per live job",
+    STAMP: "one number",
+    LIVE + "*": "one per live job",
+    IN_FLIGHT + "*": "one member per live job",
+    WORKERS: "one member per process, dropped when it is gone",
+    REPLICAS: "one field per replica",
+    LOAD + "*": "one per replica",
+    LEASES + "*": "one member per live job",
+    RUNNING + "*": "one member per running call",
+}
+"""Keys without a TTL (as glob patterns), each with the reason why it is bounded."""
+
+
+def stream(stage: str, priority: Priority = "normal") -> str:
+    """Return the stream a stage reads for *priority*."""
+    return f"job:{stage}_in" if priority == "normal" else f"job:{stage}_in:{priority}"
+
+
+def scoped(tenant: str, name: str) -> str:
+    """Return a client-chosen *name* as it stands in keys: tenants other than `default` get a prefix."""
+    return name if tenant == DEFAULT_TENANT else f"{tenant}:{name}"
+
+
+def normalise_replica_url(text: str) -> tuple[str, int | None]:
+    """Return a replica's address in its one spelling, and its slots where `?slots=N` names them.
+
+    Scheme and host in lower case, default port and trailing slash dropped.
+
+    Raises:
+        ValueError: not an http(s) address, or slots out of 1..4096.
+    """
+    parts = urlsplit(text.strip())
+    if parts.scheme.lower() not in {"http", "https"} or not parts.hostname:
+        raise ValueError(f"{text!r} is not an http:// or https:// address")
+    if parts.username or parts.password:
+        raise ValueError("a replica's address must not hold a password: it becomes a key and a metric label")
+    query = parse_qs(parts.query, keep_blank_values=True)
+    slots_text = query.pop("slots", [None])[-1]
+    if query or parts.fragment:
+        raise ValueError(f"{text!r}: only ?slots=N may follow a replica's address")
+    slots = None
+    if slots_text is not None:
+        if not slots_text.isdigit() or not 1 <= int(slots_text) <= 4096:
+            raise ValueError(f"{text!r}: slots must be a number from 1 to 4096")
+        slots = int(slots_text)
+    scheme = parts.scheme.lower()
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    port = parts.port
+    if port is not None and port != {"http": 80, "https": 443}[scheme]:
+        host = f"{host}:{port}"
+    return urlunsplit((scheme, host, parts.path.rstrip("/"), "", "")), slots

@@ -1,0 +1,276 @@
+"""All settings: one frozen model per section, read once at start-up.
+
+A setting is `PENSTOCK_<SECTION>__<NAME>` in the environment or `name` in table `[section]` of a TOML file
+(`PENSTOCK_CONFIG`); the environment wins. Some names that people already have are honoured too (`ALIASES`).
+Unknown names are refused, misspelt environment variables included, and every wrong field is named at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from pipeline.balancing import POLICIES
+from pipeline.errors import ConfigError
+from pipeline.keys import normalise_replica_url
+
+PREFIX: Final = "PENSTOCK_"
+
+
+def _split(value: object) -> object:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Urls = Annotated[tuple[str, ...], BeforeValidator(_split)]
+
+
+class Section(BaseModel):
+    """One section: frozen, unknown names refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class RedisSettings(Section):
+    """Where Redis is and how long to wait for it."""
+
+    url: str = Field("redis://127.0.0.1:6379/0", description="redis://, rediss:// or unix:// address")
+    connect_timeout_s: float = Field(1.0, gt=0, le=60)
+    reply_timeout_s: float = Field(5.0, gt=0, le=60, description="a reply later than this is taken as lost")
+    reconnect_cap_s: float = Field(0.5, gt=0, le=0.5, description="claims rely on a reconnect being tried this often")
+
+
+class WorkerSettings(Section):
+    """How a consumer lives."""
+
+    name: str = Field("", pattern=r"^[A-Za-z0-9._-]{0,64}$", description="empty: host name and stage")
+    lease_s: float = Field(10.0, ge=0.5, le=600, description="silence after which a consumer is presumed dead")
+    max_deliveries: int = Field(3, ge=1, le=100, description="deliveries before an entry counts as poison")
+    drain_s: float = Field(20.0, ge=0, le=3600, description="how long SIGTERM lets running work finish")
+    completion_ttl_s: float = Field(60.0, ge=1, le=86_400, description="life of job:completion:<id>")
+
+    @property
+    def renew_s(self) -> float:
+        """Interval between renewals: three fit into a lease, and recovery fits into lease + 2 s."""
+        return min(self.lease_s / 3, 0.9)
+
+
+class RetrySettings(Section):
+    """Back-off between attempts: full jitter below `min(cap_s, base_s * 2 ** n)`."""
+
+    max_retries: int = Field(3, ge=0, le=100)
+    base_s: float = Field(0.5, gt=0, le=60)
+    cap_s: float = Field(30.0, gt=0, le=3600)
+
+    @model_validator(mode="after")
+    def _cap_above_base(self) -> Self:
+        if self.cap_s < self.base_s:
+            raise ValueError(f"cap_s ({self.cap_s}) must not be below base_s ({self.base_s})")
+        return self
+
+
+class AdmissionSettings(Section):
+    """How much unfinished work is accepted."""
+
+    max_jobs: int = Field(250_000, ge=1, description="jobs alive in Redis, over all flows")
+    max_memory_share: float = Field(0.9, gt=0, le=1, description="of Redis' maxmemory, where one is set")
+
+
+class DeadSettings(Section):
+    """How long dead letters are kept."""
+
+    max_letters: int = Field(10_000, ge=1)
+    max_age_s: float = Field(14 * 86_400, ge=60)
+
+
+class EncoderSettings(Section):
+    """The encoder stage: chunks documents, encodes documents and questions."""
+
+    slots: int = Field(64, ge=1, le=4096)
+    batch: int = Field(32, ge=1, le=1024)
+    chunk_tokens: int = Field(200, ge=16, le=8192)
+    overlap_tokens: int = Field(20, ge=0)
+    max_chunks: int = Field(5_000, ge=1, description="of one document; a longer one is refused")
+    language: str = Field("english", description="stemming and stop words of BM25")
+
+    @model_validator(mode="after")
+    def _overlap_below_chunk(self) -> Self:
+        if self.overlap_tokens >= self.chunk_tokens:
+            raise ValueError(f"overlap_tokens ({self.overlap_tokens}) must be below chunk_tokens ({self.chunk_tokens})")
+        return self
+
+
+class RetrieverSettings(Section):
+    """The retriever stage: the index and the augmented prompt."""
+
+    slots: int = Field(64, ge=1, le=4096)
+    batch: int = Field(16, ge=1, le=1024)
+    path: Path = Field(Path(".penstock/index"), description="directory of the embedded index")
+    top_k: int = Field(5, ge=1, le=50, description="sources per question, unless the question says otherwise")
+    prompt_tokens: int = Field(3000, ge=64, description="budget of the augmented prompt")
+    tokenizer: str = Field("estimate", description="`estimate`, or the path of a Hugging Face tokenizer.json")
+
+
+class LlmSettings(Section):
+    """The llm stage and its replicas. Call time-outs by flow stand in `pipeline.flows`."""
+
+    urls: Urls = Field((), description="base addresses of the replicas; ?slots=N sets one replica's slots")
+    model: str = Field("default", min_length=1, description="sent to the replica unless the job names one")
+    api_key: SecretStr | None = None
+    slots: int = Field(16, ge=1, le=4096, description="calls running at once per replica")
+    concurrency: int = Field(256, ge=1, le=4096, description="calls in hand of one llm process")
+    max_tokens: int = Field(512, ge=1, le=131_072)
+    temperature: float = Field(0.2, ge=0, le=2)
+    connect_timeout_s: float = Field(2.0, gt=0, le=60)
+    breaker_failures: int = Field(5, ge=1, le=1000, description="failures in a row that open a replica's breaker")
+    breaker_open_s: float = Field(5.0, gt=0, le=600, description="then it stays open so long; one probe closes it")
+
+    @model_validator(mode="after")
+    def _urls_are_distinct(self) -> Self:
+        urls = [normalise_replica_url(url)[0] for url in self.urls]
+        twice = sorted({url for url in urls if urls.count(url) > 1})
+        if twice:
+            raise ValueError(f"the same replica is named twice: {', '.join(twice)}")
+        return self
+
+
+class BalancingSettings(Section):
+    """Which replica takes the next job."""
+
+    policy: Literal["expected-finish", "least-loaded", "round-robin", "random"] = "expected-finish"
+
+
+assert set(POLICIES) == {"expected-finish", "least-loaded", "round-robin", "random"}
+
+
+class GatewaySettings(Section):
+    """The HTTP face."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65_535)
+    insecure: bool = Field(False, description="allow a public address without API keys")
+    api_keys: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field((), description="name:key,...", repr=False)
+    max_in_flight_per_key: int = Field(1_000, ge=1, description="unfinished jobs of one API key")
+    max_body_bytes: int = Field(1 << 20, ge=1024)
+    receive_timeout_s: float = Field(10.0, gt=0, le=600, description="for headers and body of one request")
+    max_connections: int = Field(4096, ge=1)
+    max_query_chars: int = Field(16_000, ge=1)
+
+
+class LogSettings(Section):
+    """Log lines on standard output."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal, else JSON")
+
+
+class MetricsSettings(Section):
+    """The `/metrics` port of a stage process; the gateway serves its own."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(0, ge=0, le=65_535, description="0: any free port; `penstock status` shows it")
+
+
+class Lifetimes(Section):
+    """Life of a job by flow, counted from its due time, when the sender sets no deadline."""
+
+    query_s: float = Field(60.0, gt=0, le=600)
+    document_s: float = Field(600.0, gt=0, le=86_400)
+    message_s: float = Field(86_400.0, gt=0)
+
+
+class Settings(Section):
+    """Everything."""
+
+    redis: RedisSettings = RedisSettings()
+    worker: WorkerSettings = WorkerSettings()
+    retry: RetrySettings = RetrySettings()
+    admission: AdmissionSettings = AdmissionSettings()
+    dead: DeadSettings = DeadSettings()
+    encoder: EncoderSettings = EncoderSettings()
+    retriever: RetrieverSettings = RetrieverSettings()
+    llm: LlmSettings = LlmSettings()
+    balancing: BalancingSettings = BalancingSettings()
+    gateway: GatewaySettings = GatewaySettings()
+    log: LogSettings = LogSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    lifetimes: Lifetimes = Lifetimes()
+
+
+ALIASES: Final[dict[str, tuple[str, str]]] = {
+    "REDIS_URL": ("redis", "url"),
+    "OLLAMA_URL": ("llm", "urls"),
+    "LLM_URLS": ("llm", "urls"),
+    "LLM_MODEL": ("llm", "model"),
+    "LLM_SLOTS": ("llm", "slots"),
+    "OPENAI_API_KEY": ("llm", "api_key"),
+    "WORKER_NAME": ("worker", "name"),
+    "MAX_RETRIES": ("retry", "max_retries"),
+    "PENSTOCK_API_KEYS": ("gateway", "api_keys"),
+}
+"""Names from elsewhere; a later row wins over an earlier one, and `PENSTOCK_<SECTION>__<NAME>` over all."""
+
+_NOT_SETTINGS: Final = frozenset({"PENSTOCK_CONFIG", *ALIASES})
+
+
+def load(environ: Mapping[str, str], overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Settings:
+    """Read the settings from a TOML file (if any), the environment, and *overrides* of the command line.
+
+    Raises:
+        ConfigError: names every wrong field at once.
+    """
+    values: dict[str, dict[str, Any]] = _read_file(environ.get("PENSTOCK_CONFIG"))
+    wrong: list[str] = []
+    for name, (section, field) in ALIASES.items():
+        if environ.get(name):
+            values.setdefault(section, {})[field] = environ[name]
+    for name in sorted(environ):
+        if not name.startswith(PREFIX) or name in _NOT_SETTINGS:
+            continue
+        section, _, field = name.removeprefix(PREFIX).lower().partition("__")
+        model = Settings.model_fields.get(section)
+        if model is None or field not in model.annotation.model_fields:  # type: ignore[union-attr]  # always a Section
+            wrong.append(f"{name}: no such setting{_did_you_mean(name)}")
+            continue
+        values.setdefault(section, {})[field] = environ[name]
+    for section, fields in (overrides or {}).items():
+        values.setdefault(section, {}).update({name: value for name, value in fields.items() if value is not None})
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        wrong += [f"{_name(item['loc'])}: {item['msg'].removeprefix('Value error, ')}" for item in error.errors()]
+    if wrong:
+        raise ConfigError("wrong settings:\n" + "\n".join(f"  {line}" for line in wrong))
+    return settings
+
+
+def names() -> list[str]:
+    """Return every setting's environment name, in order."""
+    return [
+        f"{PREFIX}{section.upper()}__{field.upper()}"
+        for section, model in Settings.model_fields.items()
+        for field in model.annotation.model_fields  # type: ignore[union-attr]  # always a Section
+    ]
+
+
+def _read_file(path: str | None) -> dict[str, dict[str, Any]]:
+    if not path:
+        return {}
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"PENSTOCK_CONFIG names {path}, which cannot be read: {error}") from error
+
+
+def _name(location: tuple[int | str, ...]) -> str:
+    section, *field = [str(part) for part in location]
+    return PREFIX + section.upper() + ("__" + field[0].upper() if field else "")
+
+
+def _did_you_mean(name: str) -> str:
+    close = difflib.get_close_matches(name, [*names(), *_NOT_SETTINGS], n=1)
+    return f"; did you mean {close[0]}?" if close else ""

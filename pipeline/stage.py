@@ -1,0 +1,73 @@
+"""What a stage is: a function from job to outcome, and how many jobs it wants in hand.
+
+A stage knows no other stage and no Redis. It is one file in `stages/` with a class named after it and a function
+`build(settings) -> Stage`; the worker does the rest: reads, calls, settles.
+
+A handler returns `Done`, or raises: `Reject` (can never succeed), `RetryLater` (may succeed later), anything else
+(retried with back-off until attempts or the deadline end). It is cancelled at the job's deadline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from pipeline.job import Done, Job
+
+if TYPE_CHECKING:
+    from pipeline.replicas import Replicas
+
+Outcome = Done | Exception
+
+
+class Context(Protocol):
+    """What the running process offers a stage.
+
+    Attributes:
+        worker: name of this worker, as answers show it.
+        replicas: the shared registry of LLM replicas.
+    """
+
+    @property
+    def worker(self) -> str: ...  # noqa: D102 - the class says it
+
+    @property
+    def replicas(self) -> Replicas: ...  # noqa: D102 - the class says it
+
+
+class Stage:
+    """One stage. Subclasses override `handle`, or `handle_batch` where work in bulk is cheaper.
+
+    Attributes:
+        name: the stage's name: `job:<name>_in` is its stream, its group bears the same name.
+        slots: jobs in hand at once, at most.
+        batch: jobs given to one call of `handle_batch`; 1 means `handle` is called for each.
+        placed: whether each job needs a running place at an LLM replica before it starts.
+    """
+
+    name: str
+    slots: int = 1
+    batch: int = 1
+    placed: bool = False
+
+    async def start(self, context: Context) -> None:
+        """Open what the stage needs.
+
+        Raises:
+            NotReady: cannot work yet; called again after a while.
+            ConfigError: cannot ever work like this; the process exits with code 2.
+        """
+
+    async def handle(self, job: Job) -> Done:
+        """Do one job."""
+        raise NotImplementedError
+
+    async def handle_batch(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
+        """Do several jobs at once; the answer holds one outcome per job, in order.
+
+        When the call as a whole raises, each job is tried again by itself.
+        """
+        raise NotImplementedError
+
+    async def stop(self) -> None:
+        """Close what `start` opened."""
