@@ -19,7 +19,7 @@ from gateway.idempotency import HEADER
 from gateway.metrics import LATENCY, QUERY_OUTCOME
 from gateway.operation import Answer, Call, Operation, answer, payload_of
 from pipeline.clock import monotonic_us
-from pipeline.errors import BrokerUnavailable, DeadlineExceeded, JobLost, Overloaded, PenstockError
+from pipeline.errors import BrokerUnavailable, DeadlineExceeded, IdempotencyMismatch, JobLost, Overloaded, PenstockError
 from pipeline.flows import Metadata, QueryPayload
 from pipeline.job import Completion, Json, Priority
 
@@ -110,7 +110,7 @@ def _kind_of(error: PenstockError) -> str:
             return "expired"
         case JobLost():
             return "lost"
-        case Problem() | Overloaded() | BrokerUnavailable():
+        case Problem() | Overloaded() | IdempotencyMismatch() | BrokerUnavailable():
             return "refused"
     return "error"
 

@@ -12,7 +12,7 @@ from tests.gateway.conftest import Running, Start
 from tests.gateway.fake import completed
 from tests.gateway.raw import Connection, connect, request
 
-SOON_S = 0.05
+SOON_S = 0.1
 
 
 @pytest.mark.parametrize(
