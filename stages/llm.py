@@ -14,9 +14,10 @@ number as it is; it cannot go round in circles, since each replica that failed i
 the replica. Where the replica did its part and still gave no answer (it refused a wrong request, say), `ok=True` goes
 without a duration: a quick refusal must not make a replica look fast.
 
-**Connections.** httpx' API over aiohttp's pool, because httpx' own pool scans itself on every call. The pool is not
-bounded: slots are the limit. A connection that the replica closed while it lay idle is nobody's failure: such a call is
-sent again, once, at no charge, over a connection made for it alone.
+**Connections.** httpx' transport API over aiohttp's pool: httpx' own pool scans itself on every call, and its client
+costs as much again for things we do not use (cookies, redirects, hooks). The pool is not bounded: slots are the limit.
+A connection that the replica closed while it lay idle is nobody's failure: such a call is sent again, once, at no
+charge, over a connection made for it alone.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from __future__ import annotations
 import asyncio
 from contextvars import ContextVar
 from dataclasses import dataclass
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import TYPE_CHECKING, Final
 
 import aiohttp
@@ -88,19 +88,24 @@ class Llm(Stage):
         self._max_retries = max_retries
         self._headers = _headers(settings)
         self._context: Context
-        self._pooled: httpx.AsyncClient
-        self._unpooled: httpx.AsyncClient
+        connect_s = settings.connect_timeout_s
+        self._extensions = {"timeout": {"connect": connect_s, "pool": connect_s, "read": None, "write": None}}
+        self._urls: dict[str, httpx.URL] = {}
+        self._pooled: httpx.AsyncBaseTransport | None = None
+        self._unpooled: httpx.AsyncBaseTransport | None = None
 
     async def start(self, context: Context) -> None:
-        """Open the clients; connections come with the first calls."""
+        """Open the pool; connections come with the first calls."""
         self._context = context
-        self._pooled = _client(self._settings.connect_timeout_s, is_pooled=True)
-        self._unpooled = _client(self._settings.connect_timeout_s, is_pooled=False)
+        self._pooled = _transport(is_pooled=True)
+        self._unpooled = _transport(is_pooled=False)
 
     async def stop(self) -> None:
         """Close all connections."""
-        await self._pooled.aclose()
-        await self._unpooled.aclose()
+        for transport in (self._pooled, self._unpooled):
+            if transport is not None:
+                await transport.aclose()
+        self._pooled = self._unpooled = None
 
     async def handle(self, job: Job) -> Done:
         """Bring an answer: `answer`, `model`, `usage`, `finish_reason`.
@@ -158,7 +163,7 @@ class Llm(Stage):
         verdict: Verdict
         try:
             async with asyncio.timeout(limit_s):
-                verdict = await self._post(url, body, self._headers | {"x-request-id": job.id}, model)
+                verdict = await self._post(job, url, model, body)
         except TimeoutError:
             verdict = Failure("replica_timeout", f"the replica gave no whole answer within {limit_s:g} s")
         except asyncio.CancelledError:
@@ -179,13 +184,23 @@ class Llm(Stage):
         self._log(job, url, verdict, duration_s)
         return verdict
 
-    async def _post(self, url: str, body: bytes, headers: dict[str, str], model: str) -> Verdict:
+    def _request(self, job: Job, url: str, body: bytes) -> httpx.Request:
+        where = self._urls.get(url)
+        if where is None:
+            where = self._urls[url] = httpx.URL(endpoint(url))
+        headers = self._headers | {"x-request-id": job.id}
+        return httpx.Request("POST", where, headers=headers, content=body, extensions=self._extensions)
+
+    async def _post(self, job: Job, url: str, model: str, body: bytes) -> Verdict:
         """Send the request; when its idle connection turns out to be dead, send it over a fresh one."""
+        assert self._pooled is not None
+        assert self._unpooled is not None
         connection = _Connection()
         token = _CONNECTION.set(connection)
         began_us = monotonic_us()
         try:
-            return await _exchange(self._pooled, url, body, headers, model)
+            request = self._request(job, url, body)
+            return await _exchange(self._pooled, request, model)
         except _TRANSPORT_ERRORS as error:
             after_s = (monotonic_us() - began_us) / 1e6
             if not (connection.is_reused and after_s < STALE_S and _is_hang_up(error)):
@@ -193,7 +208,7 @@ class Llm(Stage):
         finally:
             _CONNECTION.reset(token)
         try:
-            return await _exchange(self._unpooled, url, body, headers, model)
+            return await _exchange(self._unpooled, request, model)
         except _TRANSPORT_ERRORS as error:
             return read_error(error)
 
@@ -265,8 +280,9 @@ _TRANSPORT_ERRORS = (httpx.HTTPError, httpx.InvalidURL, aiohttp.ClientError, OSE
 """What the transport raises: it translates some of aiohttp's errors and leaves others, and some of Python's, alone."""
 
 
-async def _exchange(client: httpx.AsyncClient, url: str, body: bytes, headers: dict[str, str], model: str) -> Verdict:
-    async with client.stream("POST", endpoint(url), content=body, headers=headers) as response:
+async def _exchange(transport: httpx.AsyncBaseTransport, request: httpx.Request, model: str) -> Verdict:
+    response = await transport.handle_async_request(request)
+    try:
         chunks: list[bytes] = []
         size = 0
         async for chunk in response.aiter_bytes():
@@ -276,6 +292,8 @@ async def _exchange(client: httpx.AsyncClient, url: str, body: bytes, headers: d
                 return Failure("bad_answer", message, status=response.status_code)
             chunks.append(chunk)
         return read_response(response.status_code, response.headers, b"".join(chunks), asked_model=model)
+    finally:
+        await response.aclose()
 
 
 def _is_hang_up(error: Exception) -> bool:
@@ -285,7 +303,7 @@ def _is_hang_up(error: Exception) -> bool:
     return isinstance(cause, aiohttp.ClientConnectionError) and not never_came_about
 
 
-def _client(connect_timeout_s: float, *, is_pooled: bool) -> httpx.AsyncClient:
+def _transport(*, is_pooled: bool) -> AiohttpTransport:
     context = httpx.create_ssl_context()
     trace = aiohttp.TraceConfig()
     trace.on_connection_reuseconn.append(_note_reuse)
@@ -295,14 +313,11 @@ def _client(connect_timeout_s: float, *, is_pooled: bool) -> httpx.AsyncClient:
         else aiohttp.TCPConnector(limit=0, ssl=context, force_close=True)
     )
     session = aiohttp.ClientSession(
-        connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trace_configs=[trace] if is_pooled else []
+        connector=connector,
+        cookie_jar=aiohttp.DummyCookieJar(),  # one job's cookie is no other's business
+        trace_configs=[trace] if is_pooled else [],
     )
-    return httpx.AsyncClient(
-        transport=AiohttpTransport(verify=context, client=session),
-        timeout=httpx.Timeout(None, connect=connect_timeout_s, pool=connect_timeout_s),
-        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # one job's cookie is no other's business
-        trust_env=False,
-    )
+    return AiohttpTransport(verify=context, client=session)
 
 
 async def _note_reuse(

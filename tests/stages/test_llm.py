@@ -298,6 +298,11 @@ def test_a_key_that_no_header_can_carry_is_a_wrong_setting() -> None:
             build(Settings.model_validate({"llm": {"api_key": key}}))
 
 
+async def test_a_stage_that_never_started_can_be_stopped() -> None:
+    """A worker that fails on its way up tidies everything alike."""
+    await build(Settings()).stop()
+
+
 def test_the_stage_is_placed_and_has_the_slots_of_its_setting() -> None:
     """The worker places each job before it starts, at most `llm.concurrency` at once."""
     stage = build(Settings.model_validate({"llm": {"concurrency": 11}}))

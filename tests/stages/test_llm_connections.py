@@ -127,6 +127,17 @@ async def test_a_replica_that_accepts_but_never_shakes_hands_is_unreachable() ->
     assert registry.observations[0].refused
 
 
+@pytest.mark.parametrize("url", ["http://[::zz]", "http://127.0.0.1:99999"])
+async def test_an_address_that_cannot_be_used_is_charged_and_tried_elsewhere(bench: Build, url: str) -> None:
+    """A wrong address is one replica's trouble, seen in its observations, and raises nothing unforeseen."""
+    b = await bench([], [])
+    b.registry.urls[0] = url
+    job = b.job()
+    done = await b.stage.handle(job)
+    assert (done.value["answer"], job.attempt, job.avoid) == ("hello", 2, [url])
+    assert [(o.url, o.ok) for o in b.registry.observations] == [(url, False), (b.replicas[1].url, True)]
+
+
 async def test_an_endless_answer_is_cut(bench: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is bounded whatever a replica sends."""
     monkeypatch.setattr(llm, "MAX_ANSWER_BYTES", 1 << 20)
