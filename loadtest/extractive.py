@@ -13,7 +13,8 @@ The prompt is the last user message, in the form a retrieval pipeline writes it:
 Theory: each source is cut into sentences. A question's word weighs more the fewer sentences hold it (inverse document
 frequency over the sentences at hand). A sentence scores the weights of the question's words it holds, and half of those
 that only its title or heading holds, because a passage on a subject seldom repeats the subject's name. A second
-sentence joins when it covers at least a third of the question anew. Words are compared whole, in lower case, unstemmed.
+sentence joins when it covers at least a third of the question anew; both then stand in the order of the sources. Words
+are compared whole, in lower case, unstemmed.
 Everything here is a pure function: the same prompt gets the same answer, in every process.
 """
 
@@ -66,11 +67,12 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class _Sentence:
-    number: int  # its source's
+class Sentence:
+    """One sentence of a source: its words, and apart from them those that only its title or heading holds."""
+
     text: str
     own: frozenset[str]
-    context: frozenset[str]  # words of its title and heading
+    context: frozenset[str]
 
 
 @lru_cache(maxsize=1024)
@@ -81,13 +83,12 @@ def answer(prompt: str) -> str:
     question it says so and quotes the first. Without sources: a sentence that repeats what was asked.
     """
     sources, question = split_prompt(prompt)
-    sentences = [sentence for source in sources for sentence in _sentences_of(source)]
-    if not sentences:
+    cited = [(sentence, source.number) for source in sources for sentence in split_source(source.title, source.text)]
+    if not cited:
         return f"There are no sources to answer from. You asked: {_clip(' '.join(question.split())) or '(nothing)'}"
-    chosen = choose(sentences, _question_words(question))
-    if not chosen:
-        return f"The sources do not say. The first of them begins: {_cited(sentences[0])}"
-    return " ".join(_cited(sentence) for sentence in chosen)
+    chosen = [cited[n] for n in choose([sentence for sentence, _ in cited], _question_words(question))]
+    text = " ".join(f"{sentence.text} [{number}]" for sentence, number in chosen or cited[:1])
+    return text if chosen else f"The sources do not say. The first of them begins: {text}"
 
 
 def split_prompt(prompt: str) -> tuple[list[Source], str]:
@@ -111,33 +112,46 @@ def split_prompt(prompt: str) -> tuple[list[Source], str]:
     return [Source(n, title, "\n".join(lines)) for n, (title, lines) in enumerate(found, start=1)], question.strip()
 
 
-def choose(sentences: Sequence[_Sentence], asked: frozenset[str]) -> list[_Sentence]:
-    """Return the one or two sentences that cover the words of *asked* best; none when no sentence holds any of them."""
-    held = Counter(word for sentence in sentences for word in (sentence.own | sentence.context) & asked)
+def choose(sentences: Sequence[Sentence], asked: frozenset[str]) -> list[int]:
+    """Return the places of the one or two *sentences* that cover *asked* best; none when none holds a word of it."""
+    own = [sentence.own & asked for sentence in sentences]
+    context = [sentence.context & asked for sentence in sentences]
+    held = Counter(word for found in (*own, *context) for word in found)
     weight = {word: math.log(1 + len(sentences) / count) for word, count in held.items()}
 
-    def score(sentence: _Sentence) -> float:
-        covered = sum(weight[word] for word in sentence.own & weight.keys())
-        named = sum(weight[word] for word in (sentence.context - sentence.own) & weight.keys())
+    def score(n: int) -> float:
+        covered = sum(weight[word] for word in own[n])
+        named = sum(weight[word] for word in context[n])
         # Among equals the shorter one says it more to the point; a fragment of one or two words says nothing.
-        return (covered + named / 2) / (1 + len(sentence.own) / 100) if len(sentence.own) > 2 else covered / 4
+        size = len(sentences[n].own)
+        return (covered + named / 2) / (1 + size / 100) if size > 2 else covered / 4
 
-    best = max(sentences, key=score)  # the first of equals: sources come in order of rank
+    best = max(range(len(sentences)), key=score)  # the first of equals: sources come in order of rank
     if not score(best):
         return []
-    missing = {word: weight[word] for word in weight if word not in best.own}
 
-    def gain(sentence: _Sentence) -> float:
-        return sum(missing[word] for word in sentence.own & missing.keys())
+    def gain(n: int) -> float:
+        return sum(weight[word] / (2 if word in context[best] else 1) for word in own[n] - own[best])
 
-    second = max(sentences, key=gain)
-    return [best, second] if gain(second) * 3 >= sum(weight.values()) else [best]
+    second = max(range(len(sentences)), key=gain)
+    return sorted((best, second)) if gain(second) * 3 >= sum(weight.values()) else [best]
 
 
-@lru_cache(maxsize=4096)
+# Cached, because retrieval brings the same passages to many questions.
+@lru_cache(maxsize=1024)
+def split_source(title: str, text: str) -> tuple[Sentence, ...]:
+    """Return the sentences of one source; pieces without a letter or digit are none."""
+    title_words = frozenset(words(title))
+    return tuple(
+        Sentence(sentence, own, (title_words | frozenset(words(heading))) - own)
+        for heading, sentence in _split_text(text)
+        if (own := frozenset(words(sentence)))
+    )
+
+
 def count_tokens(text: str) -> int:
     """Return how many tokens the mock counts in *text*: each word is one, each punctuation mark is one."""
-    return sum(1 for _ in _TOKEN.finditer(text))
+    return sum(map(_count_line, text.split("\n")))  # no token spans two lines, and prompts share most of theirs
 
 
 def split_tokens(text: str) -> list[str]:
@@ -156,16 +170,14 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
+@lru_cache(maxsize=4096)
+def _count_line(line: str) -> int:
+    return len(_TOKEN.findall(line))
+
+
 def _question_words(question: str) -> frozenset[str]:
     asked = frozenset(words(question))
     return (asked - _STOP_WORDS) or asked  # "who are you" is stop words only
-
-
-def _sentences_of(source: Source) -> Iterator[_Sentence]:
-    title = frozenset(words(source.title))
-    for heading, text in _split_text(source.text):
-        if own := frozenset(words(text)):
-            yield _Sentence(source.number, text, own, title | frozenset(words(heading)))
 
 
 def _split_text(text: str) -> Iterator[tuple[str, str]]:
@@ -198,7 +210,3 @@ def _clip(text: str) -> str:
     if len(text) <= MAX_SENTENCE_CHARS:
         return text
     return text[:MAX_SENTENCE_CHARS].rsplit(" ", 1)[0] + " ..."
-
-
-def _cited(sentence: _Sentence) -> str:
-    return f"{sentence.text} [{sentence.number}]"
