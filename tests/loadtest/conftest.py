@@ -31,9 +31,15 @@ run(MockOptions(**options))
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    """Wait for *condition*; the test's own time-out ends it when it never comes true."""
-    while not await condition():
-        await asyncio.sleep(0.01)
+    """Wait until *condition* holds.
+
+    Raises:
+        TimeoutError: it never did. The bound is the function's own, because pytest's does not cover a second wait in
+            the fixture's end.
+    """
+    async with asyncio.timeout(20):
+        while not await condition():
+            await asyncio.sleep(0.01)
 
 
 @dataclass(frozen=True)
