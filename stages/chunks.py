@@ -17,11 +17,12 @@ from semantic_text_splitter import MarkdownSplitter, TextSplitter
 
 from stages.tokens import TokenCount
 
-_HEADING: Final = re.compile(r"^ {0,3}(#{1,6})[ \t]+(\S.*?)(?:[ \t]+#+)?[ \t]*$", re.MULTILINE)
+_HEADING: Final = re.compile(r"^ {0,3}(#{1,6})[ \t]+(\S.*)$", re.MULTILINE)
 _FENCE: Final = re.compile(r"^ {0,3}(`{3,}|~{3,})[^`\n]*$.*?(?:^ {0,3}\1[`~]*[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _MARKDOWN_NAME: Final = re.compile(r"\.(md|markdown|mdown)$", re.IGNORECASE)
 _PLAIN_NAME: Final = re.compile(r"\.(txt|text|rst|log|csv)$", re.IGNORECASE)
 _PARAGRAPH: Final = re.compile(r"\S(?:.+|\n(?!\s*\n))*")
+_LOOK_CHARS_PER_TOKEN: Final = 8  # more than any text has but blanks and ruled lines
 OPENING_CHARS: Final = 200
 MAX_HEADING_CHARS: Final = 200  # a heading is context; one that is longer is a paragraph by mistake
 
@@ -46,8 +47,15 @@ class Chunker:
     """
 
     def __init__(self, count: TokenCount, chunk_tokens: int, overlap_tokens: int) -> None:
-        self._plain = TextSplitter.from_callback(count, chunk_tokens, overlap=overlap_tokens)
-        self._markdown = MarkdownSplitter.from_callback(count, chunk_tokens, overlap=overlap_tokens)
+        def enough(text: str) -> int:
+            # The splitter measures all that is left of a section for every chunk it takes from it, only to learn that
+            # it is too long. Its beginning tells that as well, and spares quadratic time on one endless paragraph.
+            beginning = count(text[:look_chars])
+            return beginning if beginning > chunk_tokens or len(text) <= look_chars else count(text)
+
+        look_chars = _LOOK_CHARS_PER_TOKEN * chunk_tokens
+        self._plain = TextSplitter.from_callback(enough, chunk_tokens, overlap=overlap_tokens)
+        self._markdown = MarkdownSplitter.from_callback(enough, chunk_tokens, overlap=overlap_tokens)
 
     def cut(self, text: str, name: str = "") -> list[Chunk]:
         """Return the chunks of *text*, in order; none when it holds nothing but white space.
@@ -84,6 +92,13 @@ def is_markdown(text: str, name: str = "") -> bool:
     return not _PLAIN_NAME.search(name) and bool(_headings(text))
 
 
+def _without_closing_signs(title: str) -> str:
+    """Return *title* without the signs that may close a heading, as in `## Gates ##`."""
+    title = title.rstrip()
+    closed = title.rstrip("#")
+    return closed.rstrip() if closed != closed.rstrip() else title
+
+
 def _after_headings(piece: str) -> str:
     while heading := _HEADING.match(piece):
         piece = piece[heading.end() :].lstrip()
@@ -103,6 +118,6 @@ def _headings(text: str) -> Sequence[tuple[int, str]]:
             continue  # a comment in a code block
         level = len(heading[1])
         path = [(above, title) for above, title in path if above < level]
-        path.append((level, heading[2][:MAX_HEADING_CHARS]))
+        path.append((level, _without_closing_signs(heading[2])[:MAX_HEADING_CHARS]))
         found.append((heading.start(), " > ".join(title for _, title in path)))
     return found

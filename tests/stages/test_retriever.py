@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,18 @@ async def test_tenants_see_their_own_documents_only(pipe: Pipe, new_job: NewJob)
     await pipe.run(new_job("document_deletion", "red", document_id="d"))
     [blue] = await pipe.run(new_job("query", "blue", query="boat"))
     assert [source["text"] for source in blue["sources"]] == ["The blue boat."]
+
+
+async def test_question_does_not_wait_for_a_document_being_written(pipe: Pipe, new_job: NewJob) -> None:
+    """Reads and writes have a thread each."""
+    await pipe.run(new_job("document", document_id="d", text=LOCKS))
+    finished = threading.Event()
+    assert pipe.retriever._writes is not None
+    writing = pipe.retriever._writes.submit(finished.wait)
+    [found] = await pipe.run(new_job("query", query="boats"))
+    assert found["sources"]
+    assert not writing.done()
+    finished.set()
 
 
 async def test_vector_of_another_encoder_is_refused_by_both_names(pipe: Pipe, new_job: NewJob) -> None:
