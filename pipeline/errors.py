@@ -122,3 +122,7 @@ class BrokerUnavailable(PenstockError):
     def __init__(self, message: str = "", *, unknown: bool = False) -> None:
         super().__init__(message)
         self.unknown = unknown
+
+
+class JobLost(PenstockError):
+    """Redis knows nothing of this job any more: neither an outcome nor a live record."""

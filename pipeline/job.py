@@ -58,7 +58,8 @@ class Job:
         timings_ms: spans so far, `<stage>_wait` and `<stage>` per hop.
         avoid: replicas that failed this job, oldest first; others are tried before them.
         vector: binary companion of the entry (little-endian), None where a stage needs none.
-        replica: where this job was placed; set while the llm stage holds it, never on the wire.
+        replica: the LLM replica where it is placed now, or that answered it last.
+        retry_of: the dead job that this one repeats by hand.
     """
 
     id: str
@@ -76,21 +77,26 @@ class Job:
     avoid: list[str] = field(default_factory=list)
     vector: bytes | None = None
     replica: str | None = None
+    retry_of: str | None = None
 
-    def tail(self) -> bytes:
-        """Return the envelope without its head (`v`, `id`, `accepted_us`), which the accepting script writes."""
-        return orjson.dumps(self._body())[1:]
+    def launch(self) -> tuple[str, bytes]:
+        """Return the first stage of the route, and the envelope for it without its head.
+
+        The head (`v`, `id`, `accepted_us`) is written by the script that accepts the job.
+        """
+        stage, *rest = self.route
+        return stage, orjson.dumps(self._body(rest))[1:]
 
     def encode(self) -> bytes:
         """Return the envelope as it stands on a stream."""
-        return orjson.dumps({"v": 1, "id": self.id, "accepted_us": self.accepted_us} | self._body())
+        return orjson.dumps({"v": 1, "id": self.id, "accepted_us": self.accepted_us} | self._body(self.route))
 
-    def _body(self) -> Json:
+    def _body(self, route: list[str]) -> Json:
         body: Json = {
             "flow": self.flow,
             "tenant": self.tenant,
             "priority": self.priority,
-            "route": self.route,
+            "route": route,
             "deadline_ms": self.deadline_ms,
             "attempt": self.attempt,
             "at_us": self.at_us,
@@ -100,6 +106,10 @@ class Job:
         }
         if self.avoid:
             body["avoid"] = self.avoid
+        if self.replica:
+            body["replica"] = self.replica
+        if self.retry_of:
+            body["retry_of"] = self.retry_of
         return body
 
 

@@ -68,7 +68,9 @@ LUA_KEYS: Final = {
     "health": HEALTH,
     "cancel_channel": CANCEL_CHANNEL,
     "wake_channel": WAKE_CHANNEL,
+    "placed": "job:llm_in",
 }
+"""What scripts know as `KEY`. `placed` begins the streams whose entries wait for a replica's slot."""
 
 BOUNDED: Final = {
     "job:*_in": "unfinished work, bounded by admission",

@@ -1,12 +1,88 @@
-"""The LLM replicas as all processes see them: registry, leases, running places, breaker, recent speed."""
+"""The LLM replicas as one llm worker sees them: who stands how, who is next, how calls went.
+
+Leases, running places, recent speed and breakers live in Redis, so all llm processes act on one picture. A replica this
+worker was not configured with is none of its business: it might not reach it.
+"""
 
 from __future__ import annotations
 
-from pipeline.job import Job
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING, Final
+
+import orjson
+import structlog
+
+from pipeline import keys, metrics, scripts
+from pipeline.balancing import POLICIES, Replica, Snapshot, plan
+from pipeline.batching import Batcher
+from pipeline.clock import Clock, monotonic_us
+from pipeline.errors import LeaseLost, PenstockError
+from pipeline.streams import Entry, Placed, Standing, Streams
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipeline.job import Job
+    from pipeline.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+FORGET_AFTER_S: Final = 60.0
+"""A replica that no worker has registered for so long leaves the registry once it holds no lease."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    url: str
+    word: str
+    duration_us: int
+    tokens: int
 
 
 class Replicas:
-    """The shared registry of replicas, as the llm stage uses it."""
+    """The configured replicas and what is known of them.
+
+    `held` finds the entry of a job in this worker's hands; only its owner may move its lease.
+    """
+
+    def __init__(
+        self, streams: Streams, settings: Settings, clock: Clock, held: Callable[[str], Entry | None], rng: Random
+    ) -> None:
+        self._streams = streams
+        self._settings = settings
+        self._clock = clock
+        self._held = held
+        self._rng = rng
+        self._policy = POLICIES[settings.balancing.policy]
+        self._slots: dict[str, int] = {}
+        for text in settings.llm.urls:
+            url, slots = keys.normalise_replica_url(text)
+            self._slots[url] = slots or settings.llm.slots
+        self._standings = dict.fromkeys(self._slots, Standing(0, 0, None, None, 0))
+        self._waiting = 0
+        self._turn = 0
+        self._calls: Batcher[_Call, str] = Batcher(self._share)
+        self._sharing: set[asyncio.Task[None]] = set()
+
+    # --- placing -------------------------------------------------------------------------------
+
+    async def take(self, most: int) -> list[Entry]:
+        """Return up to *most* entries, each placed at a replica with a free slot."""
+        placed = await self._place(most)
+        if not placed.entries and placed.waiting:
+            placed = await self._place(most)  # the first look was stale; this one is not
+        return placed.entries
+
+    async def _place(self, most: int) -> Placed:
+        orders = plan(self._policy, self._snapshot(), most, self._rng)
+        placed = await self._streams.place(self._replicas(), orders)
+        self._standings = dict(zip(self._slots, placed.standings, strict=True))
+        self._waiting = placed.waiting
+        self._turn += len(placed.entries)
+        return placed
 
     async def move(self, job: Job) -> str | None:
         """Give up *job*'s place and take one at another replica, outside `job.avoid`.
@@ -17,8 +93,40 @@ class Replicas:
 
         Raises:
             LeaseLost: the entry belongs to another consumer now.
+            BrokerUnavailable: Redis is away.
         """
-        raise NotImplementedError
+        entry = self._held(job.id)
+        if entry is None:
+            raise LeaseLost
+        snapshot = self._snapshot()
+        known = {replica.url: replica for replica in snapshot.replicas}
+        others = tuple(replica for replica in snapshot.replicas if replica.url not in job.avoid)
+        order = self._policy(Snapshot(others, 0, snapshot.turn), self._rng)
+        answer = await self._streams.move(entry, job.id, [known[url] for url in order])
+        if answer == "lost":
+            raise LeaseLost
+        job.replica = None if answer == "none" else answer
+        return job.replica
+
+    def _replicas(self) -> list[Replica]:
+        return [self._replica(url, standing) for url, standing in self._standings.items()]
+
+    def _replica(self, url: str, standing: Standing) -> Replica:
+        known = standing.us_per_token is not None and standing.tokens is not None
+        half_open = 0 < standing.open_until_ms <= self._clock.now_ms()
+        return Replica(
+            url,
+            slots=1 if half_open else self._slots[url],
+            running=standing.running,
+            leases=standing.leases,
+            service_s=standing.us_per_token * standing.tokens / 1e6 if known else None,  # type: ignore[operator]
+            is_open=standing.open_until_ms > self._clock.now_ms(),
+        )
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(tuple(self._replicas()), max(0, self._waiting - 1), self._turn)
+
+    # --- learning ------------------------------------------------------------------------------
 
     def observe(self, url: str, *, ok: bool, duration_s: float = 0.0, tokens: int = 0, refused: bool = False) -> None:
         """Note how one call went; shared with all processes soon after.
@@ -29,4 +137,49 @@ class Replicas:
             tokens: completion tokens of a good answer, 0 where the replica did not say.
             refused: the connection was refused: opens the breaker at once.
         """
-        raise NotImplementedError
+        word = "ok" if ok else "refused" if refused else "failed"
+        task = asyncio.create_task(self._note(_Call(url, word, int(duration_s * 1e6), tokens)), name="observe")
+        self._sharing.add(task)
+        task.add_done_callback(self._sharing.discard)
+
+    async def _note(self, call: _Call) -> None:
+        try:
+            change = await self._calls.add(call)
+        except PenstockError:
+            return  # speed and health are estimates: an observation lost in an outage is made up for by the next
+        if change in {"opened", "closed_again"}:
+            state = "open" if change == "opened" else "closed"
+            metrics.BREAKER.labels(call.url, state).inc()
+            log.warning("circuit breaker", replica=call.url, state=state)
+
+    async def _share(self, calls: Sequence[_Call]) -> list[str]:
+        llm = self._settings.llm
+        args: list[str | int] = [llm.breaker_failures, int(llm.breaker_open_s * 1000)]
+        for call in calls:
+            args += [call.url, call.word, call.duration_us, call.tokens]
+        sent_us = monotonic_us()
+        reply = await self._streams.control.run(scripts.OBSERVE, (), args)
+        self._clock.observe(int(reply[0]), sent_us)
+        return [word.decode() for word in reply[1:]]
+
+    async def register(self) -> None:
+        """Tell the gateways which replicas there are, and forget those that nobody registers any more."""
+        now_ms = self._clock.now_ms()
+        link = self._streams.control
+        if self._slots:
+            rows = [(url, orjson.dumps({"slots": slots, "seen_ms": now_ms})) for url, slots in self._slots.items()]
+            await link.call("HSET", keys.REPLICAS, *[part for row in rows for part in row])
+        known = await link.call("HGETALL", keys.REPLICAS)
+        for url, record in zip(known[::2], known[1::2], strict=True):
+            gone = now_ms - orjson.loads(record)["seen_ms"] > FORGET_AFTER_S * 1000
+            if gone and not await link.call("ZCARD", keys.LEASES + url.decode()):
+                await link.call("HDEL", keys.REPLICAS, url)
+                await link.call("DEL", keys.LOAD + url.decode(), keys.HEALTH + url.decode())
+
+    async def close(self) -> None:
+        """Stop sharing."""
+        await self._calls.close()
+        await asyncio.gather(*self._sharing, return_exceptions=True)
+
+    def __repr__(self) -> str:
+        return f"<Replicas {self._standings} waiting={self._waiting}>"

@@ -1,0 +1,232 @@
+"""Connections to Redis: one command in flight on each, never a blind retry.
+
+redis-py's client repeats a command whose reply was lost, and so can run an XADD twice; its pool can hand a connection
+with a stale reply to the next caller. A `Link` is one redis-py connection with neither: it sends one command at a
+time, is closed when a call is cancelled or times out, and says whether the command may have run
+(`BrokerUnavailable.unknown`). The caller decides what may be sent again. This file is where errors of redis-py end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+from redis import exceptions as redis_errors
+from redis.asyncio.connection import Connection, UnixDomainSocketConnection, parse_url
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from pipeline.clock import monotonic_us
+from pipeline.errors import BrokerUnavailable, ConfigError, PenstockError
+
+if TYPE_CHECKING:
+    from redis.asyncio.connection import AbstractConnection
+
+    from pipeline.scripts import Script
+    from pipeline.settings import RedisSettings
+
+log = structlog.get_logger(__name__)
+
+Argument = str | bytes | int | float
+
+_NOT_NOW: Final = ("LOADING", "READONLY", "BUSY ", "MASTERDOWN", "CLUSTERDOWN", "MISCONF", "TRYAGAIN", "NOREPLICAS")
+"""Redis did not execute the command and may do so later (BUSY: a script runs; MISCONF: persistence fails)."""
+
+_PING_EVERY_S: Final = 5.0
+
+
+class GroupMissing(PenstockError):
+    """A stream or its consumer group is gone."""
+
+
+class OutOfMemory(PenstockError):
+    """Redis has reached its maxmemory and refuses to grow."""
+
+
+class CommandRefused(PenstockError):
+    """Redis refused a command for a reason that will not pass by itself."""
+
+
+class Link:
+    """One connection, opened when needed, closed when in doubt.
+
+    Attributes:
+        connected_at_us: when the present connection was made, on the monotonic clock; None while there is none.
+    """
+
+    def __init__(self, settings: RedisSettings, name: str) -> None:
+        self.name = name
+        self.connected_at_us: int | None = None
+        self._settings = settings
+        self._turn = asyncio.Lock()
+        self._connection = _make_connection(settings, name)
+
+    async def call(self, *args: Argument, timeout_s: float | None = None) -> Any:
+        """Run one command and return its reply, bytes as bytes.
+
+        Args:
+            timeout_s: how long to wait for the reply; None takes the setting. A blocking command needs more.
+
+        Raises:
+            BrokerUnavailable: no connection, or the reply did not come (`unknown` says whether it may have run).
+            GroupMissing, OutOfMemory, CommandRefused: Redis said no; nothing was changed by a plain command.
+        """
+        async with self._turn:
+            return await self._call(args, timeout_s or self._settings.reply_timeout_s)
+
+    async def run(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument]) -> Any:
+        """Run a script by its hash, loading it where Redis does not have it."""
+        async with self._turn:
+            timeout_s = self._settings.reply_timeout_s
+            try:
+                return await self._call(("EVALSHA", script.sha, len(keys), *keys, *args), timeout_s)
+            except _ScriptMissing:
+                return await self._call(("EVAL", script.text, len(keys), *keys, *args), timeout_s)
+
+    def held_for_s(self) -> float:
+        """Return how long the present connection has held, in seconds; 0 while there is none."""
+        return 0.0 if self.connected_at_us is None else (monotonic_us() - self.connected_at_us) / 1e6
+
+    async def close(self) -> None:
+        """Close the connection; a later call opens a new one."""
+        self.connected_at_us = None
+        await self._connection.disconnect(nowait=True)
+
+    async def subscribe(self, *channels: str) -> AsyncIterator[tuple[str, bytes]]:
+        """Yield (channel, message) as they come. Ends with `BrokerUnavailable` when the connection does.
+
+        A silent connection is probed with PING, so that a half-open one is noticed.
+        """
+        async with self._turn:
+            await self._call(("SUBSCRIBE", *channels), self._settings.reply_timeout_s)
+            probed = False
+            while True:
+                message = await self._read(_PING_EVERY_S)
+                if message is None:
+                    if probed:
+                        await self.close()
+                        raise BrokerUnavailable("the subscription's connection is dead")
+                    probed = True
+                    await self._send(("PING",))
+                    continue
+                probed = False
+                if message[0] == b"message":
+                    yield message[1].decode(), message[2]
+
+    async def _call(self, args: Sequence[Argument], timeout_s: float) -> Any:
+        await self._connect()
+        await self._send(args)
+        reply = await self._read(timeout_s)
+        if reply is None and self._timed_out:
+            await self.close()
+            raise BrokerUnavailable(f"no reply to {args[0]!s} within {timeout_s} s", unknown=True)
+        return reply
+
+    async def _connect(self) -> None:
+        if self._connection.is_connected and self.connected_at_us is not None:
+            return
+        try:
+            async with asyncio.timeout(self._settings.connect_timeout_s):
+                await self._connection.connect()  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
+        except redis_errors.AuthenticationError as error:
+            raise ConfigError(f"Redis refuses the credentials in its URL: {error}") from error
+        except (redis_errors.RedisError, OSError, TimeoutError) as error:
+            await self.close()
+            raise BrokerUnavailable(f"no connection to Redis: {error or 'timed out'}") from error
+        self.connected_at_us = monotonic_us()
+
+    async def _send(self, args: Sequence[Argument]) -> None:
+        try:
+            await self._connection.send_packed_command(self._connection.pack_command(*args), check_health=False)
+        except (redis_errors.RedisError, OSError) as error:
+            self.connected_at_us = None
+            raise BrokerUnavailable(f"Redis went away: {error}", unknown=True) from error
+
+    async def _read(self, timeout_s: float) -> Any:
+        self._timed_out = False
+        try:
+            async with asyncio.timeout(timeout_s) as bound:
+                return await self._connection.read_response(timeout=math.inf, disconnect_on_error=False)
+        except TimeoutError:
+            self._timed_out = bound.expired()
+            return None
+        except redis_errors.ResponseError as error:
+            raise _translate(error) from error
+        except (redis_errors.RedisError, OSError) as error:
+            await self.close()
+            raise BrokerUnavailable(f"Redis went away: {error}", unknown=True) from error
+        except BaseException:
+            # Cancelled while a reply is due: the next caller must never get it.
+            await self.close()
+            raise
+
+    _timed_out = False
+
+    def __repr__(self) -> str:
+        return f"<Link {self.name} connected={self.connected_at_us is not None}>"
+
+
+class _ScriptMissing(PenstockError):
+    """Redis does not hold the script."""
+
+
+def _translate(error: redis_errors.ResponseError) -> PenstockError:
+    text = str(error)
+    if isinstance(error, redis_errors.NoScriptError):
+        return _ScriptMissing(text)
+    if isinstance(error, redis_errors.OutOfMemoryError) or text.startswith("OOM") or "OOM command" in text:
+        return OutOfMemory(text)
+    if "NOGROUP" in text or "UNBLOCKED" in text:
+        return GroupMissing(text)
+    if isinstance(error, (redis_errors.BusyLoadingError, redis_errors.ReadOnlyError)) or text.startswith(_NOT_NOW):
+        return BrokerUnavailable(f"Redis cannot work now: {text}")
+    return CommandRefused(text)
+
+
+def _make_connection(settings: RedisSettings, name: str) -> AbstractConnection:
+    try:
+        options: dict[str, Any] = dict(parse_url(settings.url))
+    except ValueError as error:
+        raise ConfigError(f"PENSTOCK_REDIS__URL: {error}") from error
+    kind: type[AbstractConnection] = options.pop("connection_class", Connection)
+    if kind is not UnixDomainSocketConnection:
+        options["socket_keepalive"] = True
+    options |= {
+        "protocol": 2,
+        "client_name": name,
+        "socket_timeout": None,
+        "socket_connect_timeout": settings.connect_timeout_s,
+        "retry": Retry(NoBackoff(), 0),
+        "retry_on_error": [],
+        "health_check_interval": 0,
+    }
+    return kind(**options)
+
+
+class Outage:
+    """Logs an outage once when it begins and once, with its length, when it ends."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._since_us: int | None = None
+
+    def begins(self, error: Exception) -> None:
+        """Note that something failed."""
+        if self._since_us is None:
+            self._since_us = monotonic_us()
+            log.warning("redis is away", at=self._what, error=str(error))
+
+    def ends(self) -> None:
+        """Note that it works (again)."""
+        if self._since_us is not None:
+            away_s = (monotonic_us() - self._since_us) / 1e6
+            self._since_us = None
+            log.info("redis is back", at=self._what, away_s=round(away_s, 3))
+
+
+def reconnect_delay_s(failures: int, cap_s: float) -> float:
+    """Return the wait before connection attempt number *failures* + 1, in seconds."""
+    return float(min(cap_s, 0.02 * 2.0 ** min(failures, 10)))

@@ -1,0 +1,277 @@
+"""One process of ours as Redis sees it: a consumer with a lease, and everything that happens at intervals.
+
+The lease (`worker:<consumer>`) says that the process lives. It is renewed at a third of its length or sooner; at every
+renewal Redis also tells what this consumer holds, and each worker compares that with what is in hand. Others claim the
+entries of a consumer whose lease they missed in two looks, one renewal apart, over a connection that has held for a
+while: after an outage of Redis all leases have lapsed at once, and owners re-take theirs first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Final
+
+import orjson
+import structlog
+
+from pipeline import keys, metrics, scripts
+from pipeline.clock import Clock, monotonic_us
+from pipeline.connection import Argument, Link, Outage, reconnect_delay_s
+from pipeline.errors import BrokerUnavailable, PenstockError
+from pipeline.worker import Quarantine, Worker
+
+if TYPE_CHECKING:
+    from pipeline.settings import Settings
+    from pipeline.stage import Stage
+
+log = structlog.get_logger(__name__)
+
+STEADY_S: Final = 2.0
+"""A claimer's connection must have held so long: owners reconnect within half a second and re-take their leases."""
+PROMOTE_EVERY_S: Final = 0.1
+EXPIRE_EVERY_S: Final = 0.5
+AT_ONCE: Final = 200
+"""Jobs promoted or expired by one script: about 2 ms during which Redis serves nobody else."""
+
+
+class Consumer:
+    """A process that works on one stage or several.
+
+    Its name is the worker's name and a nonce: a process that starts again is another consumer.
+    """
+
+    def __init__(self, stages: Sequence[Stage], settings: Settings, *, metrics_address: str = "") -> None:
+        self._settings = settings
+        self.clock = Clock()
+        self.worker_name = (
+            settings.worker.name or f"{socket.gethostname().split('.')[0]}-{'+'.join(s.name for s in stages)}"
+        )
+        self.name = f"{self.worker_name}:{secrets.token_hex(4)}"
+        self._quarantine = Quarantine()
+        self.workers = [
+            Worker(stage, self.name, settings, self.clock, self._quarantine, self.worker_name) for stage in stages
+        ]
+        self._quarantine.workers = self.workers
+        self._link = Link(settings.redis, "lease")
+        self._ticker = Link(settings.redis, "tick")
+        self._listener = Link(settings.redis, "listen")
+        self._metrics_address = metrics_address
+        self._started_ms = time.time_ns() // 1_000_000
+        self._record = b""
+        self._missing: dict[tuple[str, str], int] = {}  # lapsed (stream, consumer): when it was first missed
+        self._stop = asyncio.Event()
+        self._outage = Outage("lease")
+
+    # --- the life of the process -----------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Work until told to stop, then drain and leave nothing behind.
+
+        Raises:
+            ConfigError: a stage cannot ever work with these settings.
+        """
+        background: list[asyncio.Task[None]] = []
+        feeding: list[asyncio.Task[None]] = []
+        try:
+            async with asyncio.TaskGroup() as group:
+                background += [
+                    group.create_task(self._renew_forever(), name="renew"),
+                    group.create_task(self._claim_forever(), name="claim"),
+                    group.create_task(self._every(PROMOTE_EVERY_S, self._promote), name="promote"),
+                    group.create_task(self._every(EXPIRE_EVERY_S, self._expire), name="expire"),
+                    group.create_task(self._listen_forever(), name="listen"),
+                    group.create_task(self._watch_loop_lag(), name="loop lag"),
+                ]
+                feeding += [group.create_task(w.run(), name=f"feed {w.stage.name}") for w in self.workers]
+                await self._stop.wait()
+                log.info("draining", worker=self.worker_name, in_hand=sum(len(w.held) for w in self.workers))
+                for worker in self.workers:
+                    worker.quiet()
+                await asyncio.wait(feeding, timeout=2 * self._settings.redis.reply_timeout_s)
+                await asyncio.gather(*(w.drain(self._settings.worker.drain_s) for w in self.workers))
+                for task in [*background, *feeding]:
+                    task.cancel()
+        except ExceptionGroup as problems:
+            raise problems.exceptions[0] from None
+        finally:
+            await self._leave()
+
+    def stop(self) -> None:
+        """Begin to drain."""
+        self._stop.set()
+
+    def stop_on_signals(self) -> None:
+        """Drain at the first SIGTERM or SIGINT, exit at once at the second."""
+        loop = asyncio.get_running_loop()
+
+        def on_signal() -> None:
+            if self._stop.is_set():
+                os._exit(130)
+            self.stop()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal)
+
+    async def _leave(self) -> None:
+        for worker in self.workers:
+            await worker.close()
+        try:
+            async with asyncio.timeout(1.0):
+                for worker in self.workers:
+                    await self._leave_groups(worker)
+                await self._link.call("DEL", keys.WORKER + self.name)
+                await self._link.call("ZREM", keys.WORKERS, self.name)
+        except (PenstockError, TimeoutError) as error:
+            log.warning("could not sign off; the lease will lapse", error=str(error))
+        for link in (self._link, self._ticker, self._listener):
+            await link.close()
+
+    async def _leave_groups(self, worker: Worker) -> None:
+        """Leave the groups where this consumer holds nothing; what it still holds is claimed once the lease is gone."""
+        for stream in worker.streams.names:
+            if not await self._link.call("XPENDING", stream, worker.stage.name, "-", "+", 1, self.name):
+                await self._link.call("XGROUP", "DELCONSUMER", stream, worker.stage.name, self.name)
+
+    # --- the lease -------------------------------------------------------------------------------
+
+    async def _renew_forever(self) -> None:
+        failures = 0
+        while True:
+            try:
+                await self.renew()
+            except PenstockError as error:
+                self._outage.begins(error)
+                await asyncio.sleep(reconnect_delay_s(failures, self._settings.redis.reconnect_cap_s))
+                failures += 1
+            else:
+                self._outage.ends()
+                failures = 0
+                await asyncio.sleep(self._settings.worker.renew_s)
+
+    async def renew(self) -> None:
+        """Renew the lease, compare what is in hand with what Redis says, and take up what no read delivered."""
+        pairs = [(worker, stream) for worker in self.workers for stream in worker.streams.names]
+        before = {worker: frozenset(worker.held) for worker in self.workers}
+        record = self._describe()
+        args: list[Argument] = [self.name, int(self._settings.worker.lease_s * 1000), record]
+        args.append("changed" if record != self._record else "")
+        for worker, stream in pairs:
+            args += [stream, worker.stage.name]
+        sent_us = monotonic_us()
+        reply = await self._link.run(scripts.RENEW, (), args)
+        self.clock.observe(int(reply[0]), sent_us)
+        if reply[1] == b"taken" and self._record:
+            metrics.LEASES_LOST.inc()
+            log.warning("the lease had lapsed; taken again", worker=self.worker_name)
+        self._record = record
+        pending: dict[Worker, dict[tuple[str, bytes], int]] = {worker: {} for worker in self.workers}
+        for (worker, stream), rows in zip(pairs, reply[2:], strict=True):
+            if rows != b"gone":
+                pending[worker] |= {(stream, entry_id): int(count) for entry_id, count in rows}
+        for worker in self.workers:
+            missing = worker.reconcile(before[worker], pending[worker])
+            if missing:
+                await worker.take_up(missing)
+            if worker.stage.placed:
+                await worker.replicas.register()
+
+    def _describe(self) -> bytes:
+        return orjson.dumps(
+            {
+                "worker": self.worker_name,
+                "stages": {worker.stage.name: worker.not_ready for worker in self.workers},
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "started_ms": self._started_ms,
+                "metrics": self._metrics_address,
+            }
+        )
+
+    # --- the work of the dead --------------------------------------------------------------------
+
+    async def _claim_forever(self) -> None:
+        interval_s = self._settings.worker.renew_s / 2
+        while not self._stop.is_set():
+            await asyncio.sleep(interval_s)
+            for worker in self.workers:
+                try:
+                    await self._claim_once(worker)
+                except PenstockError:
+                    continue  # Redis is away, or the group is: their owners see to it
+
+    async def _claim_once(self, worker: Worker) -> None:
+        """Note who has no lease; take over from those who had none one renewal ago already."""
+        lapsed = await worker.streams.lapsed()
+        now_us = monotonic_us()
+        names = {pair for pair in lapsed if pair[1] != self.name}
+        mine = set(worker.streams.names)
+        self._missing = {p: at for p, at in self._missing.items() if p in names or p[0] not in mine}
+        for pair in names:
+            first_us = self._missing.setdefault(pair, now_us)
+            seen_twice = now_us - first_us >= self._settings.worker.renew_s * 1e6
+            if seen_twice and worker.streams.control.held_for_s() >= min(STEADY_S, self._settings.worker.lease_s):
+                await worker.inherit(*pair)
+
+    # --- time ------------------------------------------------------------------------------------
+
+    async def _every(self, interval_s: float, once: Callable[[], Awaitable[bool]]) -> None:
+        """Repeat *once* at intervals, at once while it says that there is more."""
+        while True:
+            try:
+                more = await once()
+            except PenstockError:
+                more = False  # the lease's renewal reports the outage
+            await asyncio.sleep(0 if more else interval_s)
+
+    async def _promote(self) -> bool:
+        reply = await self._run_tick(scripts.PROMOTE, (AT_ONCE,))
+        metrics.PROMOTED.inc(reply[1])
+        return bool(reply[1] >= AT_ONCE)
+
+    async def _expire(self) -> bool:
+        ttl_ms = int(self._settings.worker.completion_ttl_s * 1000)
+        _, expired, lost = await self._run_tick(scripts.EXPIRE, (AT_ONCE, ttl_ms))
+        metrics.EXPIRED.inc(expired)
+        metrics.LOST.inc(lost)
+        if lost:
+            log.error("jobs are lost: their stream entries had vanished", jobs=lost)
+        return bool(expired + lost >= AT_ONCE)
+
+    async def _run_tick(self, script: scripts.Script, args: Sequence[Argument]) -> list[int]:
+        sent_us = monotonic_us()
+        reply: list[int] = await self._ticker.run(script, (), args)
+        self.clock.observe(int(reply[0]), sent_us)
+        return reply
+
+    async def _watch_loop_lag(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + 0.5
+            await asyncio.sleep(0.5)
+            metrics.LOOP_LAG_S.observe(max(0.0, loop.time() - due))
+
+    # --- hints -----------------------------------------------------------------------------------
+
+    async def _listen_forever(self) -> None:
+        failures = 0
+        while True:
+            try:
+                async for channel, message in self._listener.subscribe(keys.CANCEL_CHANNEL, keys.WAKE_CHANNEL):
+                    failures = 0
+                    for worker in self.workers:
+                        if channel == keys.CANCEL_CHANNEL:
+                            worker.cancel(message.decode())
+                        else:
+                            worker.wake()
+            except BrokerUnavailable:
+                await asyncio.sleep(reconnect_delay_s(failures, self._settings.redis.reconnect_cap_s))
+                failures += 1
+
+    def __repr__(self) -> str:
+        return f"<Consumer {self.name} {self.workers}>"

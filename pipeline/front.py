@@ -1,0 +1,455 @@
+"""The pipeline as a gateway sees it: submit, wait, look, cancel.
+
+One `Front` serves a whole gateway process. Submits that come at the same time travel in one script call. One reader
+serves all waiters: a reply stream of this gateway's own wakes them, and a sweep over all waiting ids stands behind it,
+so that an answer is found even where the wake-up was lost. The completion key is the truth; the reply stream is a hint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from random import Random
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
+
+import orjson
+import structlog
+
+from pipeline import flows, keys, scripts
+from pipeline.batching import Batcher
+from pipeline.clock import Clock, monotonic_us
+from pipeline.connection import Argument, Link, Outage, OutOfMemory, reconnect_delay_s
+from pipeline.errors import (
+    BrokerUnavailable,
+    DeadlineExceeded,
+    IdempotencyMismatch,
+    JobLost,
+    Overloaded,
+    PenstockError,
+)
+from pipeline.job import Completion, Job
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from pipeline.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+ANSWER_WITHIN_S: Final = 0.9
+"""With Redis away a client hears 503 within a second."""
+SWEEP_EVERY_S: Final = 1.0
+SWEEP_AT_ONCE: Final = 500
+BLOCK_MS: Final = 1_000
+REPLY_STREAM_TTL_MS: Final = 60_000
+GRACE_S: Final = 3.0
+"""How long after its deadline an outcome is waited for: whoever holds the job, or the next tick, writes it."""
+REGISTERED_FOR_S: Final = 30.0
+"""A replica that no llm worker has registered for so long is not leased to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Idempotency:
+    """An Idempotency-Key as Redis knows it.
+
+    Attributes:
+        key: a hash over tenant, path and the header's value.
+        body_hash: tells the same request from another one under the same key.
+    """
+
+    key: str
+    body_hash: str
+    ttl_s: float = 86_400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A job was accepted, now or earlier under the same Idempotency-Key (`repeated`)."""
+
+    job_id: str
+    repeated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What the pipeline needs, and why it lacks it; None means fine."""
+
+    redis: str | None
+    stages: dict[str, str | None]
+
+    def is_ready(self) -> bool:
+        """Say whether queries can be answered."""
+        return self.redis is None and not any(self.stages.values())
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A job whose outcome is of interest here, from before it is submitted: no wake-up may come too early."""
+
+    futures: list[asyncio.Future[Completion]] = field(default_factory=list)
+    completion: Completion | None = None
+    gone: int = 0  # sweeps in a row that found neither completion nor live record
+
+
+@dataclass(frozen=True, slots=True)
+class _Submission:
+    job: Job
+    leases: bool
+    reply: str
+    in_flight_limit: int | None
+    idempotency: Idempotency | None
+
+
+class Front:
+    """Submits jobs and waits for their outcomes; an async context manager."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        self.clock = Clock()
+        self._settings = settings
+        self._reply_stream = f"{keys.REPLY}{name}:{secrets.token_hex(4)}"
+        self._submitter = Link(settings.redis, "submit")
+        self._link = Link(settings.redis, "front")
+        self._sweeper = Link(settings.redis, "sweep")
+        self._reader = Link(settings.redis, "replies")
+        self._outbox: Batcher[_Submission, tuple[str, str]] = Batcher(self._send)
+        self._waiting: dict[str, _Waiting] = {}
+        self._replicas: list[str] = []
+        self._memory_is_short = False
+        self._last_reply = b"0"
+        self._rng = Random()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._outage = Outage("gateway")
+
+    @classmethod
+    def create(cls, settings: Settings, name: str) -> Self:
+        """Return a front for the gateway called *name*."""
+        return cls(settings, name)
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [
+            asyncio.create_task(self._read_replies(), name="replies"),
+            asyncio.create_task(self._sweep_forever(), name="sweep"),
+        ]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        with suppress(PenstockError, TimeoutError):
+            async with asyncio.timeout(1.0):
+                await self._link.call("DEL", self._reply_stream)
+        await self._outbox.close()
+        for link in (self._submitter, self._link, self._sweeper, self._reader):
+            await link.close()
+
+    # --- submitting ------------------------------------------------------------------------------
+
+    async def submit(
+        self,
+        job: Job,
+        *,
+        idempotency: Idempotency | None = None,
+        in_flight_limit: int | None = None,
+        wait: bool = True,
+    ) -> Accepted:
+        """Accept *job*: when this returns, the job is in Redis and will reach exactly one outcome.
+
+        Args:
+            in_flight_limit: unfinished jobs its tenant may have; None sets no limit.
+            wait: whether this gateway is going to `wait` for it.
+
+        Raises:
+            Overloaded: too much unfinished work, of all or (`too_many_in_flight`) of this tenant.
+            IdempotencyMismatch: the key was used with another body.
+            BrokerUnavailable: no answer within a second; with `unknown` the job may have been accepted all the same.
+        """
+        if self._memory_is_short:
+            raise Overloaded("Redis is nearly out of memory; try again later")
+        reply = self._reply_stream if wait else ""
+        submission = _Submission(job, flows.FLOWS[job.flow].leases, reply, in_flight_limit, idempotency)
+        if wait:
+            self._waiting[job.id] = _Waiting()
+        word = answering_id = ""
+        try:
+            async with asyncio.timeout(ANSWER_WITHIN_S):
+                word, answering_id = await self._outbox.add(submission)
+        except TimeoutError as error:
+            raise BrokerUnavailable("Redis does not answer", unknown=True) from error
+        except OutOfMemory as error:
+            raise Overloaded("Redis is out of memory; try again later") from error
+        finally:
+            if word != "accepted":
+                self._waiting.pop(job.id, None)
+        match word:
+            case "accepted":
+                return Accepted(answering_id)
+            case "repeated":
+                return Accepted(answering_id, repeated=True)
+            case "mismatch":
+                raise IdempotencyMismatch
+            case "in_flight":
+                message = f"this API key has {in_flight_limit} unfinished jobs, as many as it may"
+                raise Overloaded(message, code="too_many_in_flight")
+        raise Overloaded
+
+    async def _send(self, batch: Sequence[_Submission]) -> list[tuple[str, str]]:
+        """Send one batch; send it again after an unknown reply: the script knows a job's id."""
+        failures = 0
+        while True:
+            sent_us = monotonic_us()
+            try:
+                reply = await self._submitter.run(scripts.SUBMIT, (), self._submit_arguments(batch))
+            except BrokerUnavailable as error:
+                self._outage.begins(error)
+                if failures >= 3:
+                    raise
+                failures += 1
+                await asyncio.sleep(reconnect_delay_s(failures, self._settings.redis.reconnect_cap_s))
+                continue
+            self._outage.ends()
+            self.clock.observe(int(reply[0]), sent_us)
+            return [(word.decode(), job_id.decode()) for word, job_id in zip(reply[1::2], reply[2::2], strict=True)]
+
+    def _submit_arguments(self, batch: Sequence[_Submission]) -> list[Argument]:
+        candidates = list(self._replicas)
+        self._rng.shuffle(candidates)  # ties between equal loads fall at random
+        args: list[Argument] = [self._settings.admission.max_jobs, len(candidates), *candidates]
+        for submission in batch:
+            job, idempotency = submission.job, submission.idempotency
+            stage, tail = job.launch()
+            args += [job.id, tail, keys.stream(stage, job.priority), job.tenant, job.deadline_ms, 0, submission.reply]
+            limited = submission.in_flight_limit is not None
+            args += [keys.IN_FLIGHT + job.tenant if limited else "", submission.in_flight_limit or 0]
+            if idempotency is None:
+                args += ["", "", 0]
+            else:
+                args += [keys.IDEMPOTENCY + idempotency.key, idempotency.body_hash, int(idempotency.ttl_s * 1000)]
+            args.append("lease" if submission.leases else "")
+        return args
+
+    # --- waiting ---------------------------------------------------------------------------------
+
+    async def wait(self, job_id: str, tenant: str, deadline_ms: int) -> Completion:
+        """Return the outcome of a job, however long its deadline lets it take.
+
+        Raises:
+            DeadlineExceeded: no outcome came until the deadline and a grace (no worker lives to write it).
+            JobLost: Redis knows nothing of the job any more.
+        """
+        waiting = self._waiting.get(job_id)
+        known = waiting is not None
+        if waiting is None:
+            waiting = self._waiting[job_id] = _Waiting()
+        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        waiting.futures.append(future)
+        left_s = (deadline_ms - self.clock.now_ms()) / 1000 + GRACE_S
+        try:
+            async with asyncio.timeout(max(left_s, GRACE_S)):
+                if not known:  # it may have ended before anybody here was interested
+                    with suppress(PenstockError):
+                        await self._find([job_id])
+                completion = waiting.completion or await future
+        except TimeoutError as error:
+            raise DeadlineExceeded from error
+        finally:
+            waiting.futures.remove(future)
+            if not waiting.futures and self._waiting.get(job_id) is waiting:
+                del self._waiting[job_id]
+        if completion.id != job_id or completion.tenant != tenant:
+            raise JobLost
+        return completion
+
+    def waiters(self, job_id: str) -> int:
+        """Return how many callers of this gateway wait for the job now."""
+        waiting = self._waiting.get(job_id)
+        return len(waiting.futures) if waiting else 0
+
+    async def _find(self, job_ids: Sequence[str]) -> None:
+        """Wake the waiters of those jobs that have ended."""
+        values = await self._sweeper.call("MGET", *[keys.COMPLETION + job_id for job_id in job_ids])
+        for job_id, value in zip(job_ids, values, strict=True):
+            if value is not None:
+                self._resolve(job_id, value)
+
+    def _resolve(self, job_id: str, value: bytes) -> None:
+        waiting = self._waiting.get(job_id)
+        if waiting is None:
+            return
+        completion = waiting.completion = Completion.decode(value)
+        for future in waiting.futures:
+            if not future.done():
+                future.set_result(completion)
+
+    async def _read_replies(self) -> None:
+        failures = 0
+        while True:
+            try:
+                await self._open_reply_stream()
+                while True:
+                    reply = await self._reader.call(
+                        "XREAD", "COUNT", 1000, "BLOCK", BLOCK_MS, "STREAMS", self._reply_stream, self._last_reply,
+                        timeout_s=self._settings.redis.reply_timeout_s + BLOCK_MS / 1000,
+                    )  # fmt: skip
+                    failures = 0
+                    if reply:
+                        entries = reply[0][1]
+                        self._last_reply = entries[-1][0]
+                        wanted = [fields[1].decode() for _, fields in entries]
+                        wanted = [job_id for job_id in wanted if job_id in self._waiting]
+                        if wanted:
+                            await self._find(wanted)
+            except PenstockError as error:
+                self._outage.begins(error)
+                await asyncio.sleep(reconnect_delay_s(failures, self._settings.redis.reconnect_cap_s))
+                failures += 1
+
+    async def _open_reply_stream(self) -> None:
+        """Create the reply stream; settles add to it only while it exists, so a dead gateway's is not revived."""
+        opened = await self._reader.call("XADD", self._reply_stream, "MAXLEN", "~", 10_000, "*", "id", "")
+        await self._reader.call("PEXPIRE", self._reply_stream, REPLY_STREAM_TTL_MS)
+        if self._last_reply == b"0":
+            self._last_reply = opened
+
+    async def _sweep_forever(self) -> None:
+        while True:
+            try:
+                await self._refresh()
+                await self._sweep()
+            except PenstockError as error:
+                self._outage.begins(error)
+            else:
+                self._outage.ends()
+            await asyncio.sleep(SWEEP_EVERY_S)
+
+    async def _sweep(self) -> None:
+        """Look for every outcome waited for: the poll behind the wake-ups."""
+        job_ids = list(self._waiting)
+        for i in range(0, len(job_ids), SWEEP_AT_ONCE):
+            some = job_ids[i : i + SWEEP_AT_ONCE]
+            reply = await self._sweeper.run(scripts.SWEEP, (), some)
+            for job_id, value in zip(some, reply, strict=True):
+                waiting = self._waiting.get(job_id)
+                if waiting is None:
+                    continue
+                if value not in {b"alive", b"gone"}:
+                    self._resolve(job_id, value)
+                    continue
+                waiting.gone = waiting.gone + 1 if value == b"gone" else 0
+                if waiting.gone >= 2:
+                    for future in waiting.futures:
+                        if not future.done():
+                            future.set_exception(JobLost())
+
+    async def _refresh(self) -> None:
+        """Keep the reply stream alive; learn which replicas there are and how much memory Redis has left."""
+        if not await self._link.call("PEXPIRE", self._reply_stream, REPLY_STREAM_TTL_MS):
+            await self._link.call("XADD", self._reply_stream, "MAXLEN", "~", 10_000, "*", "id", "")
+            await self._link.call("PEXPIRE", self._reply_stream, REPLY_STREAM_TTL_MS)
+        sent_us = monotonic_us()
+        seconds, micros = await self._link.call("TIME")
+        self.clock.observe(int(seconds) * 1_000_000 + int(micros), sent_us)
+        self._replicas = await self._healthy_replicas()
+        memory = _info(await self._link.call("INFO", "memory"))
+        limit = int(memory.get("maxmemory", "0"))
+        share = int(memory.get("used_memory", "0")) / limit if limit else 0.0
+        self._memory_is_short = share > self._settings.admission.max_memory_share
+
+    async def _healthy_replicas(self) -> list[str]:
+        rows = await self._link.call("HGETALL", keys.REPLICAS)
+        now_ms = self.clock.now_ms()
+        urls = [
+            url.decode()
+            for url, record in zip(rows[::2], rows[1::2], strict=True)
+            if now_ms - orjson.loads(record)["seen_ms"] < REGISTERED_FOR_S * 1000
+        ]
+        closed = []
+        for url in urls:
+            open_until_ms = int(await self._link.call("HGET", keys.HEALTH + url, "open_until_ms") or 0)
+            if open_until_ms <= now_ms:
+                closed.append(url)
+        return closed or urls
+
+    # --- looking ---------------------------------------------------------------------------------
+
+    async def look(self, job_id: str, tenant: str) -> Completion | Literal["queued", "running"] | None:
+        """Return a job's outcome, or where it is; None when it is not known to this tenant.
+
+        Raises:
+            BrokerUnavailable: Redis does not answer within a second.
+        """
+        reply = await self._ask(scripts.LOOK, (job_id,))
+        match reply[0]:
+            case b"finished":
+                completion = Completion.decode(reply[1])
+                return completion if completion.tenant == tenant and completion.id == job_id else None
+            case b"queued" | b"running" if reply[1].decode() == tenant:
+                return "queued" if reply[0] == b"queued" else "running"
+        return None
+
+    async def cancel(self, job_id: str, tenant: str) -> Literal["cancelled", "cancelling", "finished", "unknown"]:
+        """Cancel a job: at once while it waits, by its worker while it runs.
+
+        Raises:
+            BrokerUnavailable: Redis does not answer within a second.
+        """
+        ttl_ms = int(self._settings.worker.completion_ttl_s * 1000)
+        reply: bytes = await self._ask(scripts.CANCEL, (job_id, tenant, ttl_ms))
+        word: Literal["cancelled", "cancelling", "finished", "unknown"] = reply.decode()  # type: ignore[assignment]
+        return word
+
+    async def idempotent_outcome(self, key: str) -> Completion | None:
+        """Return the outcome kept with an Idempotency-Key, after the completion's own life has ended."""
+        text = await self._within(self._link.call("HGET", keys.IDEMPOTENCY + key, "outcome"))
+        return Completion.decode(text) if text else None
+
+    async def health(self) -> Health:
+        """Return what is missing: Redis, or a ready worker of a stage that queries need."""
+        needed = flows.FLOWS["query"].route
+        try:
+            records = [record for _, record in await self.workers()]
+        except BrokerUnavailable as error:
+            return Health(str(error), dict.fromkeys(needed, "unknown while Redis is away"))
+        reasons: dict[str, str | None] = {}
+        for stage in needed:
+            states = [record["stages"][stage] for record in records if stage in record["stages"]]
+            reasons[stage] = None if None in states else "; ".join(sorted(set(states))) or "no worker is running"
+        return Health(None, reasons)
+
+    async def workers(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return the live consumers and what they say of themselves."""
+        names = [name.decode() for name in await self._within(self._link.call("ZRANGE", keys.WORKERS, 0, -1))]
+        if not names:
+            return []
+        values = await self._within(self._link.call("MGET", *[keys.WORKER + name for name in names]))
+        return [(name, orjson.loads(value)) for name, value in zip(names, values, strict=True) if value]
+
+    async def replica_loads(self) -> dict[str, int]:
+        """Return the live leases of every registered replica."""
+        urls = [url.decode() for url in await self._within(self._link.call("HKEYS", keys.REPLICAS))]
+        if not urls:
+            return {}
+        values = await self._within(self._link.call("MGET", *[keys.LOAD + url for url in urls]))
+        return {url: int(value or 0) for url, value in zip(urls, values, strict=True)}
+
+    async def _ask(self, script: scripts.Script, args: Sequence[Argument]) -> Any:
+        return await self._within(self._link.run(script, (), args))
+
+    async def _within(self, call: Any) -> Any:
+        try:
+            async with asyncio.timeout(ANSWER_WITHIN_S):
+                return await call
+        except TimeoutError as error:
+            raise BrokerUnavailable("Redis does not answer", unknown=True) from error
+
+    def __repr__(self) -> str:
+        return f"<Front {self._reply_stream} waiting={len(self._waiting)} memory_is_short={self._memory_is_short}>"
+
+
+def _info(text: bytes) -> dict[str, str]:
+    return dict(line.split(":", 1) for line in text.decode().split("\r\n") if ":" in line)

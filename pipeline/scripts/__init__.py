@@ -1,0 +1,48 @@
+"""The Lua scripts: one operation per file, called by content hash, so two versions can run during a deploy.
+
+What is sent to Redis is the file's `#!lua` line, the key spellings of `pipeline.keys` as the table `KEY`, the shared
+functions of `_prelude.lua`, and the rest of the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+from typing import Final
+
+from pipeline.keys import LUA_KEYS
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """One script, ready to be sent."""
+
+    name: str
+    text: str
+    sha: str
+
+
+def _load(name: str) -> Script:
+    folder = resources.files(__package__)
+    shebang, _, body = (folder / f"{name}.lua").read_text().partition("\n")
+    keys = "local KEY = {" + ", ".join(f"{key} = '{spelling}'" for key, spelling in LUA_KEYS.items()) + "}"
+    text = "\n".join([shebang, keys, (folder / "_prelude.lua").read_text(), body])
+    return Script(name, text, hashlib.sha1(text.encode()).hexdigest())  # noqa: S324 - Redis names scripts by SHA-1
+
+
+ADOPT: Final = _load("adopt")
+CANCEL: Final = _load("cancel")
+CLAIM: Final = _load("claim")
+EXPIRE: Final = _load("expire")
+LAPSED: Final = _load("lapsed")
+LOOK: Final = _load("look")
+MOVE: Final = _load("move")
+OBSERVE: Final = _load("observe")
+PLACE: Final = _load("place")
+PROMOTE: Final = _load("promote")
+RENEW: Final = _load("renew")
+SETTLE: Final = _load("settle")
+SUBMIT: Final = _load("submit")
+SWEEP: Final = _load("sweep")
+TAKE: Final = _load("take")

@@ -1,0 +1,134 @@
+-- What every script shares. `KEY` above holds the spellings of keys.py.
+-- Rules: no pcall around a write (it would hide half of one); no cjson on envelopes (it turns [] into {} and rounds long
+-- numbers); everything is checked before the first write, since a script that fails half-way keeps what it wrote.
+
+local call = redis.call
+
+-- Redis' clock in microseconds; the same all through one script.
+local function clock_us()
+  local time = call('TIME')
+  return time[1] * 1000000 + time[2]
+end
+
+-- A number as digits: tostring would write 1.7e+15.
+local function digits(number)
+  return string.format('%.0f', number)
+end
+
+-- The id of an envelope of ours, nil for anything else.
+local function id_of(data)
+  return data and string.match(data, '^{"v":1,"id":"([^"]+)"')
+end
+
+local function field_of(fields, name)
+  for i = 1, #fields, 2 do
+    if fields[i] == name then return fields[i + 1] end
+  end
+  return nil
+end
+
+-- One wake-up per script call, when an entry was added to a placed stage or one of its slots was freed.
+local wake = false
+local function tell_wake()
+  if wake then call('PUBLISH', KEY.wake_channel, '') end
+end
+
+local function add(stream, data, vector)
+  if string.sub(stream, 1, #KEY.placed) == KEY.placed then wake = true end
+  if vector and vector ~= '' then
+    return call('XADD', stream, '*', 'data', data, 'vector', vector)
+  end
+  return call('XADD', stream, '*', 'data', data)
+end
+
+-- The live record, fields by name; nil when there is none.
+local LIVE_FIELDS = {'entry', 'stream', 'tenant', 'lease', 'cancel', 'reply', 'in_flight', 'idem', 'attempts'}
+local function read_live(id)
+  local values = call('HMGET', KEY.live .. id, unpack(LIVE_FIELDS))
+  if not values[2] then return nil end
+  local live = {}
+  for i, name in ipairs(LIVE_FIELDS) do live[name] = values[i] end
+  return live
+end
+
+-- llm:load:<URL> always equals the number of live leases: it is set from their count, never counted up or down.
+local function set_load(url)
+  call('SET', KEY.load .. url, call('ZCARD', KEY.leases .. url))
+end
+
+local function lease(id, url, now_us)
+  call('ZADD', KEY.leases .. url, digits(now_us), id)
+  set_load(url)
+end
+
+-- Give back a job's running place and its lease.
+local function unlease(id, url)
+  if not url then return end
+  if call('ZREM', KEY.running .. url, id) == 1 then wake = true end
+  if call('ZREM', KEY.leases .. url, id) == 1 then set_load(url) end
+end
+
+-- The pending row of an entry: owner and delivery count; nil when it is not pending or its group is gone.
+local function pending(stream, group, entry)
+  local rows = redis.pcall('XPENDING', stream, group, entry, entry, 1)
+  if rows.err or #rows == 0 then return nil end
+  return rows[1][2], rows[1][4]
+end
+
+local function remove(stream, group, entry)
+  call('XACK', stream, group, entry)
+  call('XDEL', stream, entry)
+end
+
+-- The group of a stream: the stage's name.
+local function group_of(stream)
+  return string.match(stream, '^job:(.-)_in')
+end
+
+-- An outcome that no worker wrote: the job ended while it waited.
+local function ended(id, live, status, code, message, now_us)
+  return '{"id":"' .. id .. '","status":"' .. status .. '","tenant":"' .. (live.tenant or 'default')
+    .. '","result":null,"error":{"type":"' .. status .. '","code":"' .. code .. '","message":"' .. message
+    .. '"},"worker":null,"replica":null,"attempts":' .. (live.attempts or '0') .. ',"timings_ms":{},"finished_us":'
+    .. digits(now_us) .. '}'
+end
+
+-- finish: the one place where a job ends. The caller has just removed its entry, in this same script.
+local function finish(id, live, completion, ttl_ms)
+  call('SET', KEY.completion .. id, completion, 'PX', ttl_ms)
+  call('DEL', KEY.live .. id)
+  call('ZREM', KEY.live_index, id)
+  unlease(id, live.lease)
+  if live.in_flight then call('SREM', live.in_flight, id) end
+  if live.idem and call('EXISTS', live.idem) == 1 then call('HSET', live.idem, 'outcome', completion) end
+  if live.reply then call('XADD', live.reply, 'NOMKSTREAM', 'MAXLEN', '~', 10000, '*', 'id', id) end
+end
+
+-- A stamp that rises with every accepted job, also when Redis' clock is set back: the larger of clock and last + 1.
+local function next_stamp(now_us)
+  local last = tonumber(call('GET', KEY.stamp) or '0')
+  local stamp = math.max(now_us, last + 1)
+  call('SET', KEY.stamp, digits(stamp))
+  return stamp
+end
+
+-- accept: the one place where a job begins: its live record and its entry, or its place among the delayed.
+-- tail: the envelope without `v`, `id` and `accepted_us`. more: further fields of the live record, flat.
+local function accept(id, tail, stream, tenant, deadline_ms, due_ms, now_us, more, vector)
+  local data = '{"v":1,"id":"' .. id .. '","accepted_us":' .. digits(next_stamp(now_us)) .. ',' .. tail
+  local key = KEY.live .. id
+  call('ZADD', KEY.live_index, deadline_ms, id)
+  if tonumber(due_ms) * 1000 > now_us then
+    call('HSET', key, 'stream', stream, 'entry', '', 'tenant', tenant, 'body', data, 'vector', vector or '', unpack(more))
+    call('ZADD', KEY.delayed, due_ms, id)
+  else
+    call('HSET', key, 'stream', stream, 'entry', add(stream, data, vector), 'tenant', tenant, unpack(more))
+  end
+end
+
+-- bury: write the story of an entry; returns how many old letters had to go.
+local function bury(letter, most, max_age_ms, now_us)
+  call('XADD', KEY.dead, '*', 'data', letter)
+  local dropped = call('XTRIM', KEY.dead, 'MAXLEN', most)
+  return dropped + call('XTRIM', KEY.dead, 'MINID', digits(math.floor(now_us / 1000) - max_age_ms))
+end

@@ -1,0 +1,28 @@
+#!lua flags=allow-oom
+-- cancel: end a job that waits; mark one that runs and tell its worker.
+-- ARGV[1] job id  ARGV[2] tenant  ARGV[3] life of a completion (ms)
+-- Returns: 'cancelled' (ended here) | 'cancelling' (its worker ends it) | 'finished' (too late) | 'unknown'.
+-- Invariant: the outcome is written by whoever removes the entry; the mark stands until then.
+local id, tenant = ARGV[1], ARGV[2]
+local live = read_live(id)
+if not live then
+  local done = call('GET', KEY.completion .. id)
+  return done and string.match(done, '"tenant":"([^"]*)"') == tenant and 'finished' or 'unknown'
+end
+if live.tenant ~= tenant then return 'unknown' end
+local text = ended(id, live, 'cancelled', 'cancelled', 'the job was cancelled', clock_us())
+if live.entry == '' then
+  call('ZREM', KEY.delayed, id)
+  finish(id, live, text, ARGV[3])
+  tell_wake()
+  return 'cancelled'
+end
+if pending(live.stream, group_of(live.stream), live.entry) then
+  call('HSET', KEY.live .. id, 'cancel', '1')
+  call('PUBLISH', KEY.cancel_channel, id)
+  return 'cancelling'
+end
+call('XDEL', live.stream, live.entry)
+finish(id, live, text, ARGV[3])
+tell_wake()
+return 'cancelled'

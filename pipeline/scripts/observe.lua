@@ -1,0 +1,38 @@
+#!lua flags=allow-oom
+-- observe: share how calls to replicas went: recent speed, and the circuit breaker.
+-- ARGV[1] failures in a row that open the breaker  ARGV[2] how long it stays open (ms)
+-- then per call 4 values: URL, 'ok' | 'failed' | 'refused', duration (us), completion tokens (0: unknown)
+-- Returns: time (us), then per call 'closed' | 'opened' | 'open' | 'closed_again'.
+-- Invariant: a success closes the breaker; while it is half open one failure opens it again.
+local now_us = clock_us()
+local now_ms = math.floor(now_us / 1000)
+local WEIGHT = 0.2 -- of the newest observation: about the last ten calls count
+local answer = {digits(now_us)}
+local function blend(old, new)
+  return old and tonumber(old) * (1 - WEIGHT) + new * WEIGHT or new
+end
+for i = 3, #ARGV, 4 do
+  local key = KEY.health .. ARGV[i]
+  local seen = call('HMGET', key, 'us_per_token', 'tokens', 'failures', 'open_until_ms')
+  local open_until = tonumber(seen[4] or '0')
+  if ARGV[i + 1] == 'ok' then
+    local tokens = math.max(1, tonumber(ARGV[i + 3]))
+    call('HSET', key, 'us_per_token', blend(seen[1], tonumber(ARGV[i + 2]) / tokens), 'tokens', blend(seen[2], tokens),
+      'failures', 0, 'open_until_ms', 0)
+    answer[#answer + 1] = open_until > 0 and 'closed_again' or 'closed'
+    if open_until > 0 then wake = true end
+  else
+    local failures = tonumber(seen[3] or '0') + 1
+    local opens = ARGV[i + 1] == 'refused' or failures >= tonumber(ARGV[1]) or open_until > 0
+    if opens then
+      call('HSET', key, 'failures', failures, 'open_until_ms', digits(now_ms + tonumber(ARGV[2])))
+      answer[#answer + 1] = open_until > now_ms and 'open' or 'opened'
+    else
+      call('HSET', key, 'failures', failures)
+      answer[#answer + 1] = 'closed'
+    end
+  end
+  call('PEXPIRE', key, 3600000)
+end
+tell_wake()
+return answer

@@ -1,0 +1,80 @@
+#!lua flags=allow-oom
+-- place: take the next entries of the llm stage, each together with its replica and its running place; and look around.
+-- KEYS[1..3] job:llm_in:high, job:llm_in, job:llm_in:low
+-- ARGV[1] group  ARGV[2] consumer  ARGV[3] number of replicas R  ARGV[4] number of orders N
+-- then R times: URL, slots (0: breaker open); then N times: priority owed (1..3), length L, L replica numbers (1..R)
+-- Returns: time (us); jobs waiting; R rows {running, leases, service (us per token), tokens, open_until_ms};
+--   then per entry four values: stream number, entry id, fields, URL ('' when the entry is no live job of ours).
+-- Invariant: a job starts only in a free slot of its replica, counted here, so slots are exact over all llm processes.
+local now_us = clock_us()
+local group, consumer = ARGV[1], ARGV[2]
+local count, orders = tonumber(ARGV[3]), tonumber(ARGV[4])
+local urls, free, at = {}, {}, 5
+for i = 1, count do
+  urls[i] = ARGV[at]
+  free[i] = tonumber(ARGV[at + 1]) - call('ZCARD', KEY.running .. urls[i])
+  at = at + 2
+end
+
+local function read_one(number)
+  local reply = call('XREADGROUP', 'GROUP', group, consumer, 'COUNT', 1, 'STREAMS', KEYS[number], '>')
+  return reply and reply[1][2][1]
+end
+
+local function next_entry(owed)
+  local entry = read_one(owed)
+  if entry then return owed, entry end
+  for number = 1, 3 do
+    if number ~= owed then
+      entry = read_one(number)
+      if entry then return number, entry end
+    end
+  end
+  return nil
+end
+
+local taken = {}
+for _ = 1, orders do
+  local owed, length = tonumber(ARGV[at]), tonumber(ARGV[at + 1])
+  local choice
+  for i = at + 2, at + 1 + length do
+    local replica = tonumber(ARGV[i])
+    if not choice and free[replica] > 0 then choice = replica end
+  end
+  at = at + 2 + length
+  if not choice then break end
+  local number, entry = next_entry(owed)
+  if not entry then break end
+  local id = id_of(field_of(entry[2], 'data'))
+  local live = id and call('HMGET', KEY.live .. id, 'entry', 'lease')
+  local url = ''
+  if live and live[1] == entry[1] then
+    url = urls[choice]
+    free[choice] = free[choice] - 1
+    if live[2] ~= url then
+      unlease(id, live[2])
+      call('HSET', KEY.live .. id, 'lease', url)
+      lease(id, url, now_us)
+    end
+    call('ZADD', KEY.running .. url, digits(now_us), id)
+  end
+  taken[#taken + 1] = number
+  taken[#taken + 1] = entry[1]
+  taken[#taken + 1] = entry[2]
+  taken[#taken + 1] = url
+end
+
+local waiting = 0
+for number = 1, 3 do
+  waiting = waiting + call('XLEN', KEYS[number]) - call('XPENDING', KEYS[number], group)[1]
+end
+local answer = {digits(now_us), waiting}
+for i = 1, count do
+  local health = call('HMGET', KEY.health .. urls[i], 'us_per_token', 'tokens', 'open_until_ms')
+  answer[#answer + 1] = {
+    call('ZCARD', KEY.running .. urls[i]), call('ZCARD', KEY.leases .. urls[i]),
+    health[1] or '', health[2] or '', health[3] or '0',
+  }
+end
+for _, value in ipairs(taken) do answer[#answer + 1] = value end
+return answer

@@ -1,0 +1,19 @@
+#!lua flags=allow-oom
+-- promote: move delayed jobs whose time has come onto their streams.
+-- ARGV[1] at most (jobs)
+-- Returns: time (us), jobs moved.
+-- Invariant: a delayed job is either in job:delayed or on its stream, never both, never neither.
+local now_us = clock_us()
+local moved = 0
+for _, id in ipairs(call('ZRANGEBYSCORE', KEY.delayed, '-inf', digits(math.floor(now_us / 1000)), 'LIMIT', 0, ARGV[1])) do
+  local key = KEY.live .. id
+  local live = call('HMGET', key, 'stream', 'body', 'vector')
+  if live[2] then
+    call('HSET', key, 'entry', add(live[1], live[2], live[3]))
+    call('HDEL', key, 'body', 'vector')
+    moved = moved + 1
+  end
+  call('ZREM', KEY.delayed, id)
+end
+tell_wake()
+return {digits(now_us), moved}

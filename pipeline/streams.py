@@ -1,0 +1,323 @@
+"""One stage's streams, as its worker sees them: take, settle, claim, each one script call.
+
+Hides Redis: which command, which key, what a lost reply means. Every method may raise `BrokerUnavailable`; `settle`
+never does: an outcome whose reply was lost stays in hand and is sent again until Redis has answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import structlog
+
+from pipeline import keys, scripts
+from pipeline.batching import Batcher
+from pipeline.clock import Clock, monotonic_us
+from pipeline.connection import Argument, CommandRefused, GroupMissing, Link, Outage, reconnect_delay_s
+from pipeline.errors import BrokerUnavailable
+from pipeline.job import Job
+from pipeline.priorities import Shares
+
+if TYPE_CHECKING:
+    from pipeline.balancing import Replica
+    from pipeline.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+BLOCK_MS: Final = 1_000
+"""A blocked read ends so often, so that a worker that is to stop need not cut it off."""
+
+Verb = Literal["forward", "complete", "retry", "release", "bury"]
+Answer = Literal["settled", "cancelled", "lost", "orphan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry in this consumer's hands.
+
+    Attributes:
+        deliveries: how often it was delivered; together with the consumer's name this is the fence.
+        data: the field `data`; None when the entry has none.
+        replica: where its job was placed; "" when nowhere.
+        resumed: somebody may have worked on it before: it was claimed, or found pending.
+    """
+
+    stream: str
+    id: bytes
+    deliveries: int
+    data: bytes | None
+    vector: bytes | None = None
+    replica: str = ""
+    resumed: bool = False
+
+
+@dataclass(slots=True)
+class Settlement:
+    """What is to become of one entry: the verb, and what the settle script needs for it."""
+
+    entry: Entry
+    job_id: str
+    verb: Verb
+    a: Argument = ""
+    b: Argument = ""
+    c: Argument = ""
+    start: Sequence[Job] = field(default_factory=tuple)
+    unknown: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """What a claim brought.
+
+    Attributes:
+        left: entries of the lapsed consumer that it still holds.
+    """
+
+    entries: list[Entry]
+    left: int
+
+
+class Streams:
+    """The streams of one stage, read by one consumer.
+
+    Uses three connections: one for reads that block, one for settling, one for the rest. `lost_while_unknown` counts
+    answers that say nothing: a settle that ran, whose reply was lost, finds its entry gone when it is sent again.
+    """
+
+    def __init__(self, stage: str, consumer: str, settings: Settings, clock: Clock, *, placed: bool) -> None:
+        self.stage = stage
+        self.names = tuple(keys.stream(stage, priority) for priority in ("high", "normal", "low"))
+        self.control = Link(settings.redis, f"{stage}-control")
+        self._reader = Link(settings.redis, f"{stage}-reader")
+        self._settler = Link(settings.redis, f"{stage}-settler")
+        self._consumer = consumer
+        self._settings = settings
+        self._clock = clock
+        self._placed = placed
+        self._shares = Shares()
+        self._outbox: Batcher[Settlement, Answer] = Batcher(self._send)
+        self._outage = Outage(f"{stage} settle")
+        self.dropped_letters = 0
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._outbox.close()
+        for link in (self.control, self._reader, self._settler):
+            await link.close()
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    async def ensure_groups(self) -> None:
+        """Create the stage's groups where they are missing, at the beginning of the stream: nothing is skipped."""
+        for name in self.names:
+            try:
+                await self.control.call("XGROUP", "CREATE", name, self.stage, "0", "MKSTREAM")
+            except CommandRefused as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
+
+    async def take(self, most: int) -> list[Entry]:
+        """Return up to *most* entries that wait now, by the shares of the priorities."""
+        sent_us = monotonic_us()
+        args = (self.stage, self._consumer, most, *self._shares.owed(most))
+        reply = await self._reader.run(scripts.TAKE, self.names, args)
+        self._clock.observe(int(reply[0]), sent_us)
+        entries = [
+            _entry(self.names[number - 1], entry_id, fields, deliveries=1)
+            for number, entry_id, fields in zip(reply[1::3], reply[2::3], reply[3::3], strict=True)
+        ]
+        self._shares.took(len(entries))
+        return entries
+
+    async def wait(self) -> list[Entry]:
+        """Return the first entry to come (seldom up to three), nothing when none comes for a while."""
+        reply = await self._reader.call(
+            "XREADGROUP", "GROUP", self.stage, self._consumer, "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", *self.names,
+            ">", ">", ">", timeout_s=self._settings.redis.reply_timeout_s + BLOCK_MS / 1000,
+        )  # fmt: skip
+        entries = [_entry(name.decode(), *found, deliveries=1) for name, rows in reply or () for found in rows]
+        self._shares.took(len(entries))
+        return entries
+
+    async def place(self, replicas: Sequence[Replica], orders: Sequence[Sequence[str]]) -> Placed:
+        """Take one entry per order, each with a running place at the first free replica of that order.
+
+        The reply also tells how all *replicas* stand now.
+        """
+        number_of = {replica.url: number for number, replica in enumerate(replicas, start=1)}
+        args: list[Argument] = [self.stage, self._consumer, len(replicas), len(orders)]
+        for replica in replicas:
+            args += [replica.url, 0 if replica.is_open else replica.slots]
+        for owed, order in zip(self._shares.ahead(len(orders)), orders, strict=True):
+            args += [owed, len(order), *(number_of[url] for url in order)]
+        sent_us = monotonic_us()
+        reply = await self._reader.run(scripts.PLACE, self.names, args)
+        self._clock.observe(int(reply[0]), sent_us)
+        rows, found = reply[2 : 2 + len(replicas)], reply[2 + len(replicas) :]
+        entries = [
+            _entry(self.names[number - 1], entry_id, fields, deliveries=1, replica=url.decode())
+            for number, entry_id, fields, url in zip(found[0::4], found[1::4], found[2::4], found[3::4], strict=True)
+        ]
+        self._shares.took(len(entries))
+        return Placed(entries, int(reply[1]), [_standing(row) for row in rows])
+
+    async def fetch(self, stream: str, entry_id: bytes, deliveries: int) -> Entry | None:
+        """Return one entry by its id, None when it is gone."""
+        rows = await self.control.call("XRANGE", stream, entry_id, entry_id)
+        return _entry(stream, *rows[0], deliveries=deliveries, resumed=True) if rows else None
+
+    async def is_cancelled(self, job_id: str) -> bool:
+        """Say whether the job is marked as to be cancelled. A job just read is not: cancelling removes waiting ones."""
+        return bool(await self.control.call("HEXISTS", keys.LIVE + job_id, "cancel"))
+
+    # --- taking over from the dead ---------------------------------------------------------------
+
+    async def lapsed(self) -> list[tuple[str, str]]:
+        """Return (stream, consumer) for every consumer of this stage that has no lease now."""
+        sent_us = monotonic_us()
+        reply = await self.control.run(scripts.LAPSED, self.names, (self.stage,))
+        self._clock.observe(int(reply[0]), sent_us)
+        return [(self.names[number - 1], name.decode()) for number, name in zip(reply[1::2], reply[2::2], strict=True)]
+
+    async def claim(self, stream: str, lapsed: str, most: int, *, idle: bool) -> Claimed:
+        """Take over up to *most* entries of a lapsed consumer; a suspect only alone, and only when *idle*."""
+        suspect_from = min(2, self._settings.worker.max_deliveries)
+        args = (self.stage, lapsed, self._consumer, most, "idle" if idle else "", suspect_from)
+        reply = await self.control.run(scripts.CLAIM, (stream,), args)
+        rows = zip(reply[3::4], reply[4::4], reply[5::4], reply[6::4], strict=True)
+        entries = [
+            _entry(stream, entry_id, fields, deliveries=count, replica=url.decode(), resumed=True)
+            for entry_id, count, fields, url in rows
+        ]
+        return Claimed(entries, int(reply[2]))
+
+    # --- letting go ------------------------------------------------------------------------------
+
+    async def settle(self, settlement: Settlement) -> Answer:
+        """Let go of an entry; returns only when Redis has answered.
+
+        Returns:
+            "lost" only when another consumer, or a later delivery, owns the entry; "settled" also when an earlier
+            sending, whose reply was lost, may have done it.
+        """
+        answer = await self._outbox.add(settlement)
+        return "settled" if answer == "lost" and settlement.unknown else answer
+
+    async def adopt(self, entry: Entry, job: Job) -> Literal["adopted", "lost", "duplicate"]:
+        """Put *job* in the place of a foreign entry. May be sent again after an unknown reply: it runs once."""
+        stage, tail = job.launch()
+        reply = await self.control.run(
+            scripts.ADOPT,
+            (),
+            (
+                entry.stream, self.stage, entry.id, entry.deliveries, self._consumer, job.id, tail, job.tenant,
+                job.deadline_ms, keys.stream(stage, job.priority),
+            ),
+        )  # fmt: skip
+        answer: Literal["adopted", "lost", "duplicate"] = reply[1].decode()
+        return answer
+
+    async def move(self, entry: Entry, job_id: str, order: Sequence[Replica]) -> str:
+        """Change the replica of a job in hand. Returns "lost", "none" or the new replica's URL."""
+        args: list[Argument] = [entry.stream, self.stage, entry.id, entry.deliveries, self._consumer, job_id]
+        for replica in order:
+            args += [replica.url, replica.slots]
+        reply: bytes = await self.control.run(scripts.MOVE, (), args)
+        return reply.decode()
+
+    async def _send(self, batch: Sequence[Settlement]) -> list[Answer]:
+        """Send one batch until Redis answers."""
+        failures = 0
+        while True:
+            try:
+                reply = await self._run_settle(batch)
+            except (BrokerUnavailable, GroupMissing) as error:
+                if isinstance(error, GroupMissing) or error.unknown:
+                    for settlement in batch:
+                        settlement.unknown = True
+                self._outage.begins(error)
+                await asyncio.sleep(reconnect_delay_s(failures, self._settings.redis.reconnect_cap_s))
+                failures += 1
+            except CommandRefused:
+                # A key of the wrong type, say: an operator must act. The outcome is kept and sent again.
+                log.exception("redis refuses to settle; trying again", stage=self.stage, entries=len(batch))
+                await asyncio.sleep(1.0)
+            else:
+                self._outage.ends()
+                return reply
+
+    async def _run_settle(self, batch: Sequence[Settlement]) -> list[Answer]:
+        settings = self._settings
+        args: list[Argument] = [
+            self._consumer,
+            int(settings.worker.completion_ttl_s * 1000),
+            settings.dead.max_letters,
+            int(settings.dead.max_age_s * 1000),
+            "placed" if self._placed else "",
+        ]
+        for settlement in batch:
+            entry = settlement.entry
+            args += [
+                entry.stream, self.stage, entry.id, entry.deliveries, settlement.job_id, settlement.verb,
+                settlement.a, settlement.b, settlement.c, len(settlement.start),
+            ]  # fmt: skip
+            for job in settlement.start:
+                args += start_arguments(job)
+        sent_us = monotonic_us()
+        reply: list[Any] = await self._settler.run(scripts.SETTLE, (), args)
+        self._clock.observe(int(reply[0]), sent_us)
+        self.dropped_letters += reply[1]
+        return [word.decode() for word in reply[2:]]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How one replica stands, as the placing script counted it."""
+
+    running: int
+    leases: int
+    us_per_token: float | None
+    tokens: float | None
+    open_until_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """What a placing brought: entries, and the picture for the next one."""
+
+    entries: list[Entry]
+    waiting: int
+    standings: list[Standing]
+
+
+def start_arguments(job: Job) -> list[Argument]:
+    """Return what a script needs to accept *job* on its first stage."""
+    stage, tail = job.launch()
+    return [job.id, tail, keys.stream(stage, job.priority), job.tenant, job.deadline_ms, 0]
+
+
+def _entry(
+    stream: str,
+    entry_id: bytes,
+    fields: list[bytes] | None,
+    *,
+    deliveries: int,
+    replica: str = "",
+    resumed: bool = False,
+) -> Entry:
+    pairs = dict(zip(fields[::2], fields[1::2], strict=True)) if fields else {}
+    return Entry(stream, entry_id, deliveries, pairs.get(b"data"), pairs.get(b"vector"), replica, resumed)
+
+
+def _standing(row: Sequence[Any]) -> Standing:
+    running, leases, us_per_token, tokens, open_until_ms = row
+    return Standing(
+        int(running),
+        int(leases),
+        float(us_per_token) if us_per_token else None,
+        float(tokens) if tokens else None,
+        int(open_until_ms),
+    )

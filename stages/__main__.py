@@ -1,0 +1,80 @@
+"""A stage process: `python -m stages NAME...`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import structlog
+import uvloop
+from prometheus_client import start_http_server
+
+from pipeline.consumer import Consumer
+from pipeline.errors import ConfigError
+from pipeline.settings import Settings, load
+
+if TYPE_CHECKING:
+    from pipeline.stage import Stage
+
+log = structlog.get_logger(__name__)
+
+
+def build(name: str, settings: Settings) -> Stage:
+    """Return the stage of that name: `build(settings)` of the module `stages.<name>`.
+
+    Raises:
+        ConfigError: there is no such stage.
+    """
+    if not name.isidentifier():
+        raise ConfigError(f"{name!r} is no stage's name")
+    try:
+        module = importlib.import_module(f"stages.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"stages.{name}":
+            raise
+        raise ConfigError(f"there is no stage called {name!r}: stages/{name}.py does not exist") from error
+    stage: Stage = module.build(settings)
+    return stage
+
+
+async def work(names: Sequence[str], settings: Settings) -> None:
+    """Run the stages until a signal stops them."""
+    stages = [build(name, settings) for name in dict.fromkeys(names)]
+    try:
+        server, _ = start_http_server(settings.metrics.port, settings.metrics.host)
+    except OSError as error:
+        raise ConfigError(f"PENSTOCK_METRICS__PORT: cannot listen on {settings.metrics.port}: {error}") from error
+    try:
+        consumer = Consumer(stages, settings, metrics_address=f"{settings.metrics.host}:{server.server_port}")
+        consumer.stop_on_signals()
+        log.info("working", worker=consumer.worker_name, stages=list(names), metrics_port=server.server_port)
+        await consumer.run()
+    finally:
+        server.shutdown()
+
+
+def run(names: Sequence[str], settings: Settings) -> int:
+    """Run the stages; return the process's exit code: 0 after a drain, 2 for settings that cannot work."""
+    try:
+        uvloop.run(work(names, settings))
+    except ConfigError as error:
+        print(error, file=sys.stderr)  # noqa: T201 - the operator reads it
+        return 2
+    return 0
+
+
+def main() -> int:
+    """Read the settings and the command line."""
+    try:
+        settings = load(os.environ)
+    except ConfigError as error:
+        print(error, file=sys.stderr)  # noqa: T201 - the operator reads it
+        return 2
+    return run(sys.argv[1:], settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
