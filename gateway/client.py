@@ -18,7 +18,8 @@ from httpx_aiohttp import AiohttpTransport
 Json = dict[str, Any]
 
 POLL_FIRST_S: Final = 0.02
-POLL_CAP_S: Final = 1.0  # a completion lives 60 s by default: it is seen long before it goes
+POLL_CAP_S: Final = 0.5  # a completion lives 60 s by default: it is seen long before it goes
+POLL_AT_ONCE: Final = 100  # the gateway's own bound
 RETRY_CAP_S: Final = 30.0
 RETRY_BASE_S: Final = 0.2
 
@@ -57,9 +58,9 @@ def decide_wait_s(status: int, headers: Mapping[str, str], failures: int) -> flo
     return min(max(asked_s, 0.05), RETRY_CAP_S)
 
 
-def next_poll_s(waited_s: float) -> float:
-    """Return the wait before asking again for a job that one has waited *waited_s* for: a fifth of that, bounded."""
-    return min(POLL_CAP_S, max(POLL_FIRST_S, waited_s / 5))
+def next_poll_s(idle_polls: int) -> float:
+    """Return the wait before the next poll, after *idle_polls* in a row that found nothing finished."""
+    return float(min(POLL_CAP_S, POLL_FIRST_S * 1.5 ** min(idle_polls, 50)))
 
 
 class Client:
@@ -81,6 +82,8 @@ class Client:
         self.url = url.rstrip("/")
         self._patience_s = patience_s
         self._on_wait = on_wait
+        self._waiting: dict[str, asyncio.Future[Json]] = {}
+        self._poller: asyncio.Task[None] | None = None
         self._http = httpx.AsyncClient(
             base_url=self.url,
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
@@ -94,6 +97,9 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._poller:
+            self._poller.cancel()
+            await asyncio.wait({self._poller})
         await self._http.aclose()
 
     async def send(
@@ -140,18 +146,46 @@ class Client:
             message = f"no gateway at {self.url} ({error or type(error).__name__}); `penstock up` starts one"
             raise GatewayUnreachable(message) from error
 
-    async def outcome(self, path: str) -> Json:
-        """Wait until the job whose status stands at *path* has ended, and return that status.
+    async def outcome(self, job_id: str) -> Json:
+        """Wait until a job has ended, and return its status; `lost` when nothing is known of it any more.
+
+        All jobs waited for are asked about together.
 
         Raises:
-            GatewayUnreachable, GatewayRefused: see `send`; 404 when its outcome is no longer kept.
+            GatewayUnreachable, GatewayRefused: see `send`.
         """
-        began_s = time.monotonic()
-        while True:
-            status: Json = (await self.send("GET", path)).json()
-            if status.get("status") not in {"queued", "running"}:
-                return status
-            await asyncio.sleep(next_poll_s(time.monotonic() - began_s))
+        ended: asyncio.Future[Json] = asyncio.get_running_loop().create_future()
+        self._waiting[job_id] = ended
+        if self._poller is None or self._poller.done():
+            self._poller = asyncio.create_task(self._poll(), name="poll jobs")
+        try:
+            return await ended
+        finally:
+            self._waiting.pop(job_id, None)
+
+    async def _poll(self) -> None:
+        idle_polls = 0
+        while self._waiting:
+            await asyncio.sleep(next_poll_s(idle_polls))
+            idle_polls += 1
+            asked = list(self._waiting)[:POLL_AT_ONCE]
+            try:
+                jobs: Json = (await self.send("GET", f"/jobs?ids={','.join(asked)}")).json()["jobs"]
+            except (GatewayUnreachable, GatewayRefused) as error:
+                for ended in self._waiting.values():
+                    if not ended.done():
+                        ended.set_exception(error)
+                return
+            for job_id in asked:
+                status = jobs.get(job_id) or {"status": "lost"}
+                if job_id not in self._waiting:  # whoever waited has gone
+                    continue
+                ended = self._waiting.pop(job_id)
+                if status["status"] in {"queued", "running"}:
+                    self._waiting[job_id] = ended  # at the end of the line: beyond a hundred, all get their turn
+                elif not ended.done():
+                    ended.set_result(status)
+                    idle_polls = 0
 
     async def ask(self, question: str) -> Json:
         """Return the answer to *question*, with its sources."""

@@ -241,15 +241,15 @@ async def _ingest_one(client: Client, file: File) -> Result:
         return document
     try:
         accepted = await client.send("POST", "/documents", document)
-        outcome = await client.outcome(f"/query/{accepted.json()['job_id']}")
+        outcome = await client.outcome(accepted.json()["job_id"])
     except GatewayRefused as error:
-        if error.status in {401, 403, 405} or (error.status == 404 and error.code != "job_not_found"):
+        if error.status in {401, 403, 404, 405}:
             raise
         return Skipped(file.name, str(error))
     if outcome.get("status") != "completed":
         reason = (outcome.get("error") or {}).get("message") or str(outcome.get("status"))
         return Skipped(file.name, reason)
-    return Indexed(file.name, file.id, int((outcome.get("result") or outcome).get("chunks", 0)))
+    return Indexed(file.name, file.id, int((outcome.get("result") or {}).get("chunks", 0)))
 
 
 def _first(group: BaseExceptionGroup[Any]) -> BaseException:

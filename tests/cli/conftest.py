@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,14 +25,6 @@ def lives(pid: int) -> bool:
             return False
         return True
     return state not in "ZX"
-
-
-async def eventually(condition: Callable[[], object], within_s: float = 10.0) -> None:
-    """Wait until *condition* holds; fail when it does not in time."""
-    give_up_s = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < give_up_s, f"still not so after {within_s} s"
-        await asyncio.sleep(0.01)
 
 
 def clean_environment(**more: str) -> dict[str, str]:

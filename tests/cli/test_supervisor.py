@@ -25,7 +25,8 @@ from pipeline.supervisor import (
     decide_after_exit,
     describe_exit,
 )
-from tests.cli.conftest import ROOT, clean_environment, eventually, lives
+from tests.cli.conftest import ROOT, clean_environment, lives
+from tests.conftest import wait_until
 
 SLEEP = "import time; time.sleep(600)"
 
@@ -43,10 +44,10 @@ def python(name: str, code: str) -> Program:
 async def test_a_process_that_dies_is_started_again(supervisor: Supervisor) -> None:
     """SIGKILL from outside ends the process, not the program."""
     child = supervisor.start(python("sleeper", SLEEP))
-    await eventually(lambda: child.pid)
+    await wait_until(lambda: child.pid)
     first = child.pid
     child.signal(signal.SIGKILL)
-    await eventually(lambda: child.pid not in {None, first})
+    await wait_until(lambda: child.pid not in {None, first})
     assert child.starts == 2
 
 
@@ -63,8 +64,8 @@ async def test_exit_code_2_ends_the_supervisor_with_the_childs_words(supervisor:
 async def test_a_program_that_cannot_be_found_is_tried_again(supervisor: Supervisor) -> None:
     """A missing binary is a crash like any other; its last words say what is missing."""
     child = supervisor.start(Program("ghost", ["/nonexistent/ghost"]))
-    await eventually(lambda: child.starts >= 2)
-    await eventually(lambda: any("No such file" in line for line in child.last_words))
+    await wait_until(lambda: child.starts >= 2)
+    await wait_until(lambda: any("No such file" in line for line in child.last_words))
 
 
 async def test_stop_lets_the_process_end_by_itself(supervisor: Supervisor, tmp_path: Path) -> None:
@@ -73,7 +74,7 @@ async def test_stop_lets_the_process_end_by_itself(supervisor: Supervisor, tmp_p
     code = f"import signal, sys; signal.signal(15, lambda *_: (open({str(said)!r}, 'w').write('bye'), sys.exit(0)))"
     ready = tmp_path / "ready"
     child = supervisor.start(python("polite", f"{code}; open({str(ready)!r}, 'w'); {SLEEP}"))
-    await eventually(ready.exists)
+    await wait_until(ready.exists)
     await supervisor.stop(["polite"], timeout_s=10)
     assert said.read_text() == "bye"
     assert child.pid is None
@@ -84,7 +85,7 @@ async def test_stop_kills_what_does_not_end_in_time(supervisor: Supervisor, tmp_
     """A process that ignores SIGTERM gets SIGKILL."""
     ready = tmp_path / "ready"
     child = supervisor.start(python("deaf", f"import signal; signal.signal(15, 1); open({str(ready)!r}, 'w'); {SLEEP}"))
-    await eventually(ready.exists)
+    await wait_until(ready.exists)
     await supervisor.stop(["deaf"], timeout_s=0.1)
     assert child.pid is None
 
@@ -92,7 +93,7 @@ async def test_stop_kills_what_does_not_end_in_time(supervisor: Supervisor, tmp_
 async def test_stop_ends_a_wait_between_two_starts(supervisor: Supervisor) -> None:
     """Nothing is started after it was stopped, not even what was about to be."""
     child = supervisor.start(python("crasher", "raise SystemExit(1)"))
-    await eventually(lambda: child.starts >= 2)
+    await wait_until(lambda: child.starts >= 2)
     await supervisor.stop(["crasher"], timeout_s=10)
     assert child.pid is None
 
@@ -101,7 +102,7 @@ async def test_leaving_the_supervisor_kills_all_children() -> None:
     """Whatever happens inside, no process is left."""
     async with Supervisor(out=2) as supervisor:
         children = [supervisor.start(python(f"sleeper{number}", SLEEP)) for number in range(3)]
-        await eventually(lambda: all(child.pid for child in children))
+        await wait_until(lambda: all(child.pid for child in children))
         pids = [child.pid or 0 for child in children]
     assert not any(lives(pid) for pid in pids)
 
@@ -121,13 +122,13 @@ asyncio.run(main())
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=clean_environment())
     try:
-        await eventually(lambda: said.exists() and said.read_text())
+        await wait_until(lambda: said.exists() and said.read_text())
         pid = int(said.read_text())
         assert lives(pid)
     finally:
         process.kill()
         process.wait()
-    await eventually(lambda: not lives(pid))
+    await wait_until(lambda: not lives(pid))
 
 
 async def test_without_the_kernels_help_a_watcher_ends_the_child(tmp_path: Path) -> None:
@@ -146,13 +147,13 @@ time.sleep(600)
 """
     process = subprocess.Popen([sys.executable, "-c", code])
     try:
-        await eventually(lambda: said.exists() and said.read_text())
+        await wait_until(lambda: said.exists() and said.read_text())
         pid = int(said.read_text())
         assert lives(pid)
     finally:
         process.kill()
         process.wait()
-    await eventually(lambda: not lives(pid))
+    await wait_until(lambda: not lives(pid))
 
 
 def test_a_child_of_a_dead_parent_does_not_begin() -> None:
