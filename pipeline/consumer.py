@@ -22,8 +22,8 @@ import structlog
 
 from pipeline import keys, metrics, scripts
 from pipeline.clock import Clock, monotonic_us
-from pipeline.connection import Argument, Link, Outage, reconnect_delay_s
-from pipeline.errors import BrokerUnavailable, PenstockError
+from pipeline.connection import Argument, Link, Outage, parse_info, reconnect_delay_s
+from pipeline.errors import BrokerUnavailable, ConfigError, PenstockError
 from pipeline.worker import Quarantine, Worker
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ STEADY_S: Final = 2.0
 """A claimer's connection must have held so long: owners reconnect within half a second and re-take their leases."""
 PROMOTE_EVERY_S: Final = 0.1
 EXPIRE_EVERY_S: Final = 0.5
+OLDEST_REDIS: Final = 7  # scripts with flags, and XREADGROUP inside a script
 AT_ONCE: Final = 200
 """Jobs promoted or expired by one script: about 2 ms during which Redis serves nobody else."""
 
@@ -87,12 +88,13 @@ class Consumer:
                     group.create_task(self._every(EXPIRE_EVERY_S, self._expire), name="expire"),
                     group.create_task(self._listen_forever(), name="listen"),
                     group.create_task(self._watch_loop_lag(), name="loop lag"),
+                    group.create_task(self._inspect_redis(), name="inspect redis"),
                 ]
                 feeding += [group.create_task(w.run(), name=f"feed {w.stage.name}") for w in self.workers]
                 await self._stop.wait()
                 log.info("draining", worker=self.worker_name, in_hand=sum(len(w.held) for w in self.workers))
                 for worker in self.workers:
-                    worker.quiet()
+                    await worker.quiet()
                 await asyncio.wait(feeding, timeout=2 * self._settings.redis.reply_timeout_s)
                 await asyncio.gather(*(w.drain(self._settings.worker.drain_s) for w in self.workers))
                 for task in [*background, *feeding]:
@@ -255,6 +257,23 @@ class Consumer:
             due = loop.time() + 0.5
             await asyncio.sleep(0.5)
             metrics.LOOP_LAG_S.observe(max(0.0, loop.time() - due))
+
+    async def _inspect_redis(self) -> None:
+        """Refuse a Redis that is too old; warn of one that may forget or evict what was accepted."""
+        while True:
+            try:
+                text = await self._ticker.call("INFO", "everything")
+                break
+            except PenstockError:
+                await asyncio.sleep(1.0)
+        about = parse_info(text)
+        version = about.get("redis_version", "0")
+        if int(version.split(".")[0]) < OLDEST_REDIS:
+            raise ConfigError(f"Redis {version} is too old: {OLDEST_REDIS}.0 or newer, or Valkey, is needed")
+        if about.get("maxmemory_policy") != "noeviction":
+            log.warning("redis may evict work: set maxmemory-policy noeviction", policy=about.get("maxmemory_policy"))
+        if about.get("aof_enabled") != "1":
+            log.warning("redis forgets accepted work when it restarts: set appendonly yes")
 
     # --- hints -----------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 BLOCK_MS: Final = 1_000
-"""A blocked read ends so often, so that a worker that is to stop need not cut it off."""
+"""A blocked read is never cut off, since it may just have been served; it ends by itself so often."""
 
 Verb = Literal["forward", "complete", "retry", "release", "bury"]
 Answer = Literal["settled", "cancelled", "lost", "orphan"]
@@ -141,6 +141,10 @@ class Streams:
         entries = [_entry(name.decode(), *found, deliveries=1) for name, rows in reply or () for found in rows]
         self._shares.took(len(entries))
         return entries
+
+    async def stop_waiting(self) -> None:
+        """End a blocked read now, as if nothing had come."""
+        await self.control.call("CLIENT", "UNBLOCK", self._reader.client_id)
 
     async def place(self, replicas: Sequence[Replica], orders: Sequence[Sequence[str]]) -> Placed:
         """Take one entry per order, each with a running place at the first free replica of that order.

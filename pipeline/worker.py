@@ -548,11 +548,13 @@ class Worker:
 
     # --- stopping --------------------------------------------------------------------------------
 
-    def quiet(self) -> None:
+    async def quiet(self) -> None:
         """Read no more."""
         self._quiet = True
         self._changed.set()
         self._wake.set()
+        with suppress(PenstockError):  # the read ends by itself a little later
+            await self.streams.stop_waiting()
 
     async def drain(self, timeout_s: float) -> None:
         """Wait until everything in hand is settled; what is not by then is stopped and given back."""
