@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -17,7 +18,11 @@ from loadtest.__main__ import loadtest
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
+    from rich.console import Console
+
     from pipeline.connection import Link
+    from pipeline.dead import DeadLetters, Letter
+    from pipeline.overview import Overview
     from pipeline.settings import Settings
 
 T = TypeVar("T")
@@ -91,7 +96,7 @@ def up(
         data_dir.resolve(),
         start_redis="url" not in settings.redis.model_fields_set,
         start_mocks=not settings.llm.urls,
-        after_ready=lambda url, index_is_empty: _first_steps(settings, url, ask, index_is_empty=index_is_empty),
+        after_ready=lambda url, is_unfilled: _first_steps(settings, url, ask, is_unfilled=is_unfilled),
         environ=_environ(overrides),
     )
     asyncio.run(local.up(plan))
@@ -195,8 +200,8 @@ async def _ingest(url: str, api_key: str | None, found: list[Any], *, quiet: boo
         return report
 
 
-async def _first_steps(settings: Settings, url: str, question: str | None, *, index_is_empty: bool) -> None:
-    """Index our own documents where the index was empty, so that the first question works; then ask *question*."""
+async def _first_steps(settings: Settings, url: str, question: str | None, *, is_unfilled: bool) -> bool:
+    """Index our own documents where nothing was indexed yet, so that the first question works; then ask *question*."""
     import structlog
 
     from gateway.client import Client, GatewayRefused, GatewayUnreachable
@@ -207,7 +212,7 @@ async def _first_steps(settings: Settings, url: str, question: str | None, *, in
     api_key = settings.gateway.api_keys[0].partition(":")[2] if settings.gateway.api_keys else None
     try:
         async with Client(url, api_key) as client:
-            if index_is_empty:
+            if is_unfilled:
                 report = await send(client, list(find_files([_own_docs()])), lambda _result: None)
                 log.info("indexed our own documents", documents=len(report.indexed), skipped=len(report.skipped))
             if question:
@@ -215,6 +220,8 @@ async def _first_steps(settings: Settings, url: str, question: str | None, *, in
                 sys.stdout.flush()
     except (GatewayRefused, GatewayUnreachable) as error:
         log.error("the first steps failed; everything keeps running", why=str(error))  # noqa: TRY400 - one line will do
+        return False
+    return True
 
 
 def _own_docs() -> Path:
@@ -237,19 +244,18 @@ def _render_answer(question: str, answer: Mapping[str, Any]) -> str:
 @app.command()
 def status(redis_url: RedisUrl = None, data_dir: DataDir = DATA_DIR, json: AsJson = False) -> None:
     """Show what runs and how deep each queue is."""
-    from pipeline import status as picture
+    from pipeline.overview import look
 
-    found, settings = _on_redis(redis_url, data_dir, lambda link, _settings: picture.read(link))
+    found = _on_redis(redis_url, data_dir, lambda link, _settings: look(link))
     if json:
-        _print_json(found.as_json())
+        _print_json(found)
     else:
-        from rich.console import Console
-
-        Console(markup=False, highlight=False).print(picture.render(found, settings.redis.url))
+        _print_overview(found)
 
 
-Names = Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Ids of letters, or of their jobs.")]
-All = Annotated[bool, typer.Option("--all", help="Every dead letter.")]
+Names = Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Ids of letters.")]
+All = Annotated[bool, typer.Option("--all", help="Every dead letter there is now.")]
+EVERY = 1_000_000  # letters: more than any setting keeps
 
 
 @dead.command("list")
@@ -260,73 +266,84 @@ def dead_list(
     json: AsJson = False,
 ) -> None:
     """Show dead letters, the newest first."""
-    from pipeline import letters
-
-    found, _ = _on_redis(redis_url, data_dir, lambda link, _settings: letters.choose(link, None, limit))
+    found = _on_letters(redis_url, data_dir, lambda letters: letters.list(limit))
     if json:
-        _print_json([letter.as_json() for letter in found])
+        _print_json([letter.summary() for letter in found])
     else:
-        typer.echo("\n".join(letter.in_short() for letter in found) or "no dead letters")
+        typer.echo("\n".join(_letter_in_short(letter) for letter in found) or "no dead letters")
 
 
 @dead.command("show")
 def dead_show(
-    name: Annotated[str, typer.Argument(metavar="ID", help="Id of a letter, or of its job.")],
+    name: Annotated[str, typer.Argument(metavar="ID", help="Id of a letter.")],
     redis_url: RedisUrl = None,
     data_dir: DataDir = DATA_DIR,
 ) -> None:
     """Show one dead letter whole, as JSON."""
-    from pipeline import letters
-
-    letter, _ = _on_redis(redis_url, data_dir, lambda link, _settings: letters.find(link, name))
-    _print_json(letter.as_json())
+    _print_json(_on_letters(redis_url, data_dir, lambda letters: letters.show(name)))
 
 
 @dead.command("retry")
 def dead_retry(
     names: Names = None, every: All = False, redis_url: RedisUrl = None, data_dir: DataDir = DATA_DIR
 ) -> None:
-    """Start the jobs of dead letters anew, each as a new job; prints the new ids. Exit code 1: some cannot run."""
-    from pipeline import letters
-    from pipeline.errors import Reject
+    """Start the jobs of dead letters anew; prints the ids of the new jobs. Exit code 1: some cannot run."""
 
-    wanted = _some_or_all(names, every=every)
+    async def retry(letters: DeadLetters, letter_id: str) -> str:
+        return f"{letter_id} {await letters.retry(letter_id, time.time_ns() // 1_000_000)}"
 
-    async def work(link: Link, settings: Settings) -> list[tuple[letters.Letter, str | Reject]]:
-        return await letters.retry_all(link, settings, await letters.choose(link, wanted))
-
-    answers, _ = _on_redis(redis_url, data_dir, work)
-    for _letter, answer in answers:
-        typer.echo(str(answer), err=isinstance(answer, Reject))
-    raise typer.Exit(int(any(isinstance(answer, Reject) for _, answer in answers)))
+    _each_letter(redis_url, data_dir, names, every=every, do=retry)
 
 
 @dead.command("discard")
 def dead_discard(
     names: Names = None, every: All = False, redis_url: RedisUrl = None, data_dir: DataDir = DATA_DIR
 ) -> None:
-    """Throw dead letters away."""
-    from pipeline import letters
+    """Throw dead letters away; prints their ids. Exit code 1: some were not there."""
 
-    wanted = _some_or_all(names, every=every)
+    async def discard(letters: DeadLetters, letter_id: str) -> str:
+        await letters.discard(letter_id)
+        return letter_id
 
-    async def work(link: Link, _settings: Settings) -> int:
-        return await letters.discard(link, await letters.choose(link, wanted))
-
-    gone, _ = _on_redis(redis_url, data_dir, work)
-    typer.echo(f"{gone} discarded")
+    _each_letter(redis_url, data_dir, names, every=every, do=discard)
 
 
-def _some_or_all(names: list[str] | None, *, every: bool) -> list[str] | None:
+def _each_letter(
+    redis_url: str | None,
+    data_dir: Path,
+    names: list[str] | None,
+    *,
+    every: bool,
+    do: Callable[[DeadLetters, str], Awaitable[str]],
+) -> None:
+    """Do something with each letter and say so; one that refuses does not stop the others."""
+    from pipeline.errors import Reject
+
     if bool(names) == every:
         raise typer.BadParameter("name letters, or say --all")
-    return names or None
+
+    async def work(letters: DeadLetters) -> bool:
+        refused = False
+        for letter_id in names or [letter.id for letter in await letters.list(EVERY)]:
+            try:
+                typer.echo(await do(letters, letter_id))
+            except Reject as reason:
+                typer.echo(f"penstock: {reason}", err=True)
+                refused = True
+        return refused
+
+    if _on_letters(redis_url, data_dir, work):
+        raise typer.Exit(1)
 
 
-def _on_redis(
-    redis_url: str | None, data_dir: Path, work: Callable[[Link, Settings], Awaitable[T]]
-) -> tuple[T, Settings]:
-    """Do something with a connection to Redis; returns what came of it, and the settings."""
+def _on_letters(redis_url: str | None, data_dir: Path, work: Callable[[DeadLetters], Awaitable[T]]) -> T:
+    from pipeline.dead import DeadLetters
+
+    return _on_redis(redis_url, data_dir, lambda link, settings: work(DeadLetters(link, settings)))
+
+
+def _on_redis(redis_url: str | None, data_dir: Path, work: Callable[[Link, Settings], Awaitable[T]]) -> T:
+    """Do something with a connection to Redis."""
     import asyncio
 
     from pipeline.connection import Link
@@ -340,7 +357,64 @@ def _on_redis(
         finally:
             await link.close()
 
-    return asyncio.run(run()), settings
+    return asyncio.run(run())
+
+
+def _letter_in_short(letter: Letter) -> str:
+    at = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(letter.at_ms / 1000))
+    line = f"{letter.id}  {at}  {letter.stage:<9}  {letter.reason}  {letter.job_id or '-'}"
+    return line + (f"\n    {letter.error['message']}" if letter.error else "")
+
+
+def _print_overview(found: Overview) -> None:
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False)
+    console.print(f"{found.live_jobs} jobs alive, {found.delayed} delayed, {found.dead_letters} dead letters")
+    _print_table(
+        console,
+        ("stream", "waiting", "in hand", "oldest in hand"),
+        [
+            (view.stream, view.waiting, view.in_hand, f"{view.oldest_ms / 1000:.1f} s" if view.in_hand else "")
+            for view in found.streams
+            if view.waiting or view.in_hand or (":high" not in view.stream and ":low" not in view.stream)
+        ],
+    )
+    _print_table(
+        console,
+        ("replica", "load", "running", "service", "breaker"),
+        [
+            (
+                view.url,
+                view.leases,
+                f"{view.running}/{view.slots}",
+                f"{view.service_ms:.0f} ms" if view.service_ms is not None else "",
+                "open" if view.breaker_open else "closed",
+            )
+            for view in found.replicas
+        ],
+    )
+    _print_table(
+        console,
+        ("worker", "host", "pid", "state"),
+        [
+            (view.worker, view.host, view.pid, "; ".join(filter(None, view.stages.values())) or "ready")
+            for view in found.workers
+        ],
+    )
+
+
+def _print_table(console: Console, columns: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    if not rows:
+        console.print(f"no {columns[0]}")
+        return
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    console.print(table)
 
 
 def _redis_override(redis_url: str | None, data_dir: Path) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,8 +43,8 @@ REDIS_STOP_S: Final = 30.0  # writes its last second to disk
 
 _log = structlog.get_logger()
 
-AfterReady = Callable[[str, bool], Awaitable[None]]
-"""Called once when the gateway answers, with its address and whether the index was empty at the start."""
+AfterReady = Callable[[str, bool], Awaitable[bool]]
+"""Called once when the gateway answers, with its address and whether nothing was ever indexed; True: all went well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +108,10 @@ async def _run(plan: Plan, supervisor: Supervisor, port: int, mocks: Sequence[in
     settings, data_dir = plan.settings, plan.data_dir
     environ = dict(plan.environ) | {"PENSTOCK_GATEWAY__PORT": str(port)}
     redis_url = settings.redis.url
-    index_is_empty = not any(settings.retriever.path.glob("*"))
+    unfilled = _mark_if_empty(settings.retriever.path, data_dir / "index.unfilled")
     for number, mock_port in enumerate(mocks, start=1):
-        supervisor.start(_program(f"mock{number}", ["penstock", "mock-llm", "--port", str(mock_port)], environ))
+        command = ["penstock", "mock-llm", "--port", str(mock_port)]
+        supervisor.start(replace(_program(f"mock{number}", command, environ), quiet=True))
     if mocks:
         environ["PENSTOCK_LLM__URLS"] = ",".join(_local(mock_port) for mock_port in mocks)
     if plan.start_redis:
@@ -126,11 +127,13 @@ async def _run(plan: Plan, supervisor: Supervisor, port: int, mocks: Sequence[in
     _write(data_dir / "up.json", json.dumps(said) + "\n")
     sys.stdout.write(f"ready {url}\n")
     sys.stdout.flush()
-    if plan.after_ready:
-        try:
-            await plan.after_ready(url, index_is_empty)
-        except Exception:  # noqa: BLE001 - the outermost edge of somebody else's task
-            _log.exception("the first steps failed; everything keeps running")
+    if plan.after_ready is None:
+        return
+    try:
+        if await plan.after_ready(url, unfilled.exists()):
+            unfilled.unlink(missing_ok=True)
+    except Exception:  # noqa: BLE001 - the outermost edge of somebody else's task
+        _log.exception("the first steps failed; everything keeps running")
 
 
 def _program(name: str, module: Sequence[str], environ: Mapping[str, str]) -> Program:
@@ -144,6 +147,13 @@ def _import_path() -> dict[str, str]:
     if not (root / "pyproject.toml").exists():
         return {}
     return {"PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def _mark_if_empty(index: Path, mark: Path) -> Path:
+    """Remember in the file *mark*, beyond a crash, that the index is still to be filled; returns that file."""
+    if not index.is_dir() or not any(index.iterdir()):
+        mark.touch()
+    return mark
 
 
 async def _start_redis(supervisor: Supervisor, data_dir: Path, lock: int) -> str:

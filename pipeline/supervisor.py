@@ -46,6 +46,7 @@ class Program:
         environ: added to the supervisor's own environment.
         pass_fds: descriptors the process inherits.
         stderr: file for its standard error; None: read here, logged, and remembered as its last words.
+        quiet: what it says on standard output is of no interest.
         orphan_signal: sent by the kernel when the supervisor itself is killed.
         started: called after every start with the number of the start, 1 for the first.
     """
@@ -55,6 +56,7 @@ class Program:
     environ: Mapping[str, str] = field(default_factory=dict)
     pass_fds: tuple[int, ...] = ()
     stderr: Path | None = None
+    quiet: bool = False
     orphan_signal: signal.Signals = signal.SIGKILL
     started: Callable[[int], None] | None = None
 
@@ -173,7 +175,7 @@ class Child:
                 *orphan,
                 *program.command,
                 stdin=asyncio.subprocess.DEVNULL,
-                stdout=out,
+                stdout=asyncio.subprocess.DEVNULL if program.quiet else out,
                 stderr=stderr or asyncio.subprocess.PIPE,
                 env={**os.environ, **program.environ},
                 pass_fds=(pipe, *program.pass_fds),
