@@ -133,7 +133,8 @@ class Replicas:
 
         Args:
             ok: whether the replica answered well; a row of failures opens its breaker.
-            duration_s: from sending the request to the last byte of the answer.
+            duration_s: from sending the request to the last byte of the answer; 0 where the replica did its part but
+                gave no answer to measure (it refused the request, say): that must not make it look fast.
             tokens: completion tokens of a good answer, 0 where the replica did not say.
             refused: the connection was refused: opens the breaker at once.
         """

@@ -390,7 +390,8 @@ class Worker:
                 start = done.start if done else ()
                 await self._settle(held, self._end(held, completion, start), completion.status)
             case Retry(delay_s, attempt, error):
-                self._log(held).info("retrying", in_s=round(delay_s, 3), code=error["code"], reason=error["message"])
+                # The message may quote what a replica said of a prompt: it stands in the outcome, not in the log.
+                self._log(held).info("retrying", in_s=round(delay_s, 3), code=error["code"])
                 job.attempt = attempt
                 job.replica = None
                 settlement = Settlement(
@@ -398,7 +399,7 @@ class Worker:
                 )
                 await self._settle(held, settlement, "retried")
             case Bury(completion, reason):
-                self._log(held).warning("burying", reason=reason, error=completion.error)
+                self._log(held).warning("burying", reason=reason, code=(completion.error or {}).get("code"))
                 await self._settle(held, self._burial(held, completion, reason), "failed")
 
     # --- settling --------------------------------------------------------------------------------
