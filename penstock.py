@@ -110,23 +110,17 @@ def gateway(
 ) -> None:
     """Run one gateway."""
     settings = _settings({"gateway": {"host": host, "port": port, "insecure": insecure or None}})
-    import uvloop
+    from gateway.__main__ import run as run_gateway
 
-    from gateway.server import serve
-    from pipeline import logs
-
-    logs.configure(settings.log, "gateway")
-    uvloop.run(serve(settings))
+    raise typer.Exit(run_gateway(settings))
 
 
 @app.command()
 def stage(names: Annotated[list[str], typer.Argument(metavar="NAME...", help="encoder, retriever, llm")]) -> None:
     """Run one or more stages in this process."""
     settings = _settings()
-    from pipeline import logs
     from stages.__main__ import run as run_stages
 
-    logs.configure(settings.log, "+".join(names))
     raise typer.Exit(run_stages(names, settings))
 
 

@@ -25,8 +25,6 @@ from stages.vectors import KeywordModel, Sparse, unpack
 
 T = TypeVar("T")
 
-LOCK_WAIT_S: Final = 2.0
-"""How long a retriever waits for the one before it, which may be stopping, to let go of the index."""
 _LOCK_POLL_S: Final = 0.05
 _WRITES: Final = frozenset({"document", "document_deletion"})
 _FETCH: Final = 4  # hits looked at for each source wanted
@@ -41,15 +39,12 @@ class Retriever(Stage):
 
     name = "retriever"
 
-    def __init__(
-        self, settings: RetrieverSettings, model: str, count: TokenCount, lock_wait_s: float = LOCK_WAIT_S
-    ) -> None:
+    def __init__(self, settings: RetrieverSettings, model: str, count: TokenCount) -> None:
         """Prepare; nothing is opened yet.
 
         Args:
             model: name of the encoder's model; vectors of another are refused.
             count: the token count that `prompt_tokens` is measured with.
-            lock_wait_s: patience with another retriever that has the index; 0 means none.
         Raises:
             ConfigError: `prompt_tokens` leaves no room for a question.
         """
@@ -63,7 +58,6 @@ class Retriever(Stage):
         self._settings = settings
         self._model = model
         self._count = count
-        self._lock_wait_s = lock_wait_s
         self._index: EmbeddedIndex | None = None
         self._reads: ThreadPoolExecutor | None = None
         self._writes: ThreadPoolExecutor | None = None
@@ -77,7 +71,7 @@ class Retriever(Stage):
             ConfigError: another encoder filled it.
             NotReady: it cannot be opened for now.
         """
-        give_up_at = time.monotonic() + self._lock_wait_s
+        give_up_at = time.monotonic() + self._settings.lock_wait_s
         while True:
             try:
                 self._index = await asyncio.to_thread(EmbeddedIndex.open, self._settings.path, self._model)

@@ -187,10 +187,14 @@ async def test_job_without_a_readable_vector_is_refused(pipe: Pipe, new_job: New
 
 async def test_second_retriever_exits_unless_the_first_lets_go_in_time(settings: Settings, pipe: Pipe) -> None:
     """Without patience it fails at once; with some it takes over when the first one stops."""
+
+    def waiting_for(seconds: float) -> RetrieverSettings:
+        return settings.retriever.model_copy(update={"lock_wait_s": seconds})
+
     model = KeywordModel("english").name
     with pytest.raises(IndexInUse, match="QDRANT_URL"):
-        await Retriever(settings.retriever, model, estimate, lock_wait_s=0).start(CONTEXT)
-    patient = Retriever(settings.retriever, model, estimate, lock_wait_s=30)
+        await Retriever(waiting_for(0), model, estimate).start(CONTEXT)
+    patient = Retriever(waiting_for(30), model, estimate)
     waiting = asyncio.create_task(patient.start(CONTEXT))
     await pipe.retriever.stop()
     await waiting
@@ -215,7 +219,7 @@ async def test_retriever_that_is_not_open_is_not_ready(settings: Settings, new_j
 def test_budget_without_room_for_a_question_is_refused_at_start(tmp_path: Path) -> None:
     """Otherwise every question would be refused, one by one."""
     with pytest.raises(ConfigError, match=r"prompt_tokens.*leaves no room"):
-        retriever.build(Settings(retriever=RetrieverSettings(path=tmp_path, prompt_tokens=64)))
+        retriever.build(Settings(retriever=RetrieverSettings(path=tmp_path, prompt_tokens=160)))
 
 
 def test_one_document_does_not_crowd_out_the_others() -> None:

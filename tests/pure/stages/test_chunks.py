@@ -117,3 +117,11 @@ def test_signs_that_close_a_heading_are_no_part_of_it(heading: str) -> None:
 def test_hostile_document_costs_no_more_than_its_length(text: str) -> None:
     """Reading headings takes linear time; a pattern that backtracks would need hours here."""
     assert is_markdown(text)
+
+
+def test_one_endless_word_is_cut_in_time_that_grows_with_its_length() -> None:
+    """Half a million letters in a row are all there, in chunks of the size asked for."""
+    text = "a" * 500_000
+    chunks = Chunker(estimate, 300, 0).cut(text)
+    assert "".join(chunk.text for chunk in chunks) == text
+    assert max(estimate(chunk.text) for chunk in chunks) <= 300
