@@ -103,8 +103,11 @@ class RedisServer:
         read_end, write_end = os.pipe()  # held open by this process alone, see pipeline/leash.py
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", leash.__file__, str(int(signal.SIGKILL)), str(os.getpid()), str(read_end)]
-                + [self.binary, *words],
+                [
+                    *(sys.executable, "-I", "-S", leash.__file__),
+                    *(str(int(signal.SIGKILL)), str(os.getpid()), str(read_end)),
+                    *(self.binary, *words),
+                ],
                 pass_fds=[read_end],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
