@@ -41,6 +41,7 @@ class Entry:
     Attributes:
         deliveries: how often it was delivered; together with the consumer's name this is the fence.
         data: the field `data`; None when the entry has none.
+        extra: names of fields that are neither `data` nor `vector`.
         replica: where its job was placed; "" when nowhere.
         resumed: somebody may have worked on it before: it was claimed, or found pending.
     """
@@ -52,6 +53,7 @@ class Entry:
     vector: bytes | None = None
     replica: str = ""
     resumed: bool = False
+    extra: tuple[bytes, ...] = ()
 
 
 @dataclass(slots=True)
@@ -309,7 +311,8 @@ def _entry(
     resumed: bool = False,
 ) -> Entry:
     pairs = dict(zip(fields[::2], fields[1::2], strict=True)) if fields else {}
-    return Entry(stream, entry_id, deliveries, pairs.get(b"data"), pairs.get(b"vector"), replica, resumed)
+    data, vector = pairs.pop(b"data", None), pairs.pop(b"vector", None)
+    return Entry(stream, entry_id, deliveries, data, vector, replica, resumed, tuple(pairs))
 
 
 def _standing(row: Sequence[Any]) -> Standing:

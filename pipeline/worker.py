@@ -311,6 +311,10 @@ class Worker:
                 raise MalformedEntry(message, code="unknown_flow", job_id=job.id)
             return job
         body = decode_foreign(entry.data)
+        if entry.extra or entry.vector is not None:
+            names = ", ".join(name.decode(errors="replace") for name in entry.extra or (b"vector",))
+            message = f"besides `data` the entry has fields that nobody would read: {names}"
+            raise MalformedEntry(message, code="extra_field", job_id=body["id"])
         lifetimes = self._settings.lifetimes.model_dump()
         job = flows.adopt(self.stage.name, body, now_ms=self._clock.now_ms(), lifetimes=lifetimes)
         held.settling = True
