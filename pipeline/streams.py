@@ -167,9 +167,15 @@ class Streams:
         return Placed(entries, int(reply[1]), [_standing(row) for row in rows])
 
     async def fetch(self, stream: str, entry_id: bytes, deliveries: int) -> Entry | None:
-        """Return one entry by its id, None when it is gone."""
+        """Return one pending entry by its id; None when it is gone, and then it is not pending any more either.
+
+        An entry deleted by hand stays in the pending list, and a job that seems to be in living hands never ends.
+        """
         rows = await self.control.call("XRANGE", stream, entry_id, entry_id)
-        return _entry(stream, *rows[0], deliveries=deliveries, resumed=True) if rows else None
+        if rows:
+            return _entry(stream, *rows[0], deliveries=deliveries, resumed=True)
+        await self.control.call("XACK", stream, self.stage, entry_id)
+        return None
 
     async def is_cancelled(self, job_id: str) -> bool:
         """Say whether the job is marked as to be cancelled. A job just read is not: cancelling removes waiting ones."""
