@@ -163,6 +163,7 @@ async def _count(link: Link, number: int) -> bool:
 
 TURNS = '"messages":[{"role":"user","content":"x"}]'
 BODY = '"flow":"query","payload":{},"route":[]'
+OURS = '{"v":1,"id":"a1",' + BODY
 BROKEN: dict[str, tuple[str, str | bytes, str, str | None]] = {
     "not JSON, no id": ("encoder", "hello", "not_json", None),
     "not JSON, an id in it": ("encoder", '{"id": "a1", "query": "wh', "not_json", "a1"),
@@ -185,8 +186,8 @@ BROKEN: dict[str, tuple[str, str | bytes, str, str | None]] = {
     "no route from here": ("retriever", '{"id":"a1","query":"why?"}', "no_default_route", "a1"),
     "half an envelope": ("encoder", '{"v":1,"id":"a1","flow":"query"}', "bad_envelope", "a1"),
     "torn envelope": ("encoder", '{"v":1,"id":"a1","flow":"qu', "bad_envelope", "a1"),
-    "envelope with a strange field": ("encoder", '{"v":1,"id":"a1",' + BODY + ',"deadline_ms":1,"odd":1}', "bad_envelope", "a1"),
-    "envelope with a wrong type": ("encoder", '{"v":1,"id":"a1",' + BODY + ',"deadline_ms":"soon"}', "bad_envelope", "a1"),
+    "envelope with a strange field": ("encoder", OURS + ',"deadline_ms":1,"odd":1}', "bad_envelope", "a1"),
+    "envelope with a wrong type": ("encoder", OURS + ',"deadline_ms":"soon"}', "bad_envelope", "a1"),
     "envelope with a bad id": ("encoder", '{"v":1,"id":"a 1",' + BODY + ',"deadline_ms":1}', "bad_envelope", None),
     "envelope of an unknown flow": (
         "encoder", '{"v":1,"id":"a1","flow":"juggle","payload":{},"route":[],"deadline_ms":1}', "unknown_flow", "a1",
