@@ -7,12 +7,20 @@ import fnmatch
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
+import structlog
 
 from pipeline import keys, streams
 from pipeline.connection import Link
 from pipeline.front import Front
 from pipeline.settings import RedisSettings, Settings, load
 from tests.servers import RedisServer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_log() -> None:
+    """Tracebacks without the pictures that structlog draws for people: these take longer than the tests."""
+    renderer = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure(processors=[structlog.processors.add_log_level, renderer])
 
 
 @pytest.fixture(scope="session")
