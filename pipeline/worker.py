@@ -321,6 +321,10 @@ class Worker:
                 raise MalformedEntry(message, code="unknown_flow", job_id=job.id)
             return job
         body = decode_foreign(entry.data)
+        if entry.extra or entry.vector is not None:
+            names = ", ".join(name.decode(errors="replace") for name in entry.extra or (b"vector",))
+            message = f"besides `data` the entry has fields that nobody would read: {names}"
+            raise MalformedEntry(message, code="extra_field", job_id=body["id"])
         lifetimes = self._settings.lifetimes.model_dump()
         job = flows.adopt(self.stage.name, body, now_ms=self._clock.now_ms(), lifetimes=lifetimes)
         held.settling = True
@@ -353,12 +357,12 @@ class Worker:
             return error
 
     async def _handle_batch(self, jobs: Sequence[tuple[Held, Job]]) -> Sequence[Outcome]:
-        if not jobs:
-            return []
+        if all(held.reason is not None for held, _ in jobs):  # none is left, or all were stopped before their turn
+            return [PenstockError("stopped") for _ in jobs]
         latest_ms = max(job.deadline_ms for _, job in jobs)
         try:
             async with asyncio.timeout((latest_ms - self._clock.now_ms()) / 1000) as bound:
-                return await self.stage.handle_batch([job for _, job in jobs])
+                return await self._call_batch([job for _, job in jobs])
         except TimeoutError as error:
             return [DeadlineExceeded() if bound.expired() else error for _ in jobs]
         except asyncio.CancelledError:
@@ -371,6 +375,12 @@ class Worker:
                 return [error]
             log.warning("a batch failed; handling its jobs one by one", stage=self.stage.name, exc_info=True)
             return [outcome for pair in jobs for outcome in await self._handle_batch([pair])]
+
+    async def _call_batch(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
+        outcomes = await self.stage.handle_batch(jobs)
+        if len(outcomes) != len(jobs):
+            raise ValueError(f"handle_batch gave {len(outcomes)} outcomes for {len(jobs)} jobs")
+        return outcomes
 
     async def _let_go(self, held: Held, job: Job, outcome: Outcome) -> None:
         """Decide what follows, and settle it."""
@@ -385,6 +395,18 @@ class Worker:
             completion = ended(job, self.name, "cancelled", "cancelled", "the job was cancelled")
             await self._settle(held, self._end(held, completion), "cancelled")
             return
+        try:
+            settlement, word = self._decide(held, job, outcome)
+        except orjson.JSONEncodeError as error:
+            # The handler's answer is no JSON: a failed attempt of the job as it came.
+            self._log(held).warning("the handler's answer cannot be written", error=str(error))
+            job = decode(held.entry.data or b"", held.entry.vector)
+            self._stamp(held, job)
+            settlement, word = self._decide(held, job, error)
+        await self._settle(held, settlement, word)
+
+    def _decide(self, held: Held, job: Job, outcome: Outcome) -> tuple[Settlement, str]:
+        """Return what is to become of the entry, and the word that metrics have for it."""
         decision = decide(job, outcome, worker=self.name, retry=self._settings.retry, rng=self._rng)
         match decision:
             case Forward(stage, done):
@@ -392,25 +414,27 @@ class Worker:
                 job.state |= done.value
                 job.attempt, job.avoid = 1, []
                 target = keys.stream(stage, job.priority)
-                settlement = Settlement(
-                    held.entry, job.id, "forward", target, job.encode(), done.vector or b"", start=done.start
-                )
-                await self._settle(held, settlement, "forwarded")
+                vector = done.vector or b""
+                forward = Settlement(held.entry, job.id, "forward", target, job.encode(), vector, start=done.start)
+                return forward, "forwarded"
             case Complete(completion, done):
                 start = done.start if done else ()
-                await self._settle(held, self._end(held, completion, start), completion.status)
+                return self._end(held, completion, start), completion.status
             case Retry(delay_s, attempt, error):
                 # The message may quote what a replica said of a prompt: it stands in the outcome, not in the log.
                 self._log(held).info("retrying", in_s=round(delay_s, 3), code=error["code"])
                 job.attempt = attempt
                 job.replica = None
-                settlement = Settlement(
-                    held.entry, job.id, "retry", int(delay_s * 1000), job.encode(), held.entry.vector or b""
-                )
-                await self._settle(held, settlement, "retried")
+                vector = held.entry.vector or b""
+                return Settlement(held.entry, job.id, "retry", int(delay_s * 1000), job.encode(), vector), "retried"
             case Bury(completion, reason):
+<<<<<<< HEAD
                 self._log(held).warning("burying", reason=reason, code=(completion.error or {}).get("code"))
                 await self._settle(held, self._burial(held, completion, reason), "failed")
+=======
+                self._log(held).warning("burying", reason=reason, error=completion.error)
+                return self._burial(held, completion, reason), "failed"
+>>>>>>> coretest
 
     # --- settling --------------------------------------------------------------------------------
 
@@ -592,9 +616,9 @@ class Worker:
         if held.settling or held.reason is not None:
             return
         held.reason = reason
-        # A batch is stopped only when none of its jobs is wanted any more.
+        # A batch is stopped only when none of its jobs is wanted any more; what is settled needs it no longer.
         mates = [other for other in self.held.values() if other.task is held.task]
-        if held.task is not None and all(mate.reason is not None for mate in mates):
+        if held.task is not None and all(mate.reason is not None or mate.settling for mate in mates):
             held.task.cancel()
 
     def _entry_of(self, job_id: str) -> Entry | None:
