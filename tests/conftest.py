@@ -16,7 +16,6 @@ from pipeline.front import Front
 from pipeline.settings import RedisSettings, Settings, load
 from tests.servers import RedisServer
 
-
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("steady")  # the same examples on every machine, however busy it is
 
