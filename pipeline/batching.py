@@ -55,6 +55,7 @@ class Batcher(Generic[R, A]):
                     continue
                 try:
                     answers = await self._send([record for record, _ in batch])
+                    pairs = list(zip(batch, answers, strict=True))
                 except asyncio.CancelledError:
                     for _, future in batch:
                         future.cancel()
@@ -64,7 +65,7 @@ class Batcher(Generic[R, A]):
                         if not future.done():
                             future.set_exception(error)
                     continue
-                for (_, future), answer in zip(batch, answers, strict=True):
+                for (_, future), answer in pairs:
                     if not future.done():
                         future.set_result(answer)
         finally:

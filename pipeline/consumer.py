@@ -15,6 +15,7 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import orjson
@@ -85,7 +86,6 @@ class Consumer:
             async with asyncio.TaskGroup() as group:
                 background += [
                     group.create_task(self._renew_forever(), name="renew"),
-                    group.create_task(self._claim_forever(), name="claim"),
                     group.create_task(self._every(PROMOTE_EVERY_S, self._promote), name="promote"),
                     group.create_task(self._every(EXPIRE_EVERY_S, self._expire), name="expire"),
                     group.create_task(self._listen_forever(), name="listen"),
@@ -93,6 +93,7 @@ class Consumer:
                     group.create_task(self._inspect_redis(), name="inspect redis"),
                 ]
                 feeding += [group.create_task(w.run(), name=f"feed {w.stage.name}") for w in self.workers]
+                feeding.append(group.create_task(self._claim_forever(), name="claim"))
                 await self._stop.wait()
                 log.info("draining", worker=self.worker_name, in_hand=sum(len(w.held) for w in self.workers))
                 for worker in self.workers:
@@ -127,9 +128,9 @@ class Consumer:
             await worker.close()
         try:
             async with asyncio.timeout(1.0):
+                await self._link.call("DEL", keys.WORKER + self.name)
                 for worker in self.workers:
                     await self._leave_groups(worker)
-                await self._link.call("DEL", keys.WORKER + self.name)
                 await self._link.call("ZREM", keys.WORKERS, self.name)
         except (PenstockError, TimeoutError) as error:
             log.warning("could not sign off; the lease will lapse", error=str(error))
@@ -137,10 +138,12 @@ class Consumer:
             await link.close()
 
     async def _leave_groups(self, worker: Worker) -> None:
-        """Leave the groups where this consumer holds nothing; what it still holds is claimed once the lease is gone."""
+        """Leave the groups where this consumer holds nothing; what it still holds is for others to claim.
+
+        Looking and leaving are one script, a claim of nothing: DELCONSUMER forgets what is pending.
+        """
         for stream in worker.streams.names:
-            if not await self._link.call("XPENDING", stream, worker.stage.name, "-", "+", 1, self.name):
-                await self._link.call("XGROUP", "DELCONSUMER", stream, worker.stage.name, self.name)
+            await self._link.run(scripts.CLAIM, (stream,), (worker.stage.name, self.name, self.name, 0, "", 1))
 
     # --- the lease -------------------------------------------------------------------------------
 
@@ -202,7 +205,10 @@ class Consumer:
     async def _claim_forever(self) -> None:
         interval_s = self._settings.worker.renew_s / 2
         while not self._stop.is_set():
-            await asyncio.sleep(interval_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(interval_s):
+                    await self._stop.wait()
+                    return
             for worker in self.workers:
                 try:
                     await self._claim_once(worker)

@@ -319,8 +319,8 @@ class Front:
     async def _sweep_forever(self) -> None:
         while True:
             try:
+                await self._sweep()  # first: what follows is refused when Redis is out of memory
                 await self._refresh()
-                await self._sweep()
             except PenstockError as error:
                 self._outage.begins(error)
             else:
@@ -342,6 +342,8 @@ class Front:
                     continue
                 waiting.gone = waiting.gone + 1 if value == b"gone" else 0
                 if waiting.gone >= 2:
+                    if not waiting.futures:  # submitted here, but nobody came to wait
+                        del self._waiting[job_id]
                     for future in waiting.futures:
                         if not future.done():
                             future.set_exception(JobLost())

@@ -109,7 +109,10 @@ def normalise_replica_url(text: str) -> tuple[str, int | None]:
     Raises:
         ValueError: not an http(s) address, or slots out of 1..4096.
     """
-    parts = urlsplit(text.strip())
+    text = text.strip()
+    if any(character <= " " or character == "\x7f" for character in text):
+        raise ValueError(f"{text!r}: a replica's address holds no spaces")
+    parts = urlsplit(text)
     if parts.scheme.lower() not in {"http", "https"} or not parts.hostname:
         raise ValueError(f"{text!r} is not an http:// or https:// address")
     if parts.username or parts.password:

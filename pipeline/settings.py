@@ -262,9 +262,14 @@ def _read_file(path: str | None) -> dict[str, dict[str, Any]]:
     if not path:
         return {}
     try:
-        return tomllib.loads(Path(path).read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        values = tomllib.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not TOML
         raise ConfigError(f"PENSTOCK_CONFIG names {path}, which cannot be read: {error}") from error
+    if loose := [name for name, value in values.items() if not isinstance(value, dict)]:
+        raise ConfigError(
+            f"PENSTOCK_CONFIG names {path}: settings stand in tables, but these do not: {', '.join(loose)}"
+        )
+    return values
 
 
 def _name(location: tuple[int | str, ...]) -> str:

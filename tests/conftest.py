@@ -6,6 +6,7 @@ import asyncio
 import fnmatch
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
+import hypothesis
 import pytest
 import structlog
 
@@ -14,6 +15,9 @@ from pipeline.connection import Link
 from pipeline.front import Front
 from pipeline.settings import RedisSettings, Settings, load
 from tests.servers import RedisServer
+
+hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("steady")  # the same examples on every machine, however busy it is
 
 
 @pytest.fixture(scope="session", autouse=True)

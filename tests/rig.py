@@ -137,6 +137,24 @@ async def working(settings: Settings, stages: Sequence[Stage]) -> AsyncIterator[
                 consumer.stop()
 
 
+@asynccontextmanager
+async def still(settings: Settings, stage: Scripted) -> AsyncIterator[Mortal]:
+    """A consumer whose loops do not run: the test looks when it wants to."""
+    consumer = Mortal([stage], settings)
+    (worker,) = consumer.workers
+    await worker._start_stage()
+    await consumer.renew()
+    try:
+        yield consumer
+    finally:
+        for held in list(worker.held.values()):
+            assert held.task is not None
+            await held.task
+        await worker.close()
+        for link in (consumer._link, consumer._ticker, consumer._listener):
+            await link.close()
+
+
 def changed(settings: Settings, **sections: Mapping[str, Any]) -> Settings:
     """Return *settings* with some fields of some sections changed."""
     return settings.model_copy(

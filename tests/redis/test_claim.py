@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import pytest
 
@@ -33,6 +31,7 @@ from tests.rig import (
     outcome,
     prompt,
     query,
+    still,
     working,
 )
 
@@ -173,25 +172,6 @@ async def test_twenty_thousand_entries_of_the_living_are_not_in_the_way(link: Li
 # --- the claimer ----------------------------------------------------------------------------------
 
 
-@asynccontextmanager
-async def still(settings: Settings, stage: Scripted) -> AsyncIterator[Mortal]:
-    """A consumer whose loops do not run: the test looks when it wants to."""
-    consumer = Mortal([stage], settings)
-    (worker,) = consumer.workers
-    await worker._start_stage()
-    await consumer.renew()
-    try:
-        yield consumer
-    finally:
-        for held in list(worker.held.values()):
-            assert held.task is not None
-            await held.task
-        consumer.task = asyncio.create_task(asyncio.sleep(0))
-        await worker.close()
-        for link in (consumer._link, consumer._ticker, consumer._listener):
-            await link.close()
-
-
 async def test_claim_needs_two_sightings_and_a_steady_connection(link: Link, settings: Settings, front: Front) -> None:
     """After an outage all leases have lapsed at once: owners get the time to take theirs again."""
     settings = changed(settings, worker={"lease_s": 10.0})
@@ -227,6 +207,20 @@ async def test_claim_needs_two_sightings_and_a_steady_connection(link: Link, set
         assert await look() == 0  # we ourselves have just come back
         worker.streams.control.connected_at_us = connected - int(STEADY_S * 1e6)
         assert await look() == 3
+
+
+async def test_renewal_extends_the_lease(link: Link, settings: Settings) -> None:
+    """By its whole length, before it lapses, also when memory is full."""
+    async with still(settings, Scripted("encoder", echo)) as consumer:
+        key = keys.WORKER + consumer.name
+        for maxmemory in ("0", "1mb"):
+            await link.call("CONFIG", "SET", "maxmemory", maxmemory)
+            try:
+                await link.call("PEXPIRE", key, 300)
+                await consumer.renew()
+                assert await link.call("PTTL", key) > 700
+            finally:
+                await link.call("CONFIG", "SET", "maxmemory", "0")
 
 
 async def test_claimer_takes_no_more_than_it_has_slots(link: Link, settings: Settings, front: Front) -> None:
@@ -352,3 +346,35 @@ async def test_poison_is_told_by_its_deliveries(link: Link, settings: Settings, 
             completion = await front.wait(job.id, job.tenant, job.deadline_ms)
             assert completion.status == ("completed" if deliveries == 3 else "failed")
             assert stage.runs(job.id) == (1 if deliveries == 3 else 0)
+
+
+async def test_suspect_waits_for_empty_hands(link: Link, settings: Settings, front: Front) -> None:
+    """All stages of a process stop reading until nothing is in hand; only then does it start, and alone."""
+    settings = changed(settings, worker={"lease_s": 0.5})
+    gate = Gate()
+    neighbours: list[int] = []
+
+    async def handle(job: Job) -> Done:
+        neighbours.append(sum(len(worker.held) for worker in consumer.workers) - 1)
+        return await echo(job)
+
+    async with Hand(settings, "owner") as owner:
+        suspect = query(front, route=["encoder"])
+        await front.submit(suspect)
+        await deliver(link, await owner.take_one(), "owner", 2)
+        innocent = query(front, route=["retriever"])
+        await front.submit(innocent)
+        consumer = Mortal([Scripted("encoder", handle), Scripted("retriever", gate)], settings)
+        async with asyncio.TaskGroup() as group:
+            consumer.task = group.create_task(consumer.run())
+            await wait_until(lambda: gate.waiting)
+            await owner.die()
+            quarantine = consumer._quarantine
+            await wait_until(lambda: quarantine.owner is consumer.workers[0])
+            await wait_until(lambda: quarantine.owner is None)  # nobody starves for it: it is tried again later
+            assert neighbours == []
+            gate.open()
+            assert (await front.wait(suspect.id, suspect.tenant, suspect.deadline_ms)).status == "completed"
+            assert neighbours == [0]
+            assert (await front.wait(innocent.id, innocent.tenant, innocent.deadline_ms)).status == "completed"
+            consumer.stop()

@@ -13,6 +13,7 @@ from pipeline.front import Front
 from pipeline.job import PRIORITIES, Done, Job, decode
 from pipeline.settings import Settings
 from pipeline.stage import Context
+from pipeline.streams import Claimed
 from tests.conftest import wait_until
 from tests.rig import (
     FIRST,
@@ -171,3 +172,37 @@ async def test_two_stages_in_one_process_share_its_lease(link: Link, settings: S
         consumer.stop()
     for stage in stages:
         assert await consumers_of(link, stage.name) == []
+
+
+async def test_claim_under_way_is_drained_too(link: Link, settings: Settings, front: Front) -> None:
+    """What a stopping worker still claims is its own work: it must not be left behind, delivered and not begun."""
+    settings = changed(settings, worker={"lease_s": 0.5})
+    stage = Scripted("encoder", echo)
+    claimed, go_on = asyncio.Event(), asyncio.Event()
+    job = query(front, route=["encoder"])
+    async with Hand(settings, "dead") as dead:
+        await front.submit(job)
+        await dead.take_one()
+        await dead.die()
+    async with working(settings, [stage]) as (consumer,):
+        (worker,) = consumer.workers
+        claim = worker.streams.claim
+
+        async def slow_claim(stream: str, lapsed: str, most: int, *, idle: bool) -> Claimed:
+            found = await claim(stream, lapsed, most, idle=idle)
+            if found.entries:
+                claimed.set()
+                await go_on.wait()
+            return found
+
+        worker.streams.claim = slow_claim  # type: ignore[method-assign]  # the pause under test
+        await claimed.wait()
+        consumer.stop()
+        await wait_until(lambda: worker._quiet)
+        for _ in range(100):  # whatever is going to be cancelled is cancelled by now
+            await link.call("PING")
+        go_on.set()
+        await consumer.task
+    assert stage.runs(job.id) == 1
+    assert (await front.wait(job.id, job.tenant, job.deadline_ms)).status == "completed"
+    assert await consumers_of(link, "encoder") == [b"dead"]

@@ -193,3 +193,30 @@ async def test_job_between_two_stages_is_never_seen_as_unknown(link: Link, setti
         assert await front.look(job.id, "default") == "running"
         await owner.settle(release(entry))
         assert await front.look(job.id, "default") == "queued"
+
+
+@pytest.mark.usefixtures("swift_sweep")
+async def test_job_that_nobody_waits_for_is_forgotten(link: Link, settings: Settings) -> None:
+    """A client may vanish between submit and wait: its job must not be swept for ever."""
+    async with Front(settings, "test") as front, Hand(settings, "owner") as owner:
+        for _ in range(3):
+            await front.submit(query(front))
+        await owner.settle(*[complete(entry) for entry in await owner.take()])
+        await link.call("FLUSHALL")  # the completions' life has ended
+        await wait_until(lambda: not front._waiting)
+
+
+@pytest.mark.usefixtures("swift_sweep")
+async def test_outcome_is_found_when_redis_is_out_of_memory(link: Link, settings: Settings) -> None:
+    """Even the reply stream cannot be made then; the sweep goes on."""
+    async with Front(settings, "test") as front, Hand(settings, "owner") as owner:
+        job = query(front)
+        await front.submit(job)
+        await link.call("CONFIG", "SET", "maxmemory", "1mb")
+        try:
+            await link.call("DEL", front._reply_stream)
+            await owner.settle(complete(await owner.take_one()))
+            async with asyncio.timeout(3):
+                assert (await front.wait(job.id, job.tenant, job.deadline_ms)).status == "completed"
+        finally:
+            await link.call("CONFIG", "SET", "maxmemory", "0")

@@ -11,7 +11,7 @@ from pipeline.connection import Link
 from pipeline.front import Front
 from pipeline.settings import Settings
 from tests.conftest import wait_until
-from tests.rig import Gate, Scripted, assert_nothing_is_left, changed, letters, outcome, query, working
+from tests.rig import Gate, Scripted, assert_nothing_is_left, changed, echo, letters, outcome, query, still, working
 
 STREAM = keys.stream("encoder")
 
@@ -41,6 +41,20 @@ async def test_entry_served_to_a_dead_connection_is_taken_up_and_runs_once(
         assert [stage.runs(first.id), stage.runs(second.id)] == [1, 1]
         assert value(metrics.TAKEN_UP, "encoder") == taken_up + 1
     await assert_nothing_is_left(link)
+
+
+async def test_own_entry_is_taken_up_at_the_second_look(link: Link, settings: Settings, front: Front) -> None:
+    """At the first it may be on its way: read, and not yet in hand."""
+    stage = Scripted("encoder", echo)
+    async with still(settings, stage) as consumer:
+        job = query(front)
+        await front.submit(job)
+        await link.call("XREADGROUP", "GROUP", "encoder", consumer.name, "COUNT", 1, "STREAMS", STREAM, ">")
+        await consumer.renew()
+        assert consumer.workers[0].held == {}
+        await consumer.renew()
+        assert len(consumer.workers[0].held) == 1
+        await wait_until(lambda: stage.runs(job.id))
 
 
 async def test_late_delivery_of_what_was_taken_up_is_not_run_again(

@@ -1,0 +1,111 @@
+"""Calls that gather: together under load, alone at rest, each with its own answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from pipeline.batching import MOST, Batcher
+
+
+class Sender:
+    """Notes every batch; doubles each record; waits for `go` first when told to."""
+
+    def __init__(self, *, held: bool = False) -> None:
+        self.batches: list[list[int]] = []
+        self.go = asyncio.Event()
+        self.error: Exception | None = None
+        if not held:
+            self.go.set()
+
+    async def __call__(self, records: Sequence[int]) -> list[int]:
+        self.batches.append(list(records))
+        await self.go.wait()
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        return [2 * record for record in records]
+
+
+async def test_record_at_rest_leaves_at_once() -> None:
+    """Nothing waits for company."""
+    sender = Sender()
+    batcher: Batcher[int, int] = Batcher(sender)
+    assert [await batcher.add(1), await batcher.add(2)] == [2, 4]
+    assert sender.batches == [[1], [2]]
+    await batcher.close()
+
+
+async def test_records_under_load_travel_together_and_in_order() -> None:
+    """Those that come while a call is under way go with the next, at most so many."""
+    sender = Sender(held=True)
+    batcher: Batcher[int, int] = Batcher(sender)
+    tasks = [asyncio.create_task(batcher.add(number)) for number in range(3 * MOST)]
+    while not sender.batches:
+        await asyncio.sleep(0)
+    sender.go.set()
+    assert await asyncio.gather(*tasks) == [2 * number for number in range(3 * MOST)]
+    assert [number for batch in sender.batches for number in batch] == list(range(3 * MOST))
+    assert max(len(batch) for batch in sender.batches) == MOST
+    await batcher.close()
+
+
+async def test_error_is_told_to_its_batch_and_no_other() -> None:
+    """The next batch is sent."""
+    sender = Sender(held=True)
+    batcher: Batcher[int, int] = Batcher(sender)
+    first = [asyncio.create_task(batcher.add(number)) for number in range(3)]
+    while not sender.batches:
+        await asyncio.sleep(0)
+    second = asyncio.create_task(batcher.add(9))
+    await asyncio.sleep(0)
+    sender.error = ValueError("refused")
+    sender.go.set()
+    results = await asyncio.gather(*first, return_exceptions=True)
+    assert [type(result) for result in results] == [ValueError] * 3
+    assert await second == 18
+    await batcher.close()
+
+
+async def test_caller_that_gave_up_takes_its_record_back() -> None:
+    """Unless it is under way already."""
+    sender = Sender(held=True)
+    batcher: Batcher[int, int] = Batcher(sender)
+    sent = asyncio.create_task(batcher.add(1))
+    while not sender.batches:
+        await asyncio.sleep(0)
+    waiting = [asyncio.create_task(batcher.add(number)) for number in (2, 3)]
+    await asyncio.sleep(0)
+    sent.cancel()
+    waiting[0].cancel()
+    sender.go.set()
+    assert await waiting[1] == 6
+    assert sender.batches == [[1], [3]]
+    await batcher.close()
+
+
+async def test_closing_leaves_nobody_waiting() -> None:
+    """Those under way and those not yet sent."""
+    sender = Sender(held=True)
+    batcher: Batcher[int, int] = Batcher(sender)
+    tasks = [asyncio.create_task(batcher.add(number)) for number in range(2 * MOST)]
+    while not sender.batches:
+        await asyncio.sleep(0)
+    await batcher.close()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(result, asyncio.CancelledError) for result in results)
+
+
+async def test_wrong_number_of_answers_leaves_nobody_waiting() -> None:
+    """A defect of the sender must not hang its callers."""
+
+    async def short(records: Sequence[int]) -> list[int]:
+        return []
+
+    batcher: Batcher[int, int] = Batcher(short)
+    async with asyncio.timeout(1):
+        with pytest.raises(ValueError):
+            await batcher.add(1)
+    await batcher.close()

@@ -1,0 +1,157 @@
+"""Settings: every wrong field is named at once, before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from pipeline.errors import ConfigError
+from pipeline.settings import ALIASES, PREFIX, Settings, load, names
+
+
+def complaint(environ: dict[str, str]) -> str:
+    """Return what the operator is told."""
+    with pytest.raises(ConfigError) as caught:
+        load(environ)
+    return str(caught.value)
+
+
+def test_defaults_work_and_are_the_promised_ones() -> None:
+    """An empty environment, and one with names that are no business of ours."""
+    settings = load({"PATH": "/bin", "PENSTOCKADE": "x", "penstock_redis__url": "x"})
+    assert settings == Settings()
+    assert settings.worker.lease_s == 10
+    assert settings.worker.renew_s == 0.9
+    assert settings.worker.max_deliveries == 3
+    assert settings.worker.completion_ttl_s == 60
+    assert settings.retry.max_retries == 3
+    assert settings.llm.slots == 16
+    assert settings.lifetimes.query_s == 60
+    assert settings.lifetimes.message_s == 24 * 3600
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_setting_is_read_from_its_name(name: str) -> None:
+    """A value that no field takes is reported under that name, so the name is known."""
+    section, field = name.removeprefix(PREFIX).lower().split("__")
+    default = getattr(getattr(Settings(), section), field)
+    if isinstance(default, (str, Path, tuple, SecretStr)) or default is None:
+        load({name: "x" if section != "llm" or field != "urls" else "http://x"}) if field not in {
+            "policy", "level", "format",
+        } else complaint({name: "no such choice"})  # fmt: skip
+    else:
+        assert name in complaint({name: "no number"})
+
+
+def test_all_wrong_fields_are_named_at_once() -> None:
+    """The operator corrects them in one go."""
+    text = complaint(
+        {
+            "PENSTOCK_WORKER__LEASE_S": "0.1",
+            "PENSTOCK_WORKER__MAX_DELIVERIES": "many",
+            "PENSTOCK_LLM__TEMPERATURE": "9",
+            "PENSTOCK_LLM__URLS": "http://one, ftp://two",
+            "PENSTOCK_REDIS_URL": "redis://x",
+            "PENSTOCK_WORKER__LEASES": "1",
+            "PENSTOCK_NOTHING": "1",
+        }
+    )
+    for name in (
+        "PENSTOCK_WORKER__LEASE_S", "PENSTOCK_WORKER__MAX_DELIVERIES", "PENSTOCK_LLM__TEMPERATURE", "PENSTOCK_LLM",
+        "PENSTOCK_REDIS_URL", "PENSTOCK_WORKER__LEASES", "PENSTOCK_NOTHING",
+    ):  # fmt: skip
+        assert name in text, name
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("PENSTOCK_REDIS_URL", "PENSTOCK_REDIS__URL"),
+        ("PENSTOCK_WORKER__LEASE", "PENSTOCK_WORKER__LEASE_S"),
+        ("PENSTOCK_LLM__URL", "PENSTOCK_LLM__URLS"),
+        ("PENSTOCK_CONFG", "PENSTOCK_CONFIG"),
+    ],
+)
+def test_misspelt_name_is_refused_with_the_right_one(wrong: str, meant: str) -> None:
+    """A setting that silently does nothing is worse than none."""
+    assert f"{wrong}: no such setting; did you mean {meant}?" in complaint({wrong: "1"})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("REDIS_URL", "redis://there:1/2", "redis://there:1/2"),
+        ("OLLAMA_URL", "http://ollama:11434/v1", ("http://ollama:11434/v1",)),
+        ("LLM_URLS", "http://one, http://two?slots=3,", ("http://one", "http://two?slots=3")),
+        ("LLM_MODEL", "qwen", "qwen"),
+        ("LLM_SLOTS", "5", 5),
+        ("OPENAI_API_KEY", "sk-1", SecretStr("sk-1")),
+        ("WORKER_NAME", "w1", "w1"),
+        ("MAX_RETRIES", "7", 7),
+        ("PENSTOCK_API_KEYS", "a:1,b:2", ("a:1", "b:2")),
+    ],
+)
+def test_names_from_elsewhere_are_honoured(name: str, text: str, value: object) -> None:
+    """People have them already; our own name wins over them, an empty one says nothing."""
+    section, field = ALIASES[name]
+    assert getattr(getattr(load({name: text}), section), field) == value
+    assert load({name: ""}) == Settings()
+    if field not in {"slots", "max_retries"}:
+        ours = f"{PREFIX}{section.upper()}__{field.upper()}"
+        chosen = load({name: text, ours: "http://other" if field == "urls" else "other"})
+        assert getattr(getattr(chosen, section), field) != value
+
+
+def test_all_aliases_are_tested() -> None:
+    """The table above is complete."""
+    marker = test_names_from_elsewhere_are_honoured.pytestmark[0]  # type: ignore[attr-defined]  # pytest adds it
+    assert {row[0] for row in marker.args[1]} == set(ALIASES)
+
+
+def test_file_is_read_and_the_environment_wins(tmp_path: Path) -> None:
+    """Command line over environment over file."""
+    file = tmp_path / "penstock.toml"
+    file.write_text('[worker]\nlease_s = 5\ndrain_s = 6\n[llm]\nurls = ["http://one"]\nslots = 2\n')
+    environ = {"PENSTOCK_CONFIG": str(file), "PENSTOCK_WORKER__DRAIN_S": "7", "LLM_SLOTS": "3"}
+    settings = load(environ, {"llm": {"slots": 4, "model": None}})
+    assert (settings.worker.lease_s, settings.worker.drain_s) == (5, 7)
+    assert (settings.llm.urls, settings.llm.slots, settings.llm.model) == (("http://one",), 4, "default")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[worker", b"[worker]\nlease = 5\n", b"[nothing]\n", b"redis = 'x'\n", b"\xff", b"worker = [1]\n", None],
+)
+def test_broken_file_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    """Also one that is not there; never with a stack trace."""
+    file = tmp_path / "penstock.toml"
+    if content is not None:
+        file.write_bytes(content)
+    complaint({"PENSTOCK_CONFIG": str(file), "REDIS_URL": "redis://x", "PENSTOCK_WORKER__DRAIN_S": "1"})
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"PENSTOCK_RETRY__BASE_S": "31"},
+        {"PENSTOCK_ENCODER__OVERLAP_TOKENS": "200"},
+        {"LLM_URLS": "http://one:80/,HTTP://ONE?slots=2"},
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(environ: dict[str, str]) -> None:
+    """Beside the fields they bind."""
+    complaint(environ)
+
+
+def test_secrets_are_not_shown() -> None:
+    """Settings end up in logs."""
+    settings = load({"OPENAI_API_KEY": "sk-secret", "PENSTOCK_API_KEYS": "acme:very-secret"})
+    assert "secret" not in repr(settings)
+
+
+def test_settings_are_frozen() -> None:
+    """Read once, at start-up."""
+    with pytest.raises(ValidationError):
+        Settings().worker.lease_s = 1.0  # type: ignore[misc]  # the point
