@@ -176,9 +176,11 @@ async def test_batch_goes_on_while_one_of_its_jobs_is_wanted(link: Link, setting
     jobs = [query(front, route=["encoder"]) for _ in range(3)]
     for job in jobs:
         await front.submit(job)
-    async with working(settings, [stage]):
+    async with working(settings, [stage]) as (consumer,):
         await wait_until(lambda: stage.calls)
         assert await front.cancel(jobs[1].id, "default") == "cancelling"
+        held = list(consumer.workers[0].held.values())
+        await wait_until(lambda: [one.reason for one in held] == [None, "cancelled", None])
         opened.set()
         found = [await front.wait(job.id, job.tenant, job.deadline_ms) for job in jobs]
         assert [completion.status for completion in found] == ["completed", "cancelled", "completed"]
