@@ -100,10 +100,12 @@ class Link:
     async def subscribe(self, *channels: str) -> AsyncIterator[tuple[str, bytes]]:
         """Yield (channel, message) as they come. Ends with `BrokerUnavailable` when the connection does.
 
+        The first item is ("", b""): from now on messages are heard; what was said before is not.
         A silent connection is probed with PING, so that a half-open one is noticed.
         """
         async with self._turn:
             await self._call(("SUBSCRIBE", *channels), self._settings.reply_timeout_s)
+            yield "", b""
             probed = False
             while True:
                 message = await self._read(_PING_EVERY_S)

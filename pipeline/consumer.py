@@ -24,7 +24,7 @@ import structlog
 from pipeline import keys, metrics, scripts
 from pipeline.clock import Clock, monotonic_us
 from pipeline.connection import Argument, Link, Outage, parse_info, reconnect_delay_s
-from pipeline.errors import BrokerUnavailable, ConfigError, PenstockError
+from pipeline.errors import ConfigError, PenstockError
 from pipeline.worker import Quarantine, Worker, wait_at_most
 
 if TYPE_CHECKING:
@@ -292,11 +292,13 @@ class Consumer:
                 async for channel, message in self._listener.subscribe(keys.CANCEL_CHANNEL, keys.WAKE_CHANNEL):
                     failures = 0
                     for worker in self.workers:
-                        if channel == keys.CANCEL_CHANNEL:
+                        if not channel:
+                            await worker.catch_up()
+                        elif channel == keys.CANCEL_CHANNEL:
                             worker.cancel(message.decode())
                         else:
                             worker.wake()
-            except BrokerUnavailable:
+            except PenstockError:
                 await asyncio.sleep(reconnect_delay_s(failures, self._settings.redis.reconnect_cap_s))
                 failures += 1
 

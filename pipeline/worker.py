@@ -527,6 +527,13 @@ class Worker:
         if held is not None:
             self._abort(held, "cancelled")
 
+    async def catch_up(self) -> None:
+        """Do what the channel asked for while nobody listened: the mark in the live record is the truth."""
+        self.wake()
+        for job_id in list(self._by_job):
+            if await self.streams.is_cancelled(job_id):
+                self.cancel(job_id)
+
     def reconcile(self, before: frozenset[tuple[str, bytes]], pending: dict[tuple[str, bytes], int]) -> list[Entry]:
         """Compare what is in hand with what Redis says is ours; return own entries that no read delivered.
 

@@ -69,7 +69,7 @@ async def test_running_job_is_stopped_by_its_worker(link: Link, settings: Settin
             await front.submit(each)
         await wait_until(lambda: len(gate.waiting) == 2)
         assert await front.cancel(job.id, "default") == "cancelling"
-        async with asyncio.timeout(0.5):
+        async with asyncio.timeout(2.0):
             completion = await front.wait(job.id, job.tenant, job.deadline_ms)
         assert completion.status == "cancelled"
         assert gate.stopped == [job.id]
@@ -135,6 +135,23 @@ async def test_mark_outlives_the_channel(link: Link, settings: Settings, front: 
     await assert_nothing_is_left(link)
 
 
+async def test_cancel_said_while_nobody_listened_is_obeyed(link: Link, settings: Settings, front: Front) -> None:
+    """Pub/sub forgets; a worker that listens again looks at the marks of what it has in hand."""
+    gate = Gate()
+    async with working(settings, [Scripted("encoder", gate)]):
+        jobs = [query(front) for _ in range(2)]
+        for job in jobs:
+            await front.submit(job)
+        await wait_until(lambda: len(gate.waiting) == 2)
+        await link.call("HSET", keys.LIVE + jobs[0].id, "cancel", "1")
+        await link.call("CLIENT", "KILL", "TYPE", "pubsub")
+        completion = await front.wait(jobs[0].id, jobs[0].tenant, jobs[0].deadline_ms)
+        assert completion.status == "cancelled"
+        assert gate.stopped == [jobs[0].id]
+        gate.open()
+        await wait_until(lambda: link.call("XLEN", keys.stream("retriever")))
+
+
 async def test_work_that_was_done_all_the_same_counts(link: Link, settings: Settings, front: Front) -> None:
     """A completion that races with the mark stands, a failure too: cancelling asks, the settle decides."""
     async with Hand(settings, "owner") as owner:
@@ -176,9 +193,11 @@ async def test_batch_goes_on_while_one_of_its_jobs_is_wanted(link: Link, setting
     jobs = [query(front, route=["encoder"]) for _ in range(3)]
     for job in jobs:
         await front.submit(job)
-    async with working(settings, [stage]):
+    async with working(settings, [stage]) as (consumer,):
         await wait_until(lambda: stage.calls)
         assert await front.cancel(jobs[1].id, "default") == "cancelling"
+        held = list(consumer.workers[0].held.values())
+        await wait_until(lambda: [one.reason for one in held] == [None, "cancelled", None])
         opened.set()
         found = [await front.wait(job.id, job.tenant, job.deadline_ms) for job in jobs]
         assert [completion.status for completion in found] == ["completed", "cancelled", "completed"]

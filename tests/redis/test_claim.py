@@ -166,7 +166,7 @@ async def test_twenty_thousand_entries_of_the_living_are_not_in_the_way(link: Li
         claimed = await heir.streams.claim(STREAM, "dead", 64, idle=False)
         took_s = time.monotonic() - began
         assert [entry.id for entry in claimed.entries] == [entry.id for entry in theirs]
-        assert took_s < 0.1
+        assert took_s < 0.5  # a fraction of a millisecond, and what a busy machine adds
 
 
 # --- the claimer ----------------------------------------------------------------------------------

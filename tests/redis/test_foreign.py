@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from pipeline import flows, keys
-from pipeline.connection import Link
+from pipeline.connection import CommandRefused, Link
 from pipeline.front import Front
 from pipeline.job import decode, decode_foreign
 from pipeline.settings import Settings
@@ -115,6 +115,25 @@ async def test_adopting_is_done_once_and_by_the_owner(link: Link, settings: Sett
         ours = await owner.take_one()
         assert decode(ours.data or b"").id == "a1"
         assert await owner.settle(complete(ours)) == ["settled"]
+
+
+async def test_adopting_onto_a_key_of_a_wrong_type_keeps_the_entry(
+    link: Link, settings: Settings, front: Front
+) -> None:
+    """It is taken from its stream only where it can be put on the next one."""
+    async with Hand(settings, "owner") as owner:
+        await put(link, "encoder", '{"id":"a1","query":"why?","priority":"high"}')
+        entry = await owner.take_one()
+        body = decode_foreign(entry.data or b"")
+        job = flows.adopt("encoder", body, now_ms=front.clock.now_ms(), lifetimes=settings.lifetimes.model_dump())
+        for key in (keys.stream("encoder", "high"), keys.STAMP, keys.LIVE_INDEX, keys.DELAYED):
+            await link.call("DEL", key)
+            await link.call("LPUSH", key, "a list")
+            before = await everything(link)
+            with pytest.raises(CommandRefused):
+                await owner.streams.adopt(entry, job)
+            assert await everything(link) == before
+            await link.call("DEL", key)
 
 
 # --- duplicates -----------------------------------------------------------------------------------
