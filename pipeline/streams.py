@@ -279,13 +279,14 @@ class Streams:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How one replica stands, as the placing script counted it."""
+    """How one replica stands, as the placing script counted it; `seen_ms`: when its last good answer came, 0 never."""
 
     running: int
     leases: int
     us_per_token: float | None
     tokens: float | None
     open_until_ms: int
+    seen_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,11 +318,12 @@ def _entry(
 
 
 def _standing(row: Sequence[Any]) -> Standing:
-    running, leases, us_per_token, tokens, open_until_ms = row
+    running, leases, us_per_token, tokens, open_until_ms, seen_ms = row
     return Standing(
         int(running),
         int(leases),
         float(us_per_token) if us_per_token else None,
         float(tokens) if tokens else None,
         int(open_until_ms),
+        int(seen_ms),
     )

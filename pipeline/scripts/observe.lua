@@ -18,7 +18,7 @@ for i = 3, #ARGV, 4 do
   local open_until = tonumber(seen[4] or '0')
   if ARGV[i + 1] == 'ok' then
     local duration_us, tokens = tonumber(ARGV[i + 2]), math.max(1, tonumber(ARGV[i + 3]))
-    call('HSET', key, 'failures', 0, 'open_until_ms', 0)
+    call('HSET', key, 'failures', 0, 'open_until_ms', 0, 'seen_ms', digits(now_ms))
     if duration_us > 0 then
       call('HSET', key, 'us_per_token', blend(seen[1], duration_us / tokens), 'tokens', blend(seen[2], tokens))
     end
