@@ -8,7 +8,7 @@ preference). Markdown is recognised, and each chunk remembers the headings above
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -64,7 +64,7 @@ class Chunker:
             if piece.strip():
                 # A chunk that opens with headings stands under the last of them.
                 opened = start + len(piece) - len(_after_headings(piece))
-                above = bisect_right(starts, opened) - 1 if opened == start else bisect_right(starts, opened - 1) - 1
+                above = bisect_left(starts, opened) - 1
                 chunks.append(Chunk(piece, headings[above][1] if above >= 0 else ""))
         return chunks
 

@@ -18,7 +18,7 @@ cut at the end of a sentence when at least one sentence fits. The question is ne
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -34,9 +34,8 @@ NO_SOURCES: Final = "(none were found)"
 MESSAGE_TOKENS: Final = 4
 """What a chat template spends around one message, at most: role, separators (OpenAI's cookbook counts 3 to 4)."""
 
-_SENTENCE_END: Final = re.compile(
-    "[.!?][\"')\\]]*(?=\\s)|[\u3002\uff01\uff1f]|(?=\\n)"
-)  # the last of signs: Chinese and Japanese
+_CHINESE_STOPS: Final = "\u3002\uff01\uff1f"  # no blank follows them
+_SENTENCE_END: Final = re.compile(rf"[.!?][\"')\]]*(?=\s)|[{_CHINESE_STOPS}]|(?=\n)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,39 +68,46 @@ def build_prompt(query: str, sources: Sequence[Source], budget: int, count: Toke
     Raises:
         Reject: the question alone is over the budget (`query_too_long`).
     """
-    left = budget - count(INSTRUCTIONS) - 2 * MESSAGE_TOKENS
+    left = budget - frame_tokens(count)
     alone = count(_message(query, []))
     if alone > left:
         message = f"the question takes {alone} tokens, and the prompt leaves {max(left, 0)} for it"
         raise Reject(message, code="query_too_long")
-    used: list[Source] = []
-    for source in sources:
-        if count(_message(query, [*used, source])) <= left:
-            used.append(source)
-            continue
-        if cut := _cut(query, used, source, left, count):
-            used.append(cut)
-        break
-    # A vocabulary may count a whole differently from its beginning, so the last word is with the whole.
-    while used and count(_message(query, used)) > left:
-        used.pop()
+
+    def fits(candidate: Sequence[Source]) -> bool:
+        return count(_message(query, candidate)) <= left
+
+    used = list(sources)
+    if not fits(used):
+        whole = _last_fitting([used[:number] for number in range(1, len(used))], fits) or []
+        beginnings = [[*whole, cut] for cut in _beginnings(used[len(whole)])]
+        used = _last_fitting(beginnings, fits) or whole
     messages = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": _message(query, used)}]
     return Prompt(messages, [source.text for source in used])
 
 
-def _cut(query: str, used: list[Source], source: Source, left: int, count: TokenCount) -> Source | None:
-    """Return the longest beginning of *source* in whole sentences that still fits; None when not one does."""
-    ends = sorted({end.end() for end in _SENTENCE_END.finditer(source.text) if source.text[: end.end()].strip()})
+def frame_tokens(count: TokenCount) -> int:
+    """Return what every prompt costs before its question and its sources."""
+    return count(INSTRUCTIONS) + 2 * MESSAGE_TOKENS
+
+
+def _last_fitting(candidates: Sequence[list[Source]], fits: Callable[[list[Source]], bool]) -> list[Source] | None:
+    """Return the longest of *candidates*, which grow, that was seen to fit; None when none was."""
     fitting = None
-    low, high = 0, len(ends)
+    low, high = 0, len(candidates)
     while low < high:
         middle = (low + high) // 2
-        cut = Source(source.title, source.text[: ends[middle]].rstrip())
-        if count(_message(query, [*used, cut])) <= left:
-            fitting, low = cut, middle + 1
+        if fits(candidates[middle]):
+            fitting, low = candidates[middle], middle + 1
         else:
             high = middle
     return fitting
+
+
+def _beginnings(source: Source) -> list[Source]:
+    """Return *source* cut after each sentence or line, shortest first."""
+    texts = (source.text[: end.end()].rstrip() for end in _SENTENCE_END.finditer(source.text))
+    return [Source(source.title, text) for text in texts if text]
 
 
 def _message(query: str, sources: Sequence[Source]) -> str:

@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
-from pipeline.errors import NotReady, Reject
+from pipeline.errors import ConfigError, NotReady, Reject
 from pipeline.job import Done, Job
 from pipeline.settings import RetrieverSettings, Settings
 from pipeline.stage import Context, Outcome, Stage
 from stages.index import EmbeddedIndex, Hit, IndexInUse, Passage, Search, Written
-from stages.prompt import Source, build_prompt
+from stages.prompt import Source, build_prompt, frame_tokens
 from stages.tokens import TokenCount, token_count
 from stages.vectors import KeywordModel, Sparse, unpack
 
@@ -28,8 +28,10 @@ T = TypeVar("T")
 LOCK_WAIT_S: Final = 2.0
 """How long a retriever waits for the one before it, which may be stopping, to let go of the index."""
 _LOCK_POLL_S: Final = 0.05
+_WRITES: Final = frozenset({"document", "document_deletion"})
 _FETCH: Final = 4  # hits looked at for each source wanted
 _SAME_DOCUMENT: Final = 0.8
+_LEAST_QUESTION_TOKENS: Final = 50  # fewer would refuse most questions that people ask
 _DAY_US: Final = 86_400 * 1_000_000  # no job lives longer, so nothing older than a deleted document can still arrive
 _FORGET_EVERY_US: Final = 3_600 * 1_000_000
 
@@ -48,7 +50,14 @@ class Retriever(Stage):
             model: name of the encoder's model; vectors of another are refused.
             count: the token count that `prompt_tokens` is measured with.
             lock_wait_s: patience with another retriever that has the index; 0 means none.
+        Raises:
+            ConfigError: `prompt_tokens` leaves no room for a question.
         """
+        if settings.prompt_tokens < frame_tokens(count) + _LEAST_QUESTION_TOKENS:
+            raise ConfigError(
+                f"retriever.prompt_tokens ({settings.prompt_tokens}) leaves no room for a question: "
+                f"the instructions take {frame_tokens(count)}, and a question {_LEAST_QUESTION_TOKENS}"
+            )
         self.slots = settings.slots
         self.batch = settings.batch
         self._settings = settings
@@ -103,16 +112,15 @@ class Retriever(Stage):
 
     async def handle_batch(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
         """Answer the searches as one, write the rest one after another; one outcome per job, in order."""
-        queries = [job for job in jobs if job.flow == "query"]
-        writes = [job for job in jobs if job.flow != "query"]
         index = self._opened()
+        writes = [job for job in jobs if job.flow in _WRITES]
+        queries = [job for job in jobs if job.flow not in _WRITES]
         answered, written = await asyncio.gather(
             self._run(self._reads, lambda: self._answer(index, queries)),
             self._run(self._writes, lambda: self._write(index, writes)),
         )
-        outcomes = dict(zip([job.id for job in queries], answered, strict=True))
-        outcomes |= zip([job.id for job in writes], written, strict=True)
-        return [outcomes[job.id] for job in jobs]
+        answers, acknowledgements = iter(answered), iter(written)
+        return [next(acknowledgements if job.flow in _WRITES else answers) for job in jobs]
 
     def _opened(self) -> EmbeddedIndex:
         if self._index is None:

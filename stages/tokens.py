@@ -22,7 +22,7 @@ from pipeline.errors import ConfigError
 TokenCount = Callable[[str], int]
 
 _PIECE: Final = re.compile(
-    r"[A-Z]{2,3}(?![a-z])|[A-Z]?[a-z]{1,4}|[A-Z]|([-=_*#.~])\1{1,7}|\n|[^\S\n]{2,16}|[!-@\[-`{-~]|[^\x00-\x7f]"
+    r"[A-Z]{2,3}(?![a-z])|[A-Z]?[a-z]{1,4}|[A-Z]|([-=_*#.~])\1{1,7}|\n|[^\S\n]{2,16}|[!-@\[-`{-~\x00-\x08\x0e-\x1b\x7f]|[^\x00-\x7f]"
 )
 _HEAVY: Final = re.compile("[\u0080-\u036f\u0800-\uffff]")  # accents, and the scripts of three bytes a letter: 2 each
 _HEAVIEST: Final = re.compile("[\U00010000-\U0010ffff]")  # pictures and rare scripts: 3 each

@@ -138,7 +138,7 @@ _K: Final = 1.2
 _B: Final = 0.9
 _AVERAGE_WORDS: Final = 60.0
 
-_COMPOUND: Final = re.compile(r"[A-Za-z0-9]*(?:[a-z0-9][A-Z]|_)[A-Za-z0-9_]*")
+_COMPOUND: Final = re.compile(r"[A-Za-z0-9]*(?:[a-z0-9][A-Z]|[A-Z]{2}[a-z]|_)[A-Za-z0-9_]*")
 _PART: Final = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 
 
