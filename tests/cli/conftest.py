@@ -29,7 +29,7 @@ def lives(pid: int) -> bool:
 
 def clean_environment(**more: str) -> dict[str, str]:
     """Return an environment in which nothing is set but what a shell needs, and our own source tree."""
-    return {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "PYTHONPATH": str(ROOT), **more}
+    return {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "PYTHONPATH": str(ROOT)} | more
 
 
 @pytest.fixture

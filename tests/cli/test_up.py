@@ -25,6 +25,9 @@ from tests.cli.conftest import clean_environment, lives
 from tests.conftest import wait_until
 
 PARTS = ["encoder", "gateway", "llm", "mock1", "mock2", "mock3", "redis", "retriever"]
+PATH = (
+    "/nonexistent" if os.environ.get("TEST_SERVER") == "valkey" else os.environ["PATH"]
+)  # then the bundled one is used
 pytestmark = pytest.mark.timeout(120)
 
 
@@ -80,7 +83,7 @@ async def up(data_dir: Path, *options: str) -> AsyncIterator[Up]:
 
 
 async def penstock(*arguments: str, **streams: object) -> asyncio.subprocess.Process:
-    environ = clean_environment(PENSTOCK_WORKER__DRAIN_S="5")
+    environ = clean_environment(PENSTOCK_WORKER__DRAIN_S="5", PATH=PATH)
     command = [sys.executable, "-m", "penstock", *arguments]
     return await asyncio.create_subprocess_exec(*command, cwd="/", env=environ, **streams)  # type: ignore[arg-type]  # passed on
 

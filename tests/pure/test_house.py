@@ -88,7 +88,9 @@ def test_no_module_is_called_after_nothing() -> None:
     assert [str(path.relative_to(ROOT)) for path in paths if path.stem in NAMES_OF_NOTHING] == []
 
 
-@pytest.mark.parametrize("path", [*sources(*PACKAGES), ROOT / "penstock.py"], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [*sources(*PACKAGES), ROOT / "penstock.py"], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_every_module_says_what_it_is_about(path: Path) -> None:
     """A reader begins with the first line."""
     assert ast.get_docstring(ast.parse(path.read_text()))
@@ -119,4 +121,4 @@ def default_of(name: str) -> str:
         return "empty"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
-    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+    return f"`{int(value) if isinstance(value, float) and value.is_integer() else value}`"
