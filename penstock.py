@@ -77,7 +77,7 @@ def up(
     insecure: Annotated[bool, typer.Option(help="Allow a public address without API keys.")] = False,
 ) -> None:
     """Run everything on this machine: Redis, mock replicas, the stages, the gateway. Ctrl-C drains."""
-    import asyncio
+    import uvloop
 
     from pipeline import local, logs
 
@@ -99,7 +99,7 @@ def up(
         after_ready=lambda url, is_unfilled: _first_steps(settings, url, ask, is_unfilled=is_unfilled),
         environ=_environ(overrides),
     )
-    asyncio.run(local.up(plan))
+    uvloop.run(local.up(plan))
 
 
 @app.command()
@@ -110,23 +110,17 @@ def gateway(
 ) -> None:
     """Run one gateway."""
     settings = _settings({"gateway": {"host": host, "port": port, "insecure": insecure or None}})
-    import uvloop
-    from gateway.server import serve
+    from gateway.__main__ import run as run_gateway
 
-    from pipeline import logs
-
-    logs.configure(settings.log, "gateway")
-    uvloop.run(serve(settings))
+    raise typer.Exit(run_gateway(settings))
 
 
 @app.command()
 def stage(names: Annotated[list[str], typer.Argument(metavar="NAME...", help="encoder, retriever, llm")]) -> None:
     """Run one or more stages in this process."""
     settings = _settings()
-    from pipeline import logs
     from stages.__main__ import run as run_stages
 
-    logs.configure(settings.log, "+".join(names))
     raise typer.Exit(run_stages(names, settings))
 
 

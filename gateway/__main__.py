@@ -8,12 +8,14 @@ import sys
 import uvloop
 
 from gateway.server import serve
+from pipeline import logs
 from pipeline.errors import ConfigError
 from pipeline.settings import Settings, load
 
 
 def run(settings: Settings) -> int:
     """Run the gateway; return the process's exit code: 0 after a drain, 2 for settings that cannot work."""
+    logs.configure(settings.log, "gateway")
     try:
         uvloop.run(serve(settings))
     except ConfigError as error:

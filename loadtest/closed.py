@@ -83,7 +83,7 @@ class LoadOptions:
                 raise ValueError(f"{name} must be above 0 seconds, not {span_s:g}")
 
 
-class Unreachable(Exception):  # noqa: N818 - the name says what the target is
+class Unreachable(Exception):
     """Nothing takes connections at the target."""
 
 

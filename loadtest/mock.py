@@ -282,7 +282,7 @@ async def _stream(call: _Call, parts: list[bytes], pace: float, start_s: float) 
             await call.wait_until(start_s + sent / pace)
 
 
-class _ClientGone(Exception):  # noqa: N818 - no error: clients may leave
+class _ClientGone(Exception):
     """The client closed the connection before its answer was whole."""
 
 

@@ -133,7 +133,7 @@ def _after(snapshot: Snapshot, order: Sequence[str]) -> Snapshot:
 
 
 def _service_times(replicas: Sequence[Replica]) -> dict[str, float]:
-    """Fill gaps with the best known time: a replica nobody knows is tried, and a shunned one is tried again, by one job.
+    """Fill gaps with the best known time: an unknown replica is tried, and a shunned one is tried again, by one job.
 
     Without that a replica that was slow once would stay shunned, since nothing is learned of it any more.
     """

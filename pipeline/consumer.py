@@ -24,7 +24,7 @@ from pipeline import keys, metrics, scripts
 from pipeline.clock import Clock, monotonic_us
 from pipeline.connection import Argument, Link, Outage, parse_info, reconnect_delay_s
 from pipeline.errors import BrokerUnavailable, ConfigError, PenstockError
-from pipeline.worker import Quarantine, Worker
+from pipeline.worker import Quarantine, Worker, wait_at_most
 
 if TYPE_CHECKING:
     from pipeline.settings import Settings
@@ -55,8 +55,10 @@ class Consumer:
         )
         self.name = f"{self.worker_name}:{secrets.token_hex(4)}"
         self._quarantine = Quarantine()
+        self._renew_now = asyncio.Event()
         self.workers = [
-            Worker(stage, self.name, settings, self.clock, self._quarantine, self.worker_name) for stage in stages
+            Worker(stage, self.name, settings, self.clock, self._quarantine, self.worker_name, self._renew_now.set)
+            for stage in stages
         ]
         self._quarantine.workers = self.workers
         self._link = Link(settings.redis, "lease")
@@ -154,7 +156,7 @@ class Consumer:
             else:
                 self._outage.ends()
                 failures = 0
-                await asyncio.sleep(self._settings.worker.renew_s)
+                await wait_at_most(self._renew_now, self._settings.worker.renew_s)
 
     async def renew(self) -> None:
         """Renew the lease, compare what is in hand with what Redis says, and take up what no read delivered."""

@@ -123,10 +123,27 @@ def decode(data: bytes, vector: bytes | None = None) -> Job:
         body = orjson.loads(data)
         if body.pop("v") != 1 or not is_valid_id(body["id"]):
             raise MalformedEntry("the envelope's version or id is not one of ours", code="bad_envelope")
-        return Job(vector=vector, **body)
+        job = Job(vector=vector, **body)
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
         message = f"the entry begins like an envelope but is not one: {error}"
         raise MalformedEntry(message, code="bad_envelope", job_id=find_id(data)) from error
+    if not _is_sound(job):
+        raise MalformedEntry("a field of the envelope has a wrong type", code="bad_envelope", job_id=job.id)
+    return job
+
+
+def _is_sound(job: Job) -> bool:
+    """Say whether every field has its type: what fails later than here would be tried again and again."""
+    return (
+        type(job.flow) is type(job.tenant) is str
+        and type(job.payload) is type(job.state) is type(job.timings_ms) is dict
+        and type(job.route) is type(job.avoid) is list
+        and type(job.deadline_ms) is type(job.attempt) is type(job.accepted_us) is type(job.at_us) is int
+        and job.priority in PRIORITIES
+        and (job.replica is None or type(job.replica) is str)
+        and all(type(stage) is str for stage in job.route)
+        and all(type(span_ms) in {float, int} for span_ms in job.timings_ms.values())
+    )
 
 
 def decode_foreign(data: bytes) -> Json:
@@ -138,7 +155,8 @@ def decode_foreign(data: bytes) -> Json:
     try:
         body = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        raise MalformedEntry(f"the entry's `data` is not JSON: {error}", code="not_json") from error
+        message = f"the entry's `data` is not JSON: {error}"
+        raise MalformedEntry(message, code="not_json", job_id=find_id(data)) from error
     if not isinstance(body, dict):
         raise MalformedEntry(f"the entry's `data` is JSON, but a {type(body).__name__} and no object", code="not_a_job")
     if not is_valid_id(body.get("id")):

@@ -106,7 +106,7 @@ def running(data_dir: Path) -> dict[str, Any] | None:
 async def _run(plan: Plan, supervisor: Supervisor, port: int, mocks: Sequence[int], lock: int) -> None:
     """Start everything, say when it is ready, take the first steps."""
     settings, data_dir = plan.settings, plan.data_dir
-    environ = dict(plan.environ) | {"PENSTOCK_GATEWAY__PORT": str(port)}
+    environ = dict(plan.environ) | {"PENSTOCK_GATEWAY__PORT": str(port), "PENSTOCK_METRICS__PORT": "0"}  # one port each
     redis_url = settings.redis.url
     unfilled = _mark_if_empty(settings.retriever.path, data_dir / "index.unfilled")
     for number, mock_port in enumerate(mocks, start=1):
@@ -163,13 +163,14 @@ async def _start_redis(supervisor: Supervisor, data_dir: Path, lock: int) -> str
     directory.mkdir(mode=0o700, exist_ok=True)
     address = private_redis.socket_path(data_dir)
     private_redis.make_socket_directory(address)
-    rewrites: set[asyncio.Task[None]] = set()
+    rewrites: list[asyncio.Task[None]] = []
 
     def started(times: int) -> None:
+        for rewrite in rewrites:
+            rewrite.cancel()
+        rewrites.clear()
         if times > 1 or private_redis.has_data(directory):
-            rewrite = asyncio.create_task(_rewrite_log(address), name="rewrite the append-only file")
-            rewrites.add(rewrite)
-            rewrite.add_done_callback(rewrites.discard)
+            rewrites.append(asyncio.create_task(_rewrite_log(address), name="rewrite the append-only file"))
 
     child = supervisor.start(
         Program(
@@ -390,7 +391,9 @@ def _local(port: int) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all, for this user alone: an address may hold a password."""
     part = path.with_suffix(".part")
+    part.unlink(missing_ok=True)
+    part.touch(mode=0o600)
     part.write_text(text)
     part.replace(path)

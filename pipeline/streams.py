@@ -41,6 +41,7 @@ class Entry:
     Attributes:
         deliveries: how often it was delivered; together with the consumer's name this is the fence.
         data: the field `data`; None when the entry has none.
+        extra: names of fields that are neither `data` nor `vector`.
         replica: where its job was placed; "" when nowhere.
         resumed: somebody may have worked on it before: it was claimed, or found pending.
     """
@@ -52,6 +53,7 @@ class Entry:
     vector: bytes | None = None
     replica: str = ""
     resumed: bool = False
+    extra: tuple[bytes, ...] = ()
 
 
 @dataclass(slots=True)
@@ -169,9 +171,15 @@ class Streams:
         return Placed(entries, int(reply[1]), [_standing(row) for row in rows])
 
     async def fetch(self, stream: str, entry_id: bytes, deliveries: int) -> Entry | None:
-        """Return one entry by its id, None when it is gone."""
+        """Return one pending entry by its id; None when it is gone, and then it is not pending any more either.
+
+        An entry deleted by hand stays in the pending list, and a job that seems to be in living hands never ends.
+        """
         rows = await self.control.call("XRANGE", stream, entry_id, entry_id)
-        return _entry(stream, *rows[0], deliveries=deliveries, resumed=True) if rows else None
+        if rows:
+            return _entry(stream, *rows[0], deliveries=deliveries, resumed=True)
+        await self.control.call("XACK", stream, self.stage, entry_id)
+        return None
 
     async def is_cancelled(self, job_id: str) -> bool:
         """Say whether the job is marked as to be cancelled. A job just read is not: cancelling removes waiting ones."""
@@ -314,7 +322,8 @@ def _entry(
     resumed: bool = False,
 ) -> Entry:
     pairs = dict(zip(fields[::2], fields[1::2], strict=True)) if fields else {}
-    return Entry(stream, entry_id, deliveries, pairs.get(b"data"), pairs.get(b"vector"), replica, resumed)
+    data, vector = pairs.pop(b"data", None), pairs.pop(b"vector", None)
+    return Entry(stream, entry_id, deliveries, data, vector, replica, resumed, tuple(pairs))
 
 
 def _standing(row: Sequence[Any]) -> Standing:

@@ -200,7 +200,7 @@ class Child:
         while line := await _read_line(stderr):
             text = line.decode(errors="replace").rstrip()
             self.last_words.append(text)
-            if text and not self._stopping:
+            if text:
                 _log.info(text, process=self.program.name)
 
     def __repr__(self) -> str:

@@ -107,7 +107,14 @@ class Worker:
     """
 
     def __init__(
-        self, stage: Stage, consumer: str, settings: Settings, clock: Clock, quarantine: Quarantine, name: str
+        self,
+        stage: Stage,
+        consumer: str,
+        settings: Settings,
+        clock: Clock,
+        quarantine: Quarantine,
+        name: str,
+        announce: Callable[[], None],
     ) -> None:
         self.stage = stage
         self.name = name
@@ -119,6 +126,7 @@ class Worker:
         self._settings = settings
         self._clock = clock
         self._quarantine = quarantine
+        self._announce = announce  # tells others that readiness changed
         self._rng = Random()
         self._changed = asyncio.Event()  # a slot was freed, readiness or quarantine changed
         self._wake = asyncio.Event()  # the llm streams or slots changed, as heard on the wake channel
@@ -171,9 +179,11 @@ class Worker:
                 if self.not_ready != str(error):
                     log.warning("the stage is not ready", stage=self.stage.name, reason=str(error))
                 self.not_ready = str(error)
+                self._announce()
                 await asyncio.sleep(NOT_READY_RETRY_S)
             else:
                 self.not_ready = None
+                self._announce()
                 return
 
     async def _next_entries(self) -> list[Entry]:
@@ -182,7 +192,7 @@ class Worker:
             await self._run_suspect()
         free = self.stage.slots - len(self.held)
         if free <= 0 or self._quarantine.owner is not None:
-            await _pass(self._changed, WAKE_POLL_S)
+            await wait_at_most(self._changed, WAKE_POLL_S)
             return []
         self.reading = True
         try:
@@ -193,7 +203,7 @@ class Worker:
         finally:
             self.reading = False
         if not entries:
-            await _pass(self._wake, WAKE_POLL_S)
+            await wait_at_most(self._wake, WAKE_POLL_S)
         return entries
 
     async def _run_suspect(self) -> None:
@@ -207,7 +217,7 @@ class Worker:
         try:
             async with asyncio.timeout(self._settings.worker.lease_s):
                 while not self._quarantine.is_empty():
-                    await _pass(self._changed, 0.05)
+                    await wait_at_most(self._changed, 0.05)
             claimed = await self.streams.claim(stream, lapsed, 1, idle=True)
             if claimed.left:
                 self._suspects.add((stream, lapsed))
@@ -311,6 +321,10 @@ class Worker:
                 raise MalformedEntry(message, code="unknown_flow", job_id=job.id)
             return job
         body = decode_foreign(entry.data)
+        if entry.extra or entry.vector is not None:
+            names = ", ".join(name.decode(errors="replace") for name in entry.extra or (b"vector",))
+            message = f"besides `data` the entry has fields that nobody would read: {names}"
+            raise MalformedEntry(message, code="extra_field", job_id=body["id"])
         lifetimes = self._settings.lifetimes.model_dump()
         job = flows.adopt(self.stage.name, body, now_ms=self._clock.now_ms(), lifetimes=lifetimes)
         held.settling = True
@@ -343,12 +357,12 @@ class Worker:
             return error
 
     async def _handle_batch(self, jobs: Sequence[tuple[Held, Job]]) -> Sequence[Outcome]:
-        if not jobs:
-            return []
+        if all(held.reason is not None for held, _ in jobs):  # none is left, or all were stopped before their turn
+            return [PenstockError("stopped") for _ in jobs]
         latest_ms = max(job.deadline_ms for _, job in jobs)
         try:
             async with asyncio.timeout((latest_ms - self._clock.now_ms()) / 1000) as bound:
-                return await self.stage.handle_batch([job for _, job in jobs])
+                return await self._call_batch([job for _, job in jobs])
         except TimeoutError as error:
             return [DeadlineExceeded() if bound.expired() else error for _ in jobs]
         except asyncio.CancelledError:
@@ -361,6 +375,12 @@ class Worker:
                 return [error]
             log.warning("a batch failed; handling its jobs one by one", stage=self.stage.name, exc_info=True)
             return [outcome for pair in jobs for outcome in await self._handle_batch([pair])]
+
+    async def _call_batch(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
+        outcomes = await self.stage.handle_batch(jobs)
+        if len(outcomes) != len(jobs):
+            raise ValueError(f"handle_batch gave {len(outcomes)} outcomes for {len(jobs)} jobs")
+        return outcomes
 
     async def _let_go(self, held: Held, job: Job, outcome: Outcome) -> None:
         """Decide what follows, and settle it."""
@@ -375,6 +395,18 @@ class Worker:
             completion = ended(job, self.name, "cancelled", "cancelled", "the job was cancelled")
             await self._settle(held, self._end(held, completion), "cancelled")
             return
+        try:
+            settlement, word = self._decide(held, job, outcome)
+        except orjson.JSONEncodeError as error:
+            # The handler's answer is no JSON: a failed attempt of the job as it came.
+            self._log(held).warning("the handler's answer cannot be written", error=str(error))
+            job = decode(held.entry.data or b"", held.entry.vector)
+            self._stamp(held, job)
+            settlement, word = self._decide(held, job, error)
+        await self._settle(held, settlement, word)
+
+    def _decide(self, held: Held, job: Job, outcome: Outcome) -> tuple[Settlement, str]:
+        """Return what is to become of the entry, and the word that metrics have for it."""
         decision = decide(job, outcome, worker=self.name, retry=self._settings.retry, rng=self._rng)
         match decision:
             case Forward(stage, done):
@@ -382,25 +414,27 @@ class Worker:
                 job.state |= done.value
                 job.attempt, job.avoid = 1, []
                 target = keys.stream(stage, job.priority)
-                settlement = Settlement(
-                    held.entry, job.id, "forward", target, job.encode(), done.vector or b"", start=done.start
-                )
-                await self._settle(held, settlement, "forwarded")
+                vector = done.vector or b""
+                forward = Settlement(held.entry, job.id, "forward", target, job.encode(), vector, start=done.start)
+                return forward, "forwarded"
             case Complete(completion, done):
                 start = done.start if done else ()
-                await self._settle(held, self._end(held, completion, start), completion.status)
+                return self._end(held, completion, start), completion.status
             case Retry(delay_s, attempt, error):
                 # The message may quote what a replica said of a prompt: it stands in the outcome, not in the log.
                 self._log(held).info("retrying", in_s=round(delay_s, 3), code=error["code"])
                 job.attempt = attempt
                 job.replica = None
-                settlement = Settlement(
-                    held.entry, job.id, "retry", int(delay_s * 1000), job.encode(), held.entry.vector or b""
-                )
-                await self._settle(held, settlement, "retried")
+                vector = held.entry.vector or b""
+                return Settlement(held.entry, job.id, "retry", int(delay_s * 1000), job.encode(), vector), "retried"
             case Bury(completion, reason):
+<<<<<<< HEAD
                 self._log(held).warning("burying", reason=reason, code=(completion.error or {}).get("code"))
                 await self._settle(held, self._burial(held, completion, reason), "failed")
+=======
+                self._log(held).warning("burying", reason=reason, error=completion.error)
+                return self._burial(held, completion, reason), "failed"
+>>>>>>> coretest
 
     # --- settling --------------------------------------------------------------------------------
 
@@ -561,7 +595,7 @@ class Worker:
         """Wait until everything in hand is settled; what is not by then is stopped and given back."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         while self.held and asyncio.get_running_loop().time() < deadline:
-            await _pass(self._changed, min(0.1, timeout_s))
+            await wait_at_most(self._changed, min(0.1, timeout_s))
         for held in list(self.held.values()):
             self._abort(held, "drain")
         tasks = {held.task for held in self.held.values() if held.task is not None}
@@ -582,9 +616,9 @@ class Worker:
         if held.settling or held.reason is not None:
             return
         held.reason = reason
-        # A batch is stopped only when none of its jobs is wanted any more.
+        # A batch is stopped only when none of its jobs is wanted any more; what is settled needs it no longer.
         mates = [other for other in self.held.values() if other.task is held.task]
-        if held.task is not None and all(mate.reason is not None for mate in mates):
+        if held.task is not None and all(mate.reason is not None or mate.settling for mate in mates):
             held.task.cancel()
 
     def _entry_of(self, job_id: str) -> Entry | None:
@@ -605,7 +639,7 @@ class Worker:
         return f"<Worker {self.stage.name} held={len(self.held)}/{self.stage.slots} quiet={self._quiet}>"
 
 
-async def _pass(event: asyncio.Event, at_most_s: float) -> None:
+async def wait_at_most(event: asyncio.Event, at_most_s: float) -> None:
     """Wait for *event* and clear it, for a while at most."""
     with suppress(TimeoutError):
         async with asyncio.timeout(at_most_s):

@@ -11,17 +11,21 @@ import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 from semantic_text_splitter import MarkdownSplitter, TextSplitter
 
 from stages.tokens import TokenCount
 
-_HEADING: Final = re.compile(r"^ {0,3}(#{1,6})[ \t]+(\S.*?)(?:[ \t]+#+)?[ \t]*$", re.MULTILINE)
+_HEADING: Final = re.compile(r"^ {0,3}(#{1,6})[ \t]+(\S.*)$", re.MULTILINE)
 _FENCE: Final = re.compile(r"^ {0,3}(`{3,}|~{3,})[^`\n]*$.*?(?:^ {0,3}\1[`~]*[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _MARKDOWN_NAME: Final = re.compile(r"\.(md|markdown|mdown)$", re.IGNORECASE)
 _PLAIN_NAME: Final = re.compile(r"\.(txt|text|rst|log|csv)$", re.IGNORECASE)
 _PARAGRAPH: Final = re.compile(r"\S(?:.+|\n(?!\s*\n))*")
+_LOOK_CHARS_PER_TOKEN: Final = 8  # more than any text has but blanks and ruled lines
+_WORD_CHARS: Final = 8_000
+_ENDLESS_WORD: Final = re.compile(rf"\S{{{_WORD_CHARS + 1},}}")
 OPENING_CHARS: Final = 200
 MAX_HEADING_CHARS: Final = 200  # a heading is context; one that is longer is a paragraph by mistake
 
@@ -46,8 +50,15 @@ class Chunker:
     """
 
     def __init__(self, count: TokenCount, chunk_tokens: int, overlap_tokens: int) -> None:
-        self._plain = TextSplitter.from_callback(count, chunk_tokens, overlap=overlap_tokens)
-        self._markdown = MarkdownSplitter.from_callback(count, chunk_tokens, overlap=overlap_tokens)
+        def enough(text: str) -> int:
+            # The splitter measures all that is left of a section for every chunk it takes from it, only to learn that
+            # it is too long. Its beginning tells that as well, and spares quadratic time on one endless paragraph.
+            beginning = count(text[:look_chars])
+            return beginning if beginning > chunk_tokens or len(text) <= look_chars else count(text)
+
+        look_chars = _LOOK_CHARS_PER_TOKEN * chunk_tokens
+        self._plain = TextSplitter.from_callback(enough, chunk_tokens, overlap=overlap_tokens)
+        self._markdown = MarkdownSplitter.from_callback(enough, chunk_tokens, overlap=overlap_tokens)
 
     def cut(self, text: str, name: str = "") -> list[Chunk]:
         """Return the chunks of *text*, in order; none when it holds nothing but white space.
@@ -55,18 +66,32 @@ class Chunker:
         Args:
             name: the document's name; a suffix like `.md` or `.txt` decides how the text is read.
         """
+        sections = _sections(text)
         if not is_markdown(text, name):
-            return [Chunk(piece) for piece in self._plain.chunks(text) if piece.strip()]
+            return [Chunk(piece) for _, section in sections for piece in self._plain.chunks(section) if piece.strip()]
         headings = _headings(text)
         starts = [start for start, _ in headings]
         chunks = []
-        for start, piece in self._markdown.chunk_indices(text):
-            if piece.strip():
-                # A chunk that opens with headings stands under the last of them.
-                opened = start + len(piece) - len(_after_headings(piece))
-                above = bisect_left(starts, opened) - 1
-                chunks.append(Chunk(piece, headings[above][1] if above >= 0 else ""))
+        for offset, section in sections:
+            for start, piece in self._markdown.chunk_indices(section):
+                if piece.strip():
+                    # A chunk that opens with headings stands under the last of them.
+                    opened = offset + start + len(piece) - len(_after_headings(piece))
+                    above = bisect_left(starts, opened) - 1
+                    chunks.append(Chunk(piece, headings[above][1] if above >= 0 else ""))
         return chunks
+
+
+def _sections(text: str) -> list[tuple[int, str]]:
+    """Return where each section begins, and the section: the whole text, but for cuts inside endless words.
+
+    The splitter's time grows with the square of a word's length: 400,000 letters in a row took it 2.6 s, in portions
+    of `_WORD_CHARS` they take 0.1 s.
+    """
+    cuts = [0]
+    for word in _ENDLESS_WORD.finditer(text):
+        cuts += range(word.start() + _WORD_CHARS, word.end(), _WORD_CHARS)
+    return [(start, text[start:end]) for start, end in pairwise([*cuts, len(text)])]
 
 
 def opening(text: str) -> str:
@@ -82,6 +107,13 @@ def is_markdown(text: str, name: str = "") -> bool:
     if _MARKDOWN_NAME.search(name):
         return True
     return not _PLAIN_NAME.search(name) and bool(_headings(text))
+
+
+def _without_closing_signs(title: str) -> str:
+    """Return *title* without the signs that may close a heading, as in `## Gates ##`."""
+    title = title.rstrip()
+    closed = title.rstrip("#")
+    return closed.rstrip() if closed != closed.rstrip() else title
 
 
 def _after_headings(piece: str) -> str:
@@ -103,6 +135,6 @@ def _headings(text: str) -> Sequence[tuple[int, str]]:
             continue  # a comment in a code block
         level = len(heading[1])
         path = [(above, title) for above, title in path if above < level]
-        path.append((level, heading[2][:MAX_HEADING_CHARS]))
+        path.append((level, _without_closing_signs(heading[2])[:MAX_HEADING_CHARS]))
         found.append((heading.start(), " > ".join(title for _, title in path)))
     return found

@@ -55,8 +55,6 @@ class Encoder(Stage):
         self.slots = settings.slots
         self.batch = settings.batch
         self._max_chunks = settings.max_chunks
-        self._chunk_tokens = settings.chunk_tokens
-        self._count = count
         self._chunker = Chunker(count, settings.chunk_tokens, settings.overlap_tokens)
         self._model = KeywordModel(settings.language)
         self._thread: ThreadPoolExecutor | None = None

@@ -25,8 +25,6 @@ from stages.vectors import KeywordModel, Sparse, unpack
 
 T = TypeVar("T")
 
-LOCK_WAIT_S: Final = 2.0
-"""How long a retriever waits for the one before it, which may be stopping, to let go of the index."""
 _LOCK_POLL_S: Final = 0.05
 _WRITES: Final = frozenset({"document", "document_deletion"})
 _FETCH: Final = 4  # hits looked at for each source wanted
@@ -41,15 +39,12 @@ class Retriever(Stage):
 
     name = "retriever"
 
-    def __init__(
-        self, settings: RetrieverSettings, model: str, count: TokenCount, lock_wait_s: float = LOCK_WAIT_S
-    ) -> None:
+    def __init__(self, settings: RetrieverSettings, model: str, count: TokenCount) -> None:
         """Prepare; nothing is opened yet.
 
         Args:
             model: name of the encoder's model; vectors of another are refused.
             count: the token count that `prompt_tokens` is measured with.
-            lock_wait_s: patience with another retriever that has the index; 0 means none.
         Raises:
             ConfigError: `prompt_tokens` leaves no room for a question.
         """
@@ -63,7 +58,6 @@ class Retriever(Stage):
         self._settings = settings
         self._model = model
         self._count = count
-        self._lock_wait_s = lock_wait_s
         self._index: EmbeddedIndex | None = None
         self._reads: ThreadPoolExecutor | None = None
         self._writes: ThreadPoolExecutor | None = None
@@ -77,7 +71,7 @@ class Retriever(Stage):
             ConfigError: another encoder filled it.
             NotReady: it cannot be opened for now.
         """
-        give_up_at = time.monotonic() + self._lock_wait_s
+        give_up_at = time.monotonic() + self._settings.lock_wait_s
         while True:
             try:
                 self._index = await asyncio.to_thread(EmbeddedIndex.open, self._settings.path, self._model)
@@ -101,7 +95,7 @@ class Retriever(Stage):
 
     async def chunks(self) -> int:
         """Return how many chunks the index holds, over all tenants."""
-        return await self._run(self._reads, self._opened().count)
+        return await asyncio.get_running_loop().run_in_executor(self._reads, self._opened().count)
 
     async def handle(self, job: Job) -> Done:
         """Do one job."""
@@ -116,8 +110,8 @@ class Retriever(Stage):
         writes = [job for job in jobs if job.flow in _WRITES]
         queries = [job for job in jobs if job.flow not in _WRITES]
         answered, written = await asyncio.gather(
-            self._run(self._reads, lambda: self._answer(index, queries)),
-            self._run(self._writes, lambda: self._write(index, writes)),
+            self._run(self._reads, self._answer, index, queries),
+            self._run(self._writes, self._write, index, writes),
         )
         answers, acknowledgements = iter(answered), iter(written)
         return [next(acknowledgements if job.flow in _WRITES else answers) for job in jobs]
@@ -127,8 +121,16 @@ class Retriever(Stage):
             raise NotReady("the index is not open")
         return self._index
 
-    async def _run(self, thread: ThreadPoolExecutor | None, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(thread, call)
+    async def _run(
+        self,
+        thread: ThreadPoolExecutor | None,
+        work: Callable[[EmbeddedIndex, Sequence[Job]], list[Outcome]],
+        index: EmbeddedIndex,
+        jobs: Sequence[Job],
+    ) -> list[Outcome]:
+        if not jobs:
+            return []  # questions must not queue behind somebody's document only to hear that there is nothing to do
+        return await asyncio.get_running_loop().run_in_executor(thread, work, index, jobs)
 
     # --- Questions -----------------------------------------------------------------------------
 
@@ -141,8 +143,10 @@ class Retriever(Stage):
         ]
 
     def _search(self, job: Job) -> Search:
-        [vector] = self._vectors(job)
-        return Search(job.tenant, vector, _FETCH * self._top_k(job))
+        vectors = self._vectors(job)
+        if len(vectors) != 1:
+            raise Reject(f"a question came with {len(vectors)} vectors", code="bad_vector")
+        return Search(job.tenant, vectors[0], _FETCH * self._top_k(job))
 
     def _top_k(self, job: Job) -> int:
         return job.payload.get("top_k") or self._settings.top_k
@@ -160,8 +164,6 @@ class Retriever(Stage):
     # --- Documents -----------------------------------------------------------------------------
 
     def _write(self, index: EmbeddedIndex, jobs: Sequence[Job]) -> list[Outcome]:
-        if not jobs:
-            return []
         outcomes = [_attempt(self._write_one, index, job) for job in jobs]
         self._forget_old_deletions(index, max(job.accepted_us for job in jobs))
         index.flush()

@@ -138,11 +138,17 @@ _K: Final = 1.2
 _B: Final = 0.9
 _AVERAGE_WORDS: Final = 60.0
 
-_COMPOUND: Final = re.compile(r"[A-Za-z0-9]*(?:[a-z0-9][A-Z]|[A-Z]{2}[a-z]|_)[A-Za-z0-9_]*")
+# Plain scans: a pattern that looks for the compound itself takes quadratic time on one long run of letters.
+_NAME: Final = re.compile(r"[A-Za-z0-9_]+")
 _PART: Final = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 
 
 def _with_parts_of_names(text: str) -> str:
     """Return *text* followed by the words inside its compound names, so that "reader" finds `DictReader`."""
-    parts = [part for name in _COMPOUND.findall(text) for part in _PART.findall(name)]
-    return f"{text} {' '.join(parts)}" if parts else text
+    found: list[str] = []
+    for name in _NAME.findall(text):
+        if "_" in name or not (name.islower() or name.isdigit()):
+            parts = _PART.findall(name)
+            if len(parts) > 1:
+                found += parts
+    return f"{text} {' '.join(found)}" if found else text

@@ -7,11 +7,20 @@ import fnmatch
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
+import structlog
 
-from pipeline import keys
+from pipeline import keys, streams
 from pipeline.connection import Link
+from pipeline.front import Front
 from pipeline.settings import RedisSettings, Settings, load
 from tests.servers import RedisServer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_log() -> None:
+    """Tracebacks without the pictures that structlog draws for people: these take longer than the tests."""
+    renderer = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure(processors=[structlog.processors.add_log_level, renderer])
 
 
 @pytest.fixture(scope="session")
@@ -23,21 +32,50 @@ def redis_server() -> Iterator[RedisServer]:
 
 @pytest.fixture
 async def link(redis_server: RedisServer) -> AsyncIterator[Link]:
-    """A connection to an empty Redis; afterwards no key may be left that could grow for ever."""
+    """A connection to an empty Redis; afterwards no endless key, no task and no connection may be left."""
     connection = Link(RedisSettings(url=redis_server.url), "test")
     await connection.call("FLUSHALL")
+    before = asyncio.all_tasks()
     yield connection
     try:
         leaked = await unbounded_keys(connection)
+        running = {repr(task) for task in asyncio.all_tasks() - before if task is not asyncio.current_task()}
+        await wait_until(lambda: _only_connection(connection))
     finally:
         await connection.close()
     assert not leaked, f"keys without a TTL that are not on the bounded list: {leaked}"
+    assert not running, f"tasks that still run: {running}"
 
 
 @pytest.fixture
-def settings(redis_server: RedisServer) -> Settings:
+def settings(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Settings with short spans, so that no test waits long."""
-    return load({"REDIS_URL": redis_server.url, "PENSTOCK_WORKER__LEASE_S": "1", "PENSTOCK_WORKER__DRAIN_S": "2"})
+    monkeypatch.setattr(streams, "BLOCK_MS", 50)  # a drain waits for the blocked read to end
+    return short_settings(redis_server)
+
+
+@pytest.fixture
+async def front(link: Link, settings: Settings) -> AsyncIterator[Front]:
+    """The pipeline as a gateway sees it."""
+    async with Front(settings, "test") as one:
+        yield one
+
+
+def short_settings(server: RedisServer) -> Settings:
+    """Return settings with short spans for *server*."""
+    return load(
+        {
+            "REDIS_URL": server.url,
+            "PENSTOCK_WORKER__LEASE_S": "1",
+            "PENSTOCK_WORKER__DRAIN_S": "2",
+            "PENSTOCK_RETRY__BASE_S": "0.02",
+            "PENSTOCK_RETRY__CAP_S": "0.1",
+        }
+    )
+
+
+async def _only_connection(connection: Link) -> bool:
+    return len((await connection.call("CLIENT", "LIST")).splitlines()) == 1
 
 
 async def unbounded_keys(connection: Link) -> list[str]:

@@ -41,13 +41,26 @@ local function add(stream, data, vector)
   return call('XADD', stream, '*', 'data', data)
 end
 
--- The live record, fields by name; nil when there is none.
+-- Stop before the first write when a key is of another type than the script is going to need.
+local function check_type(key, wanted)
+  local found = call('TYPE', key).ok
+  if found ~= wanted and found ~= 'none' then error(key .. ' is a ' .. found .. ' and should be a ' .. wanted) end
+end
+
+-- The live record, fields by name; nil when there is none. Every key it names is of the right type: `finish` may go on.
 local LIVE_FIELDS = {'entry', 'stream', 'tenant', 'lease', 'cancel', 'reply', 'in_flight', 'idem', 'attempts'}
 local function read_live(id)
   local values = call('HMGET', KEY.live .. id, unpack(LIVE_FIELDS))
   if not values[2] then return nil end
   local live = {}
   for i, name in ipairs(LIVE_FIELDS) do live[name] = values[i] end
+  if live.lease then
+    check_type(KEY.leases .. live.lease, 'zset')
+    check_type(KEY.running .. live.lease, 'zset')
+  end
+  if live.in_flight then check_type(live.in_flight, 'set') end
+  if live.idem then check_type(live.idem, 'hash') end
+  if live.reply then check_type(live.reply, 'stream') end
   return live
 end
 
@@ -110,6 +123,13 @@ local function next_stamp(now_us)
   local stamp = math.max(now_us, last + 1)
   call('SET', KEY.stamp, digits(stamp))
   return stamp
+end
+
+-- Before the first write of a script that accepts jobs, besides the type of their streams.
+local function check_accept()
+  check_type(KEY.stamp, 'string')
+  check_type(KEY.live_index, 'zset')
+  check_type(KEY.delayed, 'zset')
 end
 
 -- accept: the one place where a job begins: its live record and its entry, or its place among the delayed.

@@ -9,6 +9,8 @@ local id = ARGV[6]
 local owner, count = pending(ARGV[1], ARGV[2], ARGV[3])
 if owner ~= ARGV[5] or count ~= tonumber(ARGV[4]) then return {digits(now_us), 'lost'} end
 if call('EXISTS', KEY.live .. id, KEY.completion .. id) > 0 then return {digits(now_us), 'duplicate'} end
+check_accept()
+check_type(ARGV[10], 'stream')
 remove(ARGV[1], ARGV[2], ARGV[3])
 accept(id, ARGV[7], ARGV[10], ARGV[8], ARGV[9], 0, now_us, {'deadline', ARGV[9]})
 tell_wake()

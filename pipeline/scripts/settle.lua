@@ -15,13 +15,8 @@ local consumer, ttl_ms, placed = ARGV[1], ARGV[2], ARGV[5] == 'placed'
 local ANSWERS = 2
 local answers, records, at = {digits(now_us), 0}, {}, 6
 
-local function check_type(key, wanted)
-  local found = call('TYPE', key).ok
-  if found ~= wanted and found ~= 'none' then error(key .. ' is a ' .. found .. ' and should be a ' .. wanted) end
-end
 check_type(KEY.dead, 'stream')
-check_type(KEY.delayed, 'zset')
-check_type(KEY.live_index, 'zset')
+check_accept()
 
 while at <= #ARGV do
   local record = {

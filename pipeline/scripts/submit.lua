@@ -36,6 +36,7 @@ local function submit(id, tail, stream, tenant, deadline_ms, due_ms, reply, set,
   if call('ZCARD', KEY.live_index) >= max_jobs then return 'overloaded', id end
   if set ~= '' and call('SCARD', set) >= tonumber(limit) then return 'in_flight', id end
 
+  local url = leases == 'lease' and least_leased()
   local more = {}
   local function note(name, value)
     more[#more + 1] = name
@@ -52,7 +53,6 @@ local function submit(id, tail, stream, tenant, deadline_ms, due_ms, reply, set,
     call('HSET', idem, 'hash', hash, 'job', id)
     call('PEXPIRE', idem, idem_ms)
   end
-  local url = leases == 'lease' and least_leased()
   if url then
     note('lease', url)
     lease(id, url, now_us)
@@ -61,6 +61,13 @@ local function submit(id, tail, stream, tenant, deadline_ms, due_ms, reply, set,
   return 'accepted', id
 end
 
+check_accept()
+for _, url in ipairs(candidates) do check_type(KEY.leases .. url, 'zset') end
+for i = 3 + #candidates, #ARGV, SIZE do
+  check_type(ARGV[i + 2], 'stream')
+  if ARGV[i + 7] ~= '' then check_type(ARGV[i + 7], 'set') end
+  if ARGV[i + 9] ~= '' then check_type(ARGV[i + 9], 'hash') end
+end
 for i = 3 + #candidates, #ARGV, SIZE do
   local word, id = submit(unpack(ARGV, i, i + SIZE - 1))
   answers[#answers + 1] = word

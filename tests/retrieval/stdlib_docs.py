@@ -102,7 +102,8 @@ def _taken_over(tree: ast.Module, doc: str | None) -> tuple[str | None, list[str
     """Return the module's docstring and the sections of functions that it imports from a private module in C."""
     defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     sections = []
-    for statement in ast.walk(tree):
+    guarded = [inner for outer in tree.body if isinstance(outer, ast.Try | ast.If) for inner in outer.body]
+    for statement in tree.body + guarded:
         if not isinstance(statement, ast.ImportFrom) or not (statement.module or "").startswith("_"):
             continue
         module = _import_c(statement.module or "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,18 @@ async def test_tenants_see_their_own_documents_only(pipe: Pipe, new_job: NewJob)
     assert [source["text"] for source in blue["sources"]] == ["The blue boat."]
 
 
+async def test_question_does_not_wait_for_a_document_being_written(pipe: Pipe, new_job: NewJob) -> None:
+    """Reads and writes have a thread each."""
+    await pipe.run(new_job("document", document_id="d", text=LOCKS))
+    finished = threading.Event()
+    assert pipe.retriever._writes is not None
+    writing = pipe.retriever._writes.submit(finished.wait)
+    [found] = await pipe.run(new_job("query", query="boats"))
+    assert found["sources"]
+    assert not writing.done()
+    finished.set()
+
+
 async def test_vector_of_another_encoder_is_refused_by_both_names(pipe: Pipe, new_job: NewJob) -> None:
     """An encoder process set otherwise than this one must not pass unnoticed."""
     job = new_job("query", query="boat")
@@ -174,10 +187,14 @@ async def test_job_without_a_readable_vector_is_refused(pipe: Pipe, new_job: New
 
 async def test_second_retriever_exits_unless_the_first_lets_go_in_time(settings: Settings, pipe: Pipe) -> None:
     """Without patience it fails at once; with some it takes over when the first one stops."""
+
+    def waiting_for(seconds: float) -> RetrieverSettings:
+        return settings.retriever.model_copy(update={"lock_wait_s": seconds})
+
     model = KeywordModel("english").name
     with pytest.raises(IndexInUse, match="QDRANT_URL"):
-        await Retriever(settings.retriever, model, estimate, lock_wait_s=0).start(CONTEXT)
-    patient = Retriever(settings.retriever, model, estimate, lock_wait_s=30)
+        await Retriever(waiting_for(0), model, estimate).start(CONTEXT)
+    patient = Retriever(waiting_for(30), model, estimate)
     waiting = asyncio.create_task(patient.start(CONTEXT))
     await pipe.retriever.stop()
     await waiting
@@ -202,7 +219,7 @@ async def test_retriever_that_is_not_open_is_not_ready(settings: Settings, new_j
 def test_budget_without_room_for_a_question_is_refused_at_start(tmp_path: Path) -> None:
     """Otherwise every question would be refused, one by one."""
     with pytest.raises(ConfigError, match=r"prompt_tokens.*leaves no room"):
-        retriever.build(Settings(retriever=RetrieverSettings(path=tmp_path, prompt_tokens=64)))
+        retriever.build(Settings(retriever=RetrieverSettings(path=tmp_path, prompt_tokens=160)))
 
 
 def test_one_document_does_not_crowd_out_the_others() -> None:

@@ -104,3 +104,24 @@ def test_opening_is_the_first_paragraph_that_is_no_heading() -> None:
 def test_white_space_makes_no_chunk(text: str) -> None:
     """An empty document has nothing to index."""
     assert Chunker(estimate, 20, 0).cut(text) == []
+
+
+@pytest.mark.parametrize("heading", ["## Gates ##", "##  Gates\t#  ", "## Gates"])
+def test_signs_that_close_a_heading_are_no_part_of_it(heading: str) -> None:
+    """Markdown allows `## Gates ##`; a `#` that belongs to a word stays."""
+    assert Chunker(estimate, 60, 0).cut(f"{heading}\n\ntext")[0].heading == "Gates"
+    assert Chunker(estimate, 60, 0).cut("# C#\n\ntext")[0].heading == "C#"
+
+
+@pytest.mark.parametrize("text", ["# a" + " " * 200_000 + "b", "# " + "#" * 100_000, "# a\n" * 20_000])
+def test_hostile_document_costs_no_more_than_its_length(text: str) -> None:
+    """Reading headings takes linear time; a pattern that backtracks would need hours here."""
+    assert is_markdown(text)
+
+
+def test_one_endless_word_is_cut_in_time_that_grows_with_its_length() -> None:
+    """Half a million letters in a row are all there, in chunks of the size asked for."""
+    text = "a" * 500_000
+    chunks = Chunker(estimate, 300, 0).cut(text)
+    assert "".join(chunk.text for chunk in chunks) == text
+    assert max(estimate(chunk.text) for chunk in chunks) <= 300

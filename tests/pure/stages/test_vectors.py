@@ -83,3 +83,8 @@ def test_unknown_language_is_the_operators_matter() -> None:
     """The message names the setting and the language."""
     with pytest.raises(ConfigError, match=r"encoder\.language.*klingon"):
         KeywordModel("klingon")
+
+
+def test_hostile_question_costs_no_more_than_its_length() -> None:
+    """One endless word takes linear time; a pattern that backtracks would need hours here."""
+    assert KeywordModel("english").query_vector("a" * 1_000_000).indices is not None

@@ -1,0 +1,108 @@
+"""A link: one command in flight, every reply to its own caller, and a clear word for what went wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from random import Random
+
+import pytest
+
+from pipeline.connection import CommandRefused, GroupMissing, Link
+from pipeline.errors import BrokerUnavailable, ConfigError
+from pipeline.settings import RedisSettings
+from tests.conftest import wait_until
+from tests.servers import RedisServer
+
+
+async def test_cancelled_calls_never_shift_replies(link: Link) -> None:
+    """Five hundred calls through one link, a third cancelled at random moments: each gets what it asked for."""
+    rng = Random(3)
+    wrong: list[object] = []
+
+    async def call(number: int) -> None:
+        text = f"{number}".encode()
+        got = await link.call("ECHO", text)
+        if got != text:
+            wrong.append((number, got))
+
+    tasks = [asyncio.create_task(call(number)) for number in range(500)]
+    while pending := [task for task in tasks if not task.done()]:
+        if rng.random() < 0.5:
+            rng.choice(pending[:8]).cancel()
+        await asyncio.sleep(0)
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert wrong == []
+    assert sum(isinstance(result, asyncio.CancelledError) for result in results) > 50
+    assert sum(result is None for result in results) > 50
+    assert await link.call("ECHO", "last") == b"last"
+
+
+async def test_reply_that_does_not_come_is_unknown(link: Link) -> None:
+    """The connection is given up with it, so that the late reply reaches nobody."""
+    with pytest.raises(BrokerUnavailable) as caught:
+        await link.call("BLPOP", "nothing", 0, timeout_s=0.05)
+    assert caught.value.unknown
+    assert link.connected_at_us is None
+    assert await link.call("ECHO", "next") == b"next"
+
+
+async def test_nobody_there_is_known(redis_server: RedisServer) -> None:
+    """The command has certainly not run."""
+    absent = Link(RedisSettings(url=f"unix://{redis_server.directory}/absent.sock"), "test")
+    with pytest.raises(BrokerUnavailable) as caught:
+        await absent.call("PING")
+    assert not caught.value.unknown
+    assert absent.held_for_s() == 0
+    await absent.close()
+
+
+async def test_killed_connection_is_made_anew(link: Link, redis_server: RedisServer) -> None:
+    """One call fails, the next works."""
+    other = Link(RedisSettings(url=redis_server.url), "victim")
+    await other.call("PING")
+    await link.call("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    with pytest.raises(BrokerUnavailable):
+        await other.call("PING")
+    assert await other.call("ECHO", "again") == b"again"
+    await other.close()
+
+
+async def test_refusals_are_told_apart(link: Link) -> None:
+    """A missing group can be created, a wrong type needs a person."""
+    with pytest.raises(GroupMissing):
+        await link.call("XREADGROUP", "GROUP", "g", "c", "STREAMS", "s", ">")
+    await link.call("SET", "s", "text", "PX", 60_000)
+    with pytest.raises(CommandRefused):
+        await link.call("XADD", "s", "*", "data", "{}")
+    assert await link.call("ECHO", "fine") == b"fine"
+
+
+async def test_settings_that_cannot_work_are_the_operators() -> None:
+    """Not an outage: waiting would not help."""
+    with pytest.raises(ConfigError):
+        Link(RedisSettings(url="http://127.0.0.1"), "test")
+
+
+async def test_subscription_hears_and_ends_with_its_connection(link: Link, redis_server: RedisServer) -> None:
+    """Whoever listens must know when nothing can be heard any more."""
+    listener = Link(RedisSettings(url=redis_server.url), "listener")
+    heard: list[tuple[str, bytes]] = []
+
+    async def listen() -> None:
+        async for item in listener.subscribe("one", "two"):
+            heard.append(item)  # noqa: PERF401 - the loop ends with an error
+
+    task = asyncio.create_task(listen())
+    await wait_until(lambda: _has_listener(link))
+    await link.call("PUBLISH", "one", b"\x00\xff")
+    await link.call("PUBLISH", "two", "text")
+    await wait_until(lambda: len(heard) == 2)
+    assert heard == [("one", b"\x00\xff"), ("two", b"text")]
+    await link.call("CLIENT", "KILL", "TYPE", "pubsub")
+    with pytest.raises(BrokerUnavailable):
+        await task
+    await listener.close()
+
+
+async def _has_listener(link: Link) -> bool:
+    return int((await link.call("PUBSUB", "NUMSUB", "two"))[1]) > 0

@@ -1,0 +1,173 @@
+"""Stopping: quiet, then drain; what is not done by then is given back, and nothing of the process is left."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from pipeline import keys
+from pipeline.connection import Link
+from pipeline.errors import ConfigError, NotReady
+from pipeline.front import Front
+from pipeline.job import PRIORITIES, Done, Job, decode
+from pipeline.settings import Settings
+from pipeline.stage import Context
+from tests.conftest import wait_until
+from tests.rig import (
+    FIRST,
+    Gate,
+    Hand,
+    Mortal,
+    Scripted,
+    assert_nothing_is_left,
+    changed,
+    complete,
+    echo,
+    prompt,
+    query,
+    working,
+)
+
+
+async def consumers_of(link: Link, stage: str) -> list[bytes]:
+    """Return the consumers of all three streams of a stage."""
+    streams = [keys.stream(stage, priority) for priority in PRIORITIES]
+    return [row[1] for name in streams for row in await link.call("XINFO", "CONSUMERS", name, stage)]
+
+
+async def test_running_work_is_finished_and_no_more_is_begun(link: Link, settings: Settings, front: Front) -> None:
+    """Then consumer and lease are gone."""
+    gate = Gate()
+    stage = Scripted("encoder", gate, slots=2)
+    async with working(settings, [stage]) as (consumer,):
+        jobs = [query(front, route=["encoder"]) for _ in range(4)]
+        for job in jobs:
+            await front.submit(job)
+        await wait_until(lambda: len(gate.waiting) == 2)
+        consumer.stop()
+        await wait_until(lambda: consumer.workers[0]._quiet)
+        gate.open()
+        await consumer.task
+    assert [job.id for job in stage.seen] == [job.id for job in jobs[:2]]
+    assert gate.stopped == []
+    for job in jobs[:2]:
+        assert (await front.wait(job.id, job.tenant, job.deadline_ms)).status == "completed"
+    assert await link.call("EXISTS", keys.WORKER + consumer.name) == 0
+    assert await link.call("ZCARD", keys.WORKERS) == 0
+    assert await consumers_of(link, "encoder") == []
+    assert await link.call("XLEN", keys.stream("encoder")) == 2
+
+
+@pytest.mark.parametrize("stage_name", ["encoder", "llm"])
+async def test_work_longer_than_the_drain_is_given_back(
+    link: Link, settings: Settings, front: Front, stage_name: str
+) -> None:
+    """Another worker does it, as a first delivery: giving back is no crash."""
+    settings = changed(settings, worker={"drain_s": 0.1}, llm={"urls": (FIRST,)})
+    gate = Gate()
+    placed = stage_name == "llm"
+    async with working(settings, [Scripted(stage_name, gate, placed=placed)]) as (consumer,):
+        jobs = [query(front, route=[stage_name]) for _ in range(3)]
+        for job in jobs:
+            await front.submit(job)
+        await wait_until(lambda: len(gate.waiting) == 3)
+        consumer.stop()
+        await consumer.task
+    assert len(gate.stopped) == 3
+    assert await link.call("EXISTS", keys.WORKER + consumer.name) == 0
+    assert await consumers_of(link, stage_name) == []
+    assert await link.call("KEYS", keys.RUNNING + "*") == []
+    async with Hand(settings, "next", stage_name) as following:
+        entries = await following.take()
+        assert sorted(decode(entry.data or b"").id for entry in entries) == sorted(job.id for job in jobs)
+        assert [entry.deliveries for entry in entries] == [1, 1, 1]
+        assert await following.settle(*[complete(entry) for entry in entries]) == ["settled"] * 3
+    await assert_nothing_is_left(link)
+
+
+async def test_rolling_restart_under_load_fails_nothing(link: Link, settings: Settings, front: Front) -> None:
+    """Old and new workers overlap; every job runs once."""
+    settings = changed(settings, llm={"urls": (FIRST,)})
+    seen: list[str] = []
+
+    async def handle(job: Job) -> Done:
+        seen.append(job.id)
+        await asyncio.sleep(0.005)
+        return await echo(job)
+
+    def spawn(group: asyncio.TaskGroup) -> Mortal:
+        consumer = Mortal([Scripted("llm", handle, placed=True)], settings)
+        consumer.task = group.create_task(consumer.run())
+        return consumer
+
+    async with asyncio.TaskGroup() as group:
+        current = spawn(group)
+        jobs = [prompt(front) for _ in range(120)]
+        asking = []
+        for number, job in enumerate(jobs):
+            await front.submit(job)
+            asking.append(group.create_task(front.wait(job.id, job.tenant, job.deadline_ms)))
+            if number % 40 == 20:
+                following = spawn(group)
+                current.stop()
+                current = following
+        found = await asyncio.gather(*asking)
+        current.stop()
+    assert {completion.status for completion in found} == {"completed"}
+    assert sorted(seen) == sorted(job.id for job in jobs)
+    await assert_nothing_is_left(link)
+
+
+async def test_stage_that_is_not_ready_is_tried_again_and_jobs_wait(
+    link: Link, settings: Settings, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason stands in the worker's record, for `/readyz`."""
+    monkeypatch.setattr("pipeline.worker.NOT_READY_RETRY_S", 0.02)
+    is_there = asyncio.Event()
+
+    class Late(Scripted):
+        async def start(self, context: Context) -> None:
+            if not is_there.is_set():
+                raise NotReady("the index is not there yet")
+
+    consumer = Mortal([Late("encoder", echo)], settings)
+    async with asyncio.TaskGroup() as group:
+        consumer.task = group.create_task(consumer.run())
+        job = query(front, route=["encoder"])
+        await front.submit(job)
+        await wait_until(lambda: _says(front, "the index is not there yet"))
+        is_there.set()
+        assert (await front.wait(job.id, job.tenant, job.deadline_ms)).status == "completed"
+        consumer.stop()
+
+
+async def _says(front: Front, reason: str) -> bool:
+    return (await front.health()).stages["encoder"] == reason
+
+
+async def test_stage_that_cannot_ever_work_ends_the_process(link: Link, settings: Settings) -> None:
+    """The error itself comes out, not a group of errors."""
+
+    class Wrong(Scripted):
+        async def start(self, context: Context) -> None:
+            raise ConfigError("no such tokenizer")
+
+    with pytest.raises(ConfigError, match="no such tokenizer"):
+        await Mortal([Wrong("encoder", echo)], settings).run()
+    assert await link.call("KEYS", keys.WORKER + "*") == []
+
+
+async def test_two_stages_in_one_process_share_its_lease(link: Link, settings: Settings, front: Front) -> None:
+    """One consumer, one lease, two groups."""
+    stages = [Scripted("encoder", echo), Scripted("retriever", echo)]
+    consumer = Mortal(stages, settings)
+    async with asyncio.TaskGroup() as group:
+        consumer.task = group.create_task(consumer.run())
+        job = query(front, route=["encoder", "retriever"])
+        await front.submit(job)
+        assert (await front.wait(job.id, job.tenant, job.deadline_ms)).status == "completed"
+        assert await link.call("KEYS", keys.WORKER + "*") == [(keys.WORKER + consumer.name).encode()]
+        consumer.stop()
+    for stage in stages:
+        assert await consumers_of(link, stage.name) == []

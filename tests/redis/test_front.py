@@ -1,0 +1,195 @@
+"""The front: every waiter gets the outcome it asked for, or hears why not."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from pipeline import front as front_module
+from pipeline import keys
+from pipeline.connection import Link
+from pipeline.errors import DeadlineExceeded, JobLost
+from pipeline.front import Front
+from pipeline.job import Completion
+from pipeline.settings import Settings
+from tests.conftest import wait_until
+from tests.rig import Gate, Hand, Scripted, ask, changed, complete, echo, query, release, working
+
+
+@pytest.fixture
+def swift_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweep so often that a test need not wait for it."""
+    monkeypatch.setattr(front_module, "SWEEP_EVERY_S", 0.05)
+
+
+async def publish(link: Link, completion: Completion) -> None:
+    """Write an outcome without waking anybody."""
+    await link.call("SET", keys.COMPLETION + completion.id, completion.encode(), "PX", 60_000)
+
+
+async def test_many_waiters_of_one_job_all_get_its_outcome(link: Link, settings: Settings, front: Front) -> None:
+    """In one gateway and in another; whoever comes too late for the wake-up finds it too."""
+    gate = Gate()
+    async with working(settings, [Scripted("encoder", gate)]), Front(settings, "other") as other:
+        job = query(front, route=["encoder"])
+        await front.submit(job)
+        waiting = [
+            asyncio.create_task(one.wait(job.id, job.tenant, job.deadline_ms)) for one in [front] * 20 + [other] * 20
+        ]
+        await wait_until(lambda: front.waiters(job.id) == other.waiters(job.id) == 20)
+        waiting[0].cancel()
+        await wait_until(lambda: front.waiters(job.id) == 19)
+        gate.open()
+        found = await asyncio.gather(*waiting[1:])
+        assert len({id(completion.id) and completion.finished_us for completion in found}) == 1
+        assert await front.wait(job.id, job.tenant, job.deadline_ms) == found[0]
+        assert front.waiters(job.id) == other.waiters(job.id) == 0
+        assert front._waiting == other._waiting == {}
+
+
+@pytest.mark.usefixtures("swift_sweep")
+async def test_outcome_without_a_wake_up_is_found_by_the_sweep(link: Link, settings: Settings) -> None:
+    """The reply stream is a hint: here it says nothing."""
+    async with Front(settings, "deaf") as front, Hand(settings, "owner") as owner:
+        job = query(front)
+        await front.submit(job)
+        await link.call("HDEL", keys.LIVE + job.id, "reply")
+        waiting = asyncio.create_task(front.wait(job.id, job.tenant, job.deadline_ms))
+        await wait_until(lambda: front.waiters(job.id))
+        await owner.settle(complete(await owner.take_one()))
+        assert (await waiting).status == "completed"
+
+
+async def test_outcome_with_a_wake_up_is_told_at_once(
+    link: Link, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without waiting for the sweep: it is made too slow to help."""
+    monkeypatch.setattr(front_module, "SWEEP_EVERY_S", 60.0)
+    async with Front(settings, "keen") as front, working(settings, [Scripted("encoder", echo)]):
+        await wait_until(lambda: link.call("EXISTS", front._reply_stream))
+        async with asyncio.timeout(1.0):
+            for _ in range(20):
+                await ask(front, query(front, route=["encoder"]))
+
+
+async def test_reply_stream_of_a_dead_gateway_is_not_revived(link: Link, settings: Settings, front: Front) -> None:
+    """Nobody would ever trim it, or read it."""
+    async with Hand(settings, "owner") as owner:
+        async with Front(settings, "mortal") as mortal:
+            await wait_until(lambda: link.call("EXISTS", mortal._reply_stream))
+            await mortal.submit(query(mortal))
+        assert await link.call("EXISTS", mortal._reply_stream) == 0
+        await owner.settle(complete(await owner.take_one()))
+        assert await link.call("EXISTS", mortal._reply_stream) == 0
+
+
+@pytest.mark.usefixtures("swift_sweep")
+async def test_job_that_redis_forgot_is_lost(link: Link, settings: Settings) -> None:
+    """Neither completion nor live record in two sweeps: the waiter hears it, and does not wait for the deadline."""
+    async with Front(settings, "test") as front:
+        job = query(front)
+        await front.submit(job)
+        waiting = [asyncio.create_task(front.wait(job.id, job.tenant, job.deadline_ms)) for _ in range(3)]
+        await wait_until(lambda: front.waiters(job.id) == 3)
+        await link.call("FLUSHALL")
+        async with asyncio.timeout(2):
+            results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [type(result) for result in results] == [JobLost] * 3
+        with pytest.raises(JobLost):
+            await front.wait("never-heard-of", "default", front.clock.now_ms() + 30_000)
+
+
+async def test_completion_of_another_tenant_is_not_shown(link: Link, settings: Settings, front: Front) -> None:
+    """Nor one that stands under the wrong id."""
+    job = query(front, tenant="acme")
+    await front.submit(job)
+    async with Hand(settings, "owner") as owner:
+        assert await front.look(job.id, "acme") == "queued"
+        assert await front.look(job.id, "default") is None
+        entry = await owner.take_one()
+        assert await front.look(job.id, "acme") == "running"
+        assert await front.look(job.id, "default") is None
+        await owner.settle(complete(entry))
+    found = await front.look(job.id, "acme")
+    assert isinstance(found, Completion)
+    assert await front.look(job.id, "default") is None
+    with pytest.raises(JobLost):
+        await front.wait(job.id, "default", job.deadline_ms)
+    await link.call("SET", keys.COMPLETION + "another", found.encode(), "PX", 60_000)
+    assert await front.look("another", "acme") is None
+    with pytest.raises(JobLost):
+        await front.wait("another", "acme", job.deadline_ms)
+
+
+async def test_unknown_job_is_unknown(link: Link, front: Front) -> None:
+    """Look and cancel say so."""
+    assert await front.look("nobody", "default") is None
+    assert await front.cancel("nobody", "default") == "unknown"
+
+
+async def test_waiting_ends_after_the_deadline_when_nobody_writes_an_outcome(
+    link: Link, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No worker lives to write it; the gateway never does."""
+    monkeypatch.setattr(front_module, "GRACE_S", 0.1)
+    job = query(front, lifetime_s=0.1)
+    with pytest.raises(DeadlineExceeded):
+        await ask(front, job)
+    assert front._waiting == {}
+    assert await front.look(job.id, "default") == "queued"
+
+
+async def test_a_thousand_waiters_cost_one_reader(link: Link, settings: Settings, front: Front) -> None:
+    """Never a poll loop per request: a thousand jobs wait while Redis hears only the sweep."""
+    async with working(settings, [Scripted("encoder", echo, slots=64)]):
+        found = await asyncio.gather(*(ask(front, query(front, f"{n}", route=["encoder"])) for n in range(500)))
+        assert [completion.result for completion in found] == [{"answer": f"{n}"} for n in range(500)]
+        connections = (await link.call("CLIENT", "LIST")).decode()
+        assert sum(f"name={name} " in connections for name in ("submit", "front", "sweep", "replies")) == 4
+        assert connections.count("name=sweep ") == 1
+
+
+async def test_refused_submit_leaves_no_waiter(link: Link, settings: Settings) -> None:
+    """Nor does one that was given up."""
+    async with Front(changed(settings, admission={"max_jobs": 1}), "small") as front:
+        await front.submit(query(front), wait=False)
+        assert front._waiting == {}
+        with pytest.raises(Exception, match="unfinished work"):
+            await front.submit(query(front))
+        assert front._waiting == {}
+
+
+async def test_workers_and_loads_are_told(link: Link, settings: Settings, front: Front) -> None:
+    """What `/readyz` and `status` stand on."""
+    health = await front.health()
+    assert health.redis is None
+    assert health.stages == dict.fromkeys(("encoder", "retriever", "llm"), "no worker is running")
+    assert not health.is_ready()
+    settings = changed(settings, llm={"urls": ("http://one:1/v1",)})
+    stages = [Scripted(name, echo, placed=name == "llm") for name in ("encoder", "retriever", "llm")]
+    async with working(settings, stages) as consumers:
+        await wait_until(lambda: _is_ready(front))
+        assert {name for name, _ in await front.workers()} == {consumer.name for consumer in consumers}
+        await wait_until(lambda: _knows(front, "http://one:1/v1"))
+        assert await front.replica_loads() == {"http://one:1/v1": 0}
+
+
+async def _is_ready(front: Front) -> bool:
+    return (await front.health()).is_ready()
+
+
+async def _knows(front: Front, url: str) -> bool:
+    return url in await front.replica_loads()
+
+
+async def test_job_between_two_stages_is_never_seen_as_unknown(link: Link, settings: Settings, front: Front) -> None:
+    """Queued or running at every moment until it has ended."""
+    async with Hand(settings, "owner") as owner:
+        job = query(front)
+        await front.submit(job)
+        assert await front.look(job.id, "default") == "queued"
+        entry = await owner.take_one()
+        assert await front.look(job.id, "default") == "running"
+        await owner.settle(release(entry))
+        assert await front.look(job.id, "default") == "queued"
