@@ -111,7 +111,7 @@ class RetrieverSettings(Section):
     batch: int = Field(16, ge=1, le=1024)
     path: Path = Field(Path(".penstock/index"), description="directory of the embedded index")
     top_k: int = Field(5, ge=1, le=50, description="sources per question, unless the question says otherwise")
-    prompt_tokens: int = Field(3000, ge=160, description="budget of the augmented prompt")
+    prompt_tokens: int = Field(3000, ge=64, description="budget of the augmented prompt")
     lock_wait_s: float = Field(2.0, ge=0, le=60, description="patience with another retriever that has the index")
     tokenizer: str = Field("estimate", description="`estimate`, or the path of a Hugging Face tokenizer.json")
 

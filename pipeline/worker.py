@@ -428,13 +428,8 @@ class Worker:
                 vector = held.entry.vector or b""
                 return Settlement(held.entry, job.id, "retry", int(delay_s * 1000), job.encode(), vector), "retried"
             case Bury(completion, reason):
-<<<<<<< HEAD
                 self._log(held).warning("burying", reason=reason, code=(completion.error or {}).get("code"))
-                await self._settle(held, self._burial(held, completion, reason), "failed")
-=======
-                self._log(held).warning("burying", reason=reason, error=completion.error)
                 return self._burial(held, completion, reason), "failed"
->>>>>>> coretest
 
     # --- settling --------------------------------------------------------------------------------
 

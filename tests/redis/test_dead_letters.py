@@ -14,7 +14,7 @@ from pipeline.front import Front
 from pipeline.job import Done, Job
 from pipeline.settings import Settings
 from tests.conftest import wait_until
-from tests.redis.test_life_of_a_job import Scripted, ask, echo, query, working
+from tests.rig import Scripted, ask, echo, query, working
 
 
 async def refuse(job: Job) -> Done:

@@ -219,7 +219,7 @@ async def test_retriever_that_is_not_open_is_not_ready(settings: Settings, new_j
 def test_budget_without_room_for_a_question_is_refused_at_start(tmp_path: Path) -> None:
     """Otherwise every question would be refused, one by one."""
     with pytest.raises(ConfigError, match=r"prompt_tokens.*leaves no room"):
-        retriever.build(Settings(retriever=RetrieverSettings(path=tmp_path, prompt_tokens=160)))
+        retriever.build(Settings(retriever=RetrieverSettings(path=tmp_path, prompt_tokens=64)))
 
 
 def test_one_document_does_not_crowd_out_the_others() -> None:
