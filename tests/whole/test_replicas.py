@@ -12,15 +12,39 @@ from typing import Any, Final
 import pytest
 
 from pipeline import keys
+from pipeline.replicas import STALE_AFTER_S
 from tests.conftest import wait_until
-from tests.whole.system import END_S, SLACK_S, Outside, Reply, System, calls_of, command, environment, outside
+from tests.whole.system import END_S, SLACK_S, Outside, Reply, System, calls_of, command, environment, outside, p99_s
 
+FAST_S: Final = 0.1
+SLOW_S: Final = 10 * FAST_S
+IN_FLIGHT: Final = 20  # two of three replicas serve them with room to spare
 ABORT_WITHIN_S: Final = 0.5
 
 
 def by(replica: str, replies: list[Reply]) -> list[Reply]:
     """Return the replies that a replica gave."""
     return [reply for reply in replies if reply.body["replica"] == replica]
+
+
+async def test_a_slow_replica_gets_less_until_it_is_fast_again(whole: Outside) -> None:
+    """Ten times slower, its share falls and the others' P99 stays; fast again, it gets its share back."""
+    slow = whole.system.replicas[0]
+    await whole.behave(latency=FAST_S)
+    before = await whole.ask_many(300, IN_FLIGHT)
+    await whole.behave(slow, latency=SLOW_S)
+    during = await whole.ask_many(300, IN_FLIGHT)
+    others = [reply for reply in during if reply.body["replica"] != slow]
+    assert {reply.status for reply in before + during} == {200}
+    assert len(by(slow, during)) < len(by(slow, before)) / 2
+    assert p99_s(others) < 1.5 * p99_s(before)
+
+    await whole.behave(slow, latency=FAST_S)
+    # What is known of it grows old while nobody asks it; nobody waits for that here.
+    await whole.redis.hincrby(keys.HEALTH + slow, "seen_ms", -int(STALE_AFTER_S * 1000) - 1)
+    await whole.ask_many(100, IN_FLIGHT)
+    after = await whole.ask_many(300, IN_FLIGHT)
+    assert len(by(slow, after)) > len(after) / 4
 
 
 @pytest.mark.parametrize(
