@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 STALE_AFTER_S: Final = 30.0
-"""A replica unheard of for so long may be faster than it was: one job tries it."""
+"""A replica unheard of for so long may be faster than it was: one job tries it, and its measure replaces the old one."""
 FORGET_AFTER_S: Final = 60.0
 """A replica that no worker has registered for so long leaves the registry once it holds no lease."""
 
@@ -158,7 +158,7 @@ class Replicas:
 
     async def _share(self, calls: Sequence[_Call]) -> list[str]:
         llm = self._settings.llm
-        args: list[str | int] = [llm.breaker_failures, int(llm.breaker_open_s * 1000)]
+        args: list[str | int] = [llm.breaker_failures, int(llm.breaker_open_s * 1000), int(STALE_AFTER_S * 1000)]
         for call in calls:
             args += [call.url, call.word, call.duration_us, call.tokens]
         sent_us = monotonic_us()

@@ -1,6 +1,7 @@
 #!lua flags=allow-oom
 -- observe: share how calls to replicas went: recent speed, and the circuit breaker.
 -- ARGV[1] failures in a row that open the breaker  ARGV[2] how long it stays open (ms)
+-- ARGV[3] silence after which what was known says nothing any more (ms)
 -- then per call 4 values: URL, 'ok' | 'failed' | 'refused', duration (us; 0: no measure of speed), completion tokens (0:
 --   unknown)
 -- Returns: time (us), then per call 'closed' | 'opened' | 'open' | 'closed_again'.
@@ -12,9 +13,12 @@ local answer = {digits(now_us)}
 local function blend(old, new)
   return old and tonumber(old) * (1 - WEIGHT) + new * WEIGHT or new
 end
-for i = 3, #ARGV, 4 do
+for i = 4, #ARGV, 4 do
   local key = KEY.health .. ARGV[i]
-  local seen = call('HMGET', key, 'us_per_token', 'tokens', 'failures', 'open_until_ms')
+  local seen = call('HMGET', key, 'us_per_token', 'tokens', 'failures', 'open_until_ms', 'seen_ms')
+  -- A replica that was shunned for being slow is tried by one job now and then: that job's measure stands alone, or it
+  -- would take a dozen of them, minutes apart, to say that the replica is fast again.
+  if now_ms - tonumber(seen[5] or '0') > tonumber(ARGV[3]) then seen[1], seen[2] = false, false end
   local open_until = tonumber(seen[4] or '0')
   if ARGV[i + 1] == 'ok' then
     local duration_us, tokens = tonumber(ARGV[i + 2]), math.max(1, tonumber(ARGV[i + 3]))
