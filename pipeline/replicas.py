@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 STALE_AFTER_S: Final = 30.0
-"""A replica unheard of for so long may be faster than it was: one job tries it, and its measure replaces the old one."""
+"""A replica unheard of for so long may be faster than it was: one job tries it, and its measure replaces the old."""
 FORGET_AFTER_S: Final = 60.0
 """A replica that no worker has registered for so long leaves the registry once it holds no lease."""
 
