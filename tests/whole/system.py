@@ -374,6 +374,12 @@ class Outside:
         """Say whether a stage's workers hold *count* jobs."""
         return len(await self.pending(stage)) == count
 
+    async def works(self, pid: int | None) -> bool:
+        """Say whether a process has taken its lease."""
+        leases = [keys.WORKER + name.decode() for name in await self.redis.zrange(keys.WORKERS, 0, -1)]
+        records = await self.redis.mget(leases) if leases else []
+        return any(record and orjson.loads(record)["pid"] == pid for record in records)
+
     async def has_live_jobs(self, count: int) -> bool:
         """Say whether *count* jobs are accepted and not ended."""
         return int(await self.redis.zcard(keys.LIVE_INDEX)) == count

@@ -10,6 +10,7 @@ from typing import Final
 
 import pytest
 
+from pipeline.consumer import STEADY_S
 from tests.cli.conftest import lives
 from tests.conftest import wait_until
 from tests.whole.system import END_S, LEASE_S, SLACK_S, Outside, System, outside
@@ -44,10 +45,13 @@ async def test_work_of_a_killed_stage_is_done_by_its_successor(whole: Outside, s
         await whole.behave(latency=CALL_S)
     async with whole.under_load(20) as load:
         held, killed_s = await kill_with_work_in_hand(whole, stage)
+        await wait_until(lambda: whole.works(whole.system.pid_of(stage)), timeout_s=END_S)
+        restarted_s = time.monotonic()
         await wait_until(lambda: set(held) <= {reply.body.get("job_id") for reply in load.replies}, timeout_s=END_S)
-    recovered_s = max(reply.ended_s for reply in load.replies if reply.body["job_id"] in held) - killed_s
+    recovered_s = max(reply.ended_s for reply in load.replies if reply.body["job_id"] in held)
     assert set(load.statuses()) == {200}
-    assert recovered_s < RECOVERY_S + SLACK_S
+    # Nobody else was there to take over: on a busy machine the successor may start after the lease has lapsed.
+    assert recovered_s < max(killed_s + RECOVERY_S, restarted_s + STEADY_S) + SLACK_S
 
 
 async def test_jobs_outlive_the_gateway_that_accepted_them(whole: Outside) -> None:
