@@ -1,1 +1,449 @@
-"""Penstock leads requests to language models through Redis Streams and loses none."""
+"""The command line: names the commands and imports what they need when they run, so that `--help` is quick.
+
+Exit codes: 0 done, 1 failed, 2 wrong settings or wrong use (every wrong field is named at once), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from loadtest.__main__ import loadtest
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from rich.console import Console
+
+    from pipeline.connection import Link
+    from pipeline.dead import DeadLetters, Letter
+    from pipeline.overview import Overview
+    from pipeline.settings import Settings
+
+T = TypeVar("T")
+
+DATA_DIR = Path(".penstock")
+GATEWAY_URL = "http://127.0.0.1:8000"
+
+app = typer.Typer(
+    help="Leads requests to language models through Redis Streams, and loses none.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+dead = typer.Typer(help="Dead letters: entries that could not be worked on.", no_args_is_help=True)
+app.add_typer(dead, name="dead")
+app.command()(loadtest)
+
+DataDir = Annotated[Path, typer.Option(help="Where `up` keeps Redis' files and the index.", file_okay=False)]
+RedisUrl = Annotated[str | None, typer.Option(help="A running Redis; else REDIS_URL, or the one of `penstock up`.")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON for scripts.")]
+
+
+def main() -> None:
+    """Run the command line; wrong settings end with exit code 2 and no traceback."""
+    from pipeline.errors import ConfigError, PenstockError
+
+    try:
+        app(prog_name="penstock")
+    except ConfigError as error:
+        sys.stderr.write(f"penstock: {error}\n")
+        sys.exit(2)
+    except PenstockError as error:
+        sys.stderr.write(f"penstock: {error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# --- Running -----------------------------------------------------------------------------------
+
+
+@app.command()
+def up(
+    ask: Annotated[str | None, typer.Option(help="A question to answer as soon as everything is ready.")] = None,
+    llm: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="A real replica (OpenAI protocol); repeat for more.")
+    ] = None,
+    redis_url: RedisUrl = None,
+    data_dir: DataDir = DATA_DIR,
+    host: Annotated[str | None, typer.Option(help="Address of the gateway.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the gateway, 8000 by default; 0 takes a free one.")] = None,
+    insecure: Annotated[bool, typer.Option(help="Allow a public address without API keys.")] = False,
+) -> None:
+    """Run everything on this machine: Redis, mock replicas, the stages, the gateway. Ctrl-C drains."""
+    import uvloop
+
+    from pipeline import local, logs
+
+    overrides: dict[str, dict[str, Any]] = {
+        "redis": {"url": redis_url},
+        "llm": {"urls": tuple(llm) if llm else None},
+        "gateway": {"host": host, "port": port, "insecure": insecure or None},
+    }
+    settings = _settings(overrides)
+    if "path" not in settings.retriever.model_fields_set:
+        overrides["retriever"] = {"path": data_dir.resolve() / "index"}
+        settings = _settings(overrides)
+    logs.configure(settings.log, "up", sys.stderr)
+    plan = local.Plan(
+        settings,
+        data_dir.resolve(),
+        start_redis="url" not in settings.redis.model_fields_set,
+        start_mocks=not settings.llm.urls,
+        after_ready=lambda url, is_unfilled: _first_steps(settings, url, ask, is_unfilled=is_unfilled),
+        environ=_environ(overrides),
+    )
+    uvloop.run(local.up(plan))
+
+
+@app.command()
+def gateway(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    insecure: Annotated[bool, typer.Option(help="Allow a public address without API keys.")] = False,
+) -> None:
+    """Run one gateway."""
+    settings = _settings({"gateway": {"host": host, "port": port, "insecure": insecure or None}})
+    from gateway.__main__ import run as run_gateway
+
+    raise typer.Exit(run_gateway(settings))
+
+
+@app.command()
+def stage(names: Annotated[list[str], typer.Argument(metavar="NAME...", help="encoder, retriever, llm")]) -> None:
+    """Run one or more stages in this process."""
+    settings = _settings()
+    from stages.__main__ import run as run_stages
+
+    raise typer.Exit(run_stages(names, settings))
+
+
+@app.command("mock-llm")
+def mock_llm(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 0,
+    latency: Annotated[str, typer.Option(help="Seconds: 0.05, fixed:0.05 or lognormal:MEDIAN,SIGMA.")] = "fixed:0.05",
+    tokens_per_second: Annotated[float, typer.Option(help="Pace of the answer; 0: at once.")] = 0.0,
+    slots: Annotated[int, typer.Option(help="Calls answered at once; others wait.")] = 16,
+    fail_rate: Annotated[float, typer.Option(help="Share of calls that fail, 0 to 1.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Latencies and failures are drawn from it.")] = 0,
+    record: Annotated[Path | None, typer.Option(help="File that gets one JSON line per request.")] = None,
+) -> None:
+    """Run a mock replica: speaks OpenAI's protocol and answers from the context it is given."""
+    from loadtest.mock import MockOptions, run
+    from pipeline.errors import ConfigError
+
+    try:
+        run(MockOptions(host, port, latency, tokens_per_second, slots, fail_rate, seed, record))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"mock-llm: {error}") from error
+
+
+# --- Documents ---------------------------------------------------------------------------------
+
+
+@app.command()
+def ingest(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="Text or Markdown: files, or folders of them.")
+    ],
+    url: Annotated[str, typer.Option(help="The gateway.")] = GATEWAY_URL,
+    api_key: Annotated[str | None, typer.Option(envvar="GATEWAY_API_KEY", help="Sent as bearer token.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Index documents. Exit code 0: all indexed; 1: some were not, with reasons; 2: wrong use; 3: no gateway."""
+    import asyncio
+
+    from gateway.client import GatewayRefused, GatewayUnreachable
+    from gateway.ingest import EXIT_UNREACHABLE, EXIT_USAGE, find_files
+
+    try:
+        report = asyncio.run(_ingest(url, api_key, list(find_files(paths)), quiet=json))
+    except FileNotFoundError as error:
+        sys.stderr.write(f"penstock: {error} does not exist\n")
+        raise typer.Exit(EXIT_USAGE) from None
+    except GatewayRefused as error:
+        sys.stderr.write(f"penstock: {url} refuses: {error}\n")
+        raise typer.Exit(EXIT_USAGE) from None
+    except GatewayUnreachable as error:
+        sys.stderr.write(f"penstock: {error}\n")
+        raise typer.Exit(EXIT_UNREACHABLE) from None
+    if json:
+        import orjson
+
+        sys.stdout.write(orjson.dumps(report.as_json()).decode() + "\n")
+    raise typer.Exit(report.exit_code)
+
+
+async def _ingest(url: str, api_key: str | None, found: list[Any], *, quiet: bool) -> Any:
+    from gateway.client import Client
+    from gateway.ingest import ingest as send
+    from gateway.progress import watch
+
+    with watch(len(found), quiet=quiet) as watcher:
+        async with Client(url, api_key, on_wait=watcher.waits) as client:
+            await client.check()
+            report = await send(client, found, watcher.add)
+        watcher.sum_up(report)
+        return report
+
+
+async def _first_steps(settings: Settings, url: str, question: str | None, *, is_unfilled: bool) -> bool:
+    """Index our own documents where nothing was indexed yet, so that the first question works; then ask *question*."""
+    import structlog
+
+    from gateway.client import Client, GatewayRefused, GatewayUnreachable
+    from gateway.ingest import find_files
+    from gateway.ingest import ingest as send
+
+    log = structlog.get_logger()
+    api_key = settings.gateway.api_keys[0].partition(":")[2] if settings.gateway.api_keys else None
+    try:
+        async with Client(url, api_key) as client:
+            if is_unfilled:
+                report = await send(client, list(find_files([_own_docs()])), lambda _result: None)
+                log.info("indexed our own documents", documents=len(report.indexed), skipped=len(report.skipped))
+            if question:
+                sys.stdout.write(_render_answer(question, await client.ask(question)))
+                sys.stdout.flush()
+    except (GatewayRefused, GatewayUnreachable) as error:
+        log.error("the first steps failed; everything keeps running", why=str(error))  # noqa: TRY400 - one line will do
+        return False
+    return True
+
+
+def _own_docs() -> Path:
+    here = Path(__file__).resolve().parent
+    installed = here / "pipeline" / "_docs"
+    return installed if installed.is_dir() else here / "docs"
+
+
+def _render_answer(question: str, answer: Mapping[str, Any]) -> str:
+    lines = [f"\n{question}\n", f"{answer['answer']}\n"]
+    for number, source in enumerate(answer.get("sources", ()), start=1):
+        place = f"{source['document']}, chunk {source['chunk']}"
+        lines.append(f"  [{number}] {source['title']} ({place})" if source.get("title") else f"  [{number}] {place}")
+    return "\n".join(lines) + "\n\n"
+
+
+# --- Looking after it --------------------------------------------------------------------------
+
+
+@app.command()
+def status(redis_url: RedisUrl = None, data_dir: DataDir = DATA_DIR, json: AsJson = False) -> None:
+    """Show what runs and how deep each queue is."""
+    from pipeline.overview import look
+
+    found = _on_redis(redis_url, data_dir, lambda link, _settings: look(link))
+    if json:
+        _print_json(found)
+    else:
+        _print_overview(found)
+
+
+Names = Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Ids of letters.")]
+All = Annotated[bool, typer.Option("--all", help="Every dead letter there is now.")]
+EVERY = 1_000_000  # letters: more than any setting keeps
+
+
+@dead.command("list")
+def dead_list(
+    limit: Annotated[int, typer.Option(help="At most so many, the newest first.", min=1)] = 20,
+    redis_url: RedisUrl = None,
+    data_dir: DataDir = DATA_DIR,
+    json: AsJson = False,
+) -> None:
+    """Show dead letters, the newest first."""
+    found = _on_letters(redis_url, data_dir, lambda letters: letters.list(limit))
+    if json:
+        _print_json([letter.summary() for letter in found])
+    else:
+        typer.echo("\n".join(_letter_in_short(letter) for letter in found) or "no dead letters")
+
+
+@dead.command("show")
+def dead_show(
+    name: Annotated[str, typer.Argument(metavar="ID", help="Id of a letter.")],
+    redis_url: RedisUrl = None,
+    data_dir: DataDir = DATA_DIR,
+) -> None:
+    """Show one dead letter whole, as JSON."""
+    _print_json(_on_letters(redis_url, data_dir, lambda letters: letters.show(name)))
+
+
+@dead.command("retry")
+def dead_retry(
+    names: Names = None, every: All = False, redis_url: RedisUrl = None, data_dir: DataDir = DATA_DIR
+) -> None:
+    """Start the jobs of dead letters anew; prints the ids of the new jobs. Exit code 1: some cannot run."""
+
+    async def retry(letters: DeadLetters, letter_id: str) -> str:
+        return f"{letter_id} {await letters.retry(letter_id, time.time_ns() // 1_000_000)}"
+
+    _each_letter(redis_url, data_dir, names, every=every, do=retry)
+
+
+@dead.command("discard")
+def dead_discard(
+    names: Names = None, every: All = False, redis_url: RedisUrl = None, data_dir: DataDir = DATA_DIR
+) -> None:
+    """Throw dead letters away; prints their ids. Exit code 1: some were not there."""
+
+    async def discard(letters: DeadLetters, letter_id: str) -> str:
+        await letters.discard(letter_id)
+        return letter_id
+
+    _each_letter(redis_url, data_dir, names, every=every, do=discard)
+
+
+def _each_letter(
+    redis_url: str | None,
+    data_dir: Path,
+    names: list[str] | None,
+    *,
+    every: bool,
+    do: Callable[[DeadLetters, str], Awaitable[str]],
+) -> None:
+    """Do something with each letter and say so; one that refuses does not stop the others."""
+    from pipeline.errors import Reject
+
+    if bool(names) == every:
+        raise typer.BadParameter("name letters, or say --all")
+
+    async def work(letters: DeadLetters) -> bool:
+        refused = False
+        for letter_id in names or [letter.id for letter in await letters.list(EVERY)]:
+            try:
+                typer.echo(await do(letters, letter_id))
+            except Reject as reason:
+                typer.echo(f"penstock: {reason}", err=True)
+                refused = True
+        return refused
+
+    if _on_letters(redis_url, data_dir, work):
+        raise typer.Exit(1)
+
+
+def _on_letters(redis_url: str | None, data_dir: Path, work: Callable[[DeadLetters], Awaitable[T]]) -> T:
+    from pipeline.dead import DeadLetters
+
+    return _on_redis(redis_url, data_dir, lambda link, settings: work(DeadLetters(link, settings)))
+
+
+def _on_redis(redis_url: str | None, data_dir: Path, work: Callable[[Link, Settings], Awaitable[T]]) -> T:
+    """Do something with a connection to Redis."""
+    import asyncio
+
+    from pipeline.connection import Link
+
+    settings = _settings(_redis_override(redis_url, data_dir))
+
+    async def run() -> T:
+        link = Link(settings.redis, "penstock")
+        try:
+            return await work(link, settings)
+        finally:
+            await link.close()
+
+    return asyncio.run(run())
+
+
+def _letter_in_short(letter: Letter) -> str:
+    at = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(letter.at_ms / 1000))
+    line = f"{letter.id}  {at}  {letter.stage:<9}  {letter.reason}  {letter.job_id or '-'}"
+    return line + (f"\n    {letter.error['message']}" if letter.error else "")
+
+
+def _print_overview(found: Overview) -> None:
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False)
+    console.print(f"{found.live_jobs} jobs alive, {found.delayed} delayed, {found.dead_letters} dead letters")
+    _print_table(
+        console,
+        ("stream", "waiting", "in hand", "oldest in hand"),
+        [
+            (view.stream, view.waiting, view.in_hand, f"{view.oldest_ms / 1000:.1f} s" if view.in_hand else "")
+            for view in found.streams
+            if view.waiting or view.in_hand or (":high" not in view.stream and ":low" not in view.stream)
+        ],
+    )
+    _print_table(
+        console,
+        ("replica", "load", "running", "service", "breaker"),
+        [
+            (
+                view.url,
+                view.leases,
+                f"{view.running}/{view.slots}",
+                f"{view.service_ms:.0f} ms" if view.service_ms is not None else "",
+                "open" if view.breaker_open else "closed",
+            )
+            for view in found.replicas
+        ],
+    )
+    _print_table(
+        console,
+        ("worker", "host", "pid", "state"),
+        [
+            (view.worker, view.host, view.pid, "; ".join(filter(None, view.stages.values())) or "ready")
+            for view in found.workers
+        ],
+    )
+
+
+def _print_table(console: Console, columns: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    if not rows:
+        console.print(f"no {columns[0]}")
+        return
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    console.print(table)
+
+
+def _redis_override(redis_url: str | None, data_dir: Path) -> dict[str, dict[str, Any]]:
+    """Return where Redis is: as told, else as the environment says, else that of the `up` running on *data_dir*."""
+    if redis_url is None and "url" not in _settings().redis.model_fields_set:
+        from pipeline import local
+
+        redis_url = (local.running(data_dir) or {}).get("redis_url")
+    return {"redis": {"url": redis_url}}
+
+
+def _print_json(value: Any) -> None:
+    import orjson
+
+    sys.stdout.write(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() + "\n")
+
+
+# --- Settings ----------------------------------------------------------------------------------
+
+
+def _settings(overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Settings:
+    from pipeline import settings
+
+    return settings.load(os.environ, overrides)
+
+
+def _environ(overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the environment that gives *overrides* to a child process."""
+    return {
+        f"PENSTOCK_{section.upper()}__{name.upper()}": ",".join(value) if isinstance(value, tuple) else str(value)
+        for section, fields in overrides.items()
+        for name, value in fields.items()
+        if value is not None
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -30,6 +30,7 @@ class Replica:
         running: calls it runs now.
         leases: jobs assigned to it now, running or waiting.
         service_s: recent time per token x recent tokens per answer, in seconds; None where nothing is known.
+        is_stale: its last call ended so long ago that it may have become faster since.
         is_open: whether its breaker keeps callers away.
     """
 
@@ -38,6 +39,7 @@ class Replica:
     running: int = 0
     leases: int = 0
     service_s: float | None = None
+    is_stale: bool = False
     is_open: bool = False
 
     @property
@@ -131,10 +133,17 @@ def _after(snapshot: Snapshot, order: Sequence[str]) -> Snapshot:
 
 
 def _service_times(replicas: Sequence[Replica]) -> dict[str, float]:
-    """Fill gaps with the best known time: a replica nobody knows is tried, not shunned."""
+    """Fill gaps with the best known time: an unknown replica is tried, and a shunned one is tried again, by one job.
+
+    Without that a replica that was slow once would stay shunned, since nothing is learned of it any more.
+    """
     known = [replica.service_s for replica in replicas if replica.service_s is not None]
-    default = min(known, default=UNKNOWN_SERVICE_S)
-    return {r.url: max(1e-6, r.service_s if r.service_s is not None else default) for r in replicas}
+    best = min(known, default=UNKNOWN_SERVICE_S)
+    times = {}
+    for replica in replicas:
+        probe = replica.service_s is None or (replica.is_stale and replica.running == 0)
+        times[replica.url] = max(1e-6, best if probe else replica.service_s or best)
+    return times
 
 
 def _expected_s(replica: Replica, service_s: float) -> float:

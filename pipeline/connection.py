@@ -55,11 +55,13 @@ class Link:
 
     Attributes:
         connected_at_us: when the present connection was made, on the monotonic clock; None while there is none.
+        client_id: what Redis calls the present connection.
     """
 
     def __init__(self, settings: RedisSettings, name: str) -> None:
         self.name = name
         self.connected_at_us: int | None = None
+        self.client_id = 0
         self._settings = settings
         self._turn = asyncio.Lock()
         self._connection = _make_connection(settings, name)
@@ -121,10 +123,13 @@ class Link:
     async def _call(self, args: Sequence[Argument], timeout_s: float) -> Any:
         await self._connect()
         await self._send(args)
+        return await self._reply(args[0], timeout_s)
+
+    async def _reply(self, command: Argument, timeout_s: float) -> Any:
         reply = await self._read(timeout_s)
         if reply is None and self._timed_out:
             await self.close()
-            raise BrokerUnavailable(f"no reply to {args[0]!s} within {timeout_s} s", unknown=True)
+            raise BrokerUnavailable(f"no reply to {command!s} within {timeout_s} s", unknown=True)
         return reply
 
     async def _connect(self) -> None:
@@ -139,6 +144,8 @@ class Link:
             await self.close()
             raise BrokerUnavailable(f"no connection to Redis: {error or 'timed out'}") from error
         self.connected_at_us = monotonic_us()
+        await self._send(("CLIENT", "ID"))
+        self.client_id = await self._reply("CLIENT ID", self._settings.reply_timeout_s)
 
     async def _send(self, args: Sequence[Argument]) -> None:
         try:
@@ -232,3 +239,8 @@ class Outage:
 def reconnect_delay_s(failures: int, cap_s: float) -> float:
     """Return the wait before connection attempt number *failures* + 1, in seconds."""
     return float(min(cap_s, 0.02 * 2.0 ** min(failures, 10)))
+
+
+def parse_info(text: bytes) -> dict[str, str]:
+    """Return what INFO says, by name."""
+    return dict(line.split(":", 1) for line in text.decode().split("\r\n") if ":" in line)

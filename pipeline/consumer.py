@@ -23,9 +23,9 @@ import structlog
 
 from pipeline import keys, metrics, scripts
 from pipeline.clock import Clock, monotonic_us
-from pipeline.connection import Argument, Link, Outage, reconnect_delay_s
-from pipeline.errors import PenstockError
-from pipeline.worker import Quarantine, Worker
+from pipeline.connection import Argument, Link, Outage, parse_info, reconnect_delay_s
+from pipeline.errors import ConfigError, PenstockError
+from pipeline.worker import Quarantine, Worker, wait_at_most
 
 if TYPE_CHECKING:
     from pipeline.settings import Settings
@@ -37,6 +37,7 @@ STEADY_S: Final = 2.0
 """A claimer's connection must have held so long: owners reconnect within half a second and re-take their leases."""
 PROMOTE_EVERY_S: Final = 0.1
 EXPIRE_EVERY_S: Final = 0.5
+OLDEST_REDIS: Final = 7  # scripts with flags, and XREADGROUP inside a script
 AT_ONCE: Final = 200
 """Jobs promoted or expired by one script: about 2 ms during which Redis serves nobody else."""
 
@@ -55,8 +56,10 @@ class Consumer:
         )
         self.name = f"{self.worker_name}:{secrets.token_hex(4)}"
         self._quarantine = Quarantine()
+        self._renew_now = asyncio.Event()
         self.workers = [
-            Worker(stage, self.name, settings, self.clock, self._quarantine, self.worker_name) for stage in stages
+            Worker(stage, self.name, settings, self.clock, self._quarantine, self.worker_name, self._renew_now.set)
+            for stage in stages
         ]
         self._quarantine.workers = self.workers
         self._link = Link(settings.redis, "lease")
@@ -87,13 +90,14 @@ class Consumer:
                     group.create_task(self._every(EXPIRE_EVERY_S, self._expire), name="expire"),
                     group.create_task(self._listen_forever(), name="listen"),
                     group.create_task(self._watch_loop_lag(), name="loop lag"),
+                    group.create_task(self._inspect_redis(), name="inspect redis"),
                 ]
                 feeding += [group.create_task(w.run(), name=f"feed {w.stage.name}") for w in self.workers]
                 feeding.append(group.create_task(self._claim_forever(), name="claim"))
                 await self._stop.wait()
                 log.info("draining", worker=self.worker_name, in_hand=sum(len(w.held) for w in self.workers))
                 for worker in self.workers:
-                    worker.quiet()
+                    await worker.quiet()
                 await asyncio.wait(feeding, timeout=2 * self._settings.redis.reply_timeout_s)
                 await asyncio.gather(*(w.drain(self._settings.worker.drain_s) for w in self.workers))
                 for task in [*background, *feeding]:
@@ -155,7 +159,7 @@ class Consumer:
             else:
                 self._outage.ends()
                 failures = 0
-                await asyncio.sleep(self._settings.worker.renew_s)
+                await wait_at_most(self._renew_now, self._settings.worker.renew_s)
 
     async def renew(self) -> None:
         """Renew the lease, compare what is in hand with what Redis says, and take up what no read delivered."""
@@ -261,6 +265,23 @@ class Consumer:
             due = loop.time() + 0.5
             await asyncio.sleep(0.5)
             metrics.LOOP_LAG_S.observe(max(0.0, loop.time() - due))
+
+    async def _inspect_redis(self) -> None:
+        """Refuse a Redis that is too old; warn of one that may forget or evict what was accepted."""
+        while True:
+            try:
+                text = await self._ticker.call("INFO", "everything")
+                break
+            except PenstockError:
+                await asyncio.sleep(1.0)
+        about = parse_info(text)
+        version = about.get("redis_version", "0")
+        if int(version.split(".")[0]) < OLDEST_REDIS:
+            raise ConfigError(f"Redis {version} is too old: {OLDEST_REDIS}.0 or newer, or Valkey, is needed")
+        if about.get("maxmemory_policy") != "noeviction":
+            log.warning("redis may evict work: set maxmemory-policy noeviction", policy=about.get("maxmemory_policy"))
+        if about.get("aof_enabled") != "1":
+            log.warning("redis forgets accepted work when it restarts: set appendonly yes")
 
     # --- hints -----------------------------------------------------------------------------------
 

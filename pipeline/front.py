@@ -21,7 +21,7 @@ import structlog
 from pipeline import flows, keys, scripts
 from pipeline.batching import Batcher
 from pipeline.clock import Clock, monotonic_us
-from pipeline.connection import Argument, Link, Outage, OutOfMemory, reconnect_delay_s
+from pipeline.connection import Argument, Link, Outage, OutOfMemory, parse_info, reconnect_delay_s
 from pipeline.errors import (
     BrokerUnavailable,
     DeadlineExceeded,
@@ -357,7 +357,7 @@ class Front:
         seconds, micros = await self._link.call("TIME")
         self.clock.observe(int(seconds) * 1_000_000 + int(micros), sent_us)
         self._replicas = await self._healthy_replicas()
-        memory = _info(await self._link.call("INFO", "memory"))
+        memory = parse_info(await self._link.call("INFO", "memory"))
         limit = int(memory.get("maxmemory", "0"))
         share = int(memory.get("used_memory", "0")) / limit if limit else 0.0
         self._memory_is_short = share > self._settings.admission.max_memory_share
@@ -451,7 +451,3 @@ class Front:
 
     def __repr__(self) -> str:
         return f"<Front {self._reply_stream} waiting={len(self._waiting)} memory_is_short={self._memory_is_short}>"
-
-
-def _info(text: bytes) -> dict[str, str]:
-    return dict(line.split(":", 1) for line in text.decode().split("\r\n") if ":" in line)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+STALE_AFTER_S: Final = 30.0
+"""A replica unheard of for so long may be faster than it was: one job tries it."""
 FORGET_AFTER_S: Final = 60.0
 """A replica that no worker has registered for so long leaves the registry once it holds no lease."""
 
@@ -61,7 +63,7 @@ class Replicas:
         for text in settings.llm.urls:
             url, slots = keys.normalise_replica_url(text)
             self._slots[url] = slots or settings.llm.slots
-        self._standings = dict.fromkeys(self._slots, Standing(0, 0, None, None, 0))
+        self._standings = dict.fromkeys(self._slots, Standing(0, 0, None, None, 0, 0))
         self._waiting = 0
         self._turn = 0
         self._calls: Batcher[_Call, str] = Batcher(self._share)
@@ -120,6 +122,7 @@ class Replicas:
             running=standing.running,
             leases=standing.leases,
             service_s=standing.us_per_token * standing.tokens / 1e6 if known else None,  # type: ignore[operator]
+            is_stale=self._clock.now_ms() - standing.seen_ms > STALE_AFTER_S * 1000,
             is_open=standing.open_until_ms > self._clock.now_ms(),
         )
 
@@ -133,7 +136,8 @@ class Replicas:
 
         Args:
             ok: whether the replica answered well; a row of failures opens its breaker.
-            duration_s: from sending the request to the last byte of the answer.
+            duration_s: from sending the request to the last byte of the answer; 0 where the replica did its part but
+                gave no answer to measure (it refused the request, say): that must not make it look fast.
             tokens: completion tokens of a good answer, 0 where the replica did not say.
             refused: the connection was refused: opens the breaker at once.
         """

@@ -92,7 +92,7 @@ class EncoderSettings(Section):
 
     slots: int = Field(64, ge=1, le=4096)
     batch: int = Field(32, ge=1, le=1024)
-    chunk_tokens: int = Field(200, ge=16, le=8192)
+    chunk_tokens: int = Field(300, ge=16, le=8192)
     overlap_tokens: int = Field(20, ge=0)
     max_chunks: int = Field(5_000, ge=1, description="of one document; a longer one is refused")
     language: str = Field("english", description="stemming and stop words of BM25")
@@ -112,6 +112,7 @@ class RetrieverSettings(Section):
     path: Path = Field(Path(".penstock/index"), description="directory of the embedded index")
     top_k: int = Field(5, ge=1, le=50, description="sources per question, unless the question says otherwise")
     prompt_tokens: int = Field(3000, ge=64, description="budget of the augmented prompt")
+    lock_wait_s: float = Field(2.0, ge=0, le=60, description="patience with another retriever that has the index")
     tokenizer: str = Field("estimate", description="`estimate`, or the path of a Hugging Face tokenizer.json")
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 BLOCK_MS: Final = 1_000
-"""A blocked read ends so often, so that a worker that is to stop need not cut it off."""
+"""A blocked read is never cut off, since it may just have been served; it ends by itself so often."""
 
 Verb = Literal["forward", "complete", "retry", "release", "bury"]
 Answer = Literal["settled", "cancelled", "lost", "orphan"]
@@ -143,6 +143,10 @@ class Streams:
         entries = [_entry(name.decode(), *found, deliveries=1) for name, rows in reply or () for found in rows]
         self._shares.took(len(entries))
         return entries
+
+    async def stop_waiting(self) -> None:
+        """End a blocked read now, as if nothing had come."""
+        await self.control.call("CLIENT", "UNBLOCK", self._reader.client_id)
 
     async def place(self, replicas: Sequence[Replica], orders: Sequence[Sequence[str]]) -> Placed:
         """Take one entry per order, each with a running place at the first free replica of that order.
@@ -283,13 +287,14 @@ class Streams:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How one replica stands, as the placing script counted it."""
+    """How one replica stands, as the placing script counted it; `seen_ms`: when its last good answer came, 0 never."""
 
     running: int
     leases: int
     us_per_token: float | None
     tokens: float | None
     open_until_ms: int
+    seen_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,11 +327,12 @@ def _entry(
 
 
 def _standing(row: Sequence[Any]) -> Standing:
-    running, leases, us_per_token, tokens, open_until_ms = row
+    running, leases, us_per_token, tokens, open_until_ms, seen_ms = row
     return Standing(
         int(running),
         int(leases),
         float(us_per_token) if us_per_token else None,
         float(tokens) if tokens else None,
         int(open_until_ms),
+        int(seen_ms),
     )

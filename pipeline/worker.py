@@ -107,7 +107,14 @@ class Worker:
     """
 
     def __init__(
-        self, stage: Stage, consumer: str, settings: Settings, clock: Clock, quarantine: Quarantine, name: str
+        self,
+        stage: Stage,
+        consumer: str,
+        settings: Settings,
+        clock: Clock,
+        quarantine: Quarantine,
+        name: str,
+        announce: Callable[[], None],
     ) -> None:
         self.stage = stage
         self.name = name
@@ -119,6 +126,7 @@ class Worker:
         self._settings = settings
         self._clock = clock
         self._quarantine = quarantine
+        self._announce = announce  # tells others that readiness changed
         self._rng = Random()
         self._changed = asyncio.Event()  # a slot was freed, readiness or quarantine changed
         self._wake = asyncio.Event()  # the llm streams or slots changed, as heard on the wake channel
@@ -171,9 +179,11 @@ class Worker:
                 if self.not_ready != str(error):
                     log.warning("the stage is not ready", stage=self.stage.name, reason=str(error))
                 self.not_ready = str(error)
+                self._announce()
                 await asyncio.sleep(NOT_READY_RETRY_S)
             else:
                 self.not_ready = None
+                self._announce()
                 return
 
     async def _next_entries(self) -> list[Entry]:
@@ -182,7 +192,7 @@ class Worker:
             await self._run_suspect()
         free = self.stage.slots - len(self.held)
         if free <= 0 or self._quarantine.owner is not None:
-            await _pass(self._changed, WAKE_POLL_S)
+            await wait_at_most(self._changed, WAKE_POLL_S)
             return []
         self.reading = True
         try:
@@ -193,7 +203,7 @@ class Worker:
         finally:
             self.reading = False
         if not entries:
-            await _pass(self._wake, WAKE_POLL_S)
+            await wait_at_most(self._wake, WAKE_POLL_S)
         return entries
 
     async def _run_suspect(self) -> None:
@@ -207,7 +217,7 @@ class Worker:
         try:
             async with asyncio.timeout(self._settings.worker.lease_s):
                 while not self._quarantine.is_empty():
-                    await _pass(self._changed, 0.05)
+                    await wait_at_most(self._changed, 0.05)
             claimed = await self.streams.claim(stream, lapsed, 1, idle=True)
             if claimed.left:
                 self._suspects.add((stream, lapsed))
@@ -411,13 +421,14 @@ class Worker:
                 start = done.start if done else ()
                 return self._end(held, completion, start), completion.status
             case Retry(delay_s, attempt, error):
-                self._log(held).info("retrying", in_s=round(delay_s, 3), code=error["code"], reason=error["message"])
+                # The message may quote what a replica said of a prompt: it stands in the outcome, not in the log.
+                self._log(held).info("retrying", in_s=round(delay_s, 3), code=error["code"])
                 job.attempt = attempt
                 job.replica = None
                 vector = held.entry.vector or b""
                 return Settlement(held.entry, job.id, "retry", int(delay_s * 1000), job.encode(), vector), "retried"
             case Bury(completion, reason):
-                self._log(held).warning("burying", reason=reason, error=completion.error)
+                self._log(held).warning("burying", reason=reason, code=(completion.error or {}).get("code"))
                 return self._burial(held, completion, reason), "failed"
 
     # --- settling --------------------------------------------------------------------------------
@@ -574,17 +585,19 @@ class Worker:
 
     # --- stopping --------------------------------------------------------------------------------
 
-    def quiet(self) -> None:
+    async def quiet(self) -> None:
         """Read no more."""
         self._quiet = True
         self._changed.set()
         self._wake.set()
+        with suppress(PenstockError):  # the read ends by itself a little later
+            await self.streams.stop_waiting()
 
     async def drain(self, timeout_s: float) -> None:
         """Wait until everything in hand is settled; what is not by then is stopped and given back."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         while self.held and asyncio.get_running_loop().time() < deadline:
-            await _pass(self._changed, min(0.1, timeout_s))
+            await wait_at_most(self._changed, min(0.1, timeout_s))
         for held in list(self.held.values()):
             self._abort(held, "drain")
         tasks = {held.task for held in self.held.values() if held.task is not None}
@@ -628,7 +641,7 @@ class Worker:
         return f"<Worker {self.stage.name} held={len(self.held)}/{self.stage.slots} quiet={self._quiet}>"
 
 
-async def _pass(event: asyncio.Event, at_most_s: float) -> None:
+async def wait_at_most(event: asyncio.Event, at_most_s: float) -> None:
     """Wait for *event* and clear it, for a while at most."""
     with suppress(TimeoutError):
         async with asyncio.timeout(at_most_s):

@@ -12,6 +12,7 @@ import structlog
 import uvloop
 from prometheus_client import start_http_server
 
+from pipeline import logs
 from pipeline.consumer import Consumer
 from pipeline.errors import ConfigError
 from pipeline.settings import Settings, load
@@ -58,6 +59,7 @@ async def work(names: Sequence[str], settings: Settings) -> None:
 
 def run(names: Sequence[str], settings: Settings) -> int:
     """Run the stages; return the process's exit code: 0 after a drain, 2 for settings that cannot work."""
+    logs.configure(settings.log, "+".join(names))
     try:
         uvloop.run(work(names, settings))
     except ConfigError as error:

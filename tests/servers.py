@@ -101,13 +101,10 @@ class RedisServer:
         """
         words = [word for name, value in self._options.items() for word in (f"--{name}", value)]
         read_end, write_end = os.pipe()  # held open by this process alone, see pipeline/leash.py
+        tied = [sys.executable, "-I", "-S", leash.__file__, str(int(signal.SIGKILL)), str(os.getpid()), str(read_end)]
         try:
             self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-I", "-S", leash.__file__),
-                    *(str(int(signal.SIGKILL)), str(os.getpid()), str(read_end)),
-                    *(self.binary, *words),
-                ],
+                [*tied, self.binary, *words],
                 pass_fds=[read_end],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -1,7 +1,8 @@
 #!lua flags=allow-oom
 -- observe: share how calls to replicas went: recent speed, and the circuit breaker.
 -- ARGV[1] failures in a row that open the breaker  ARGV[2] how long it stays open (ms)
--- then per call 4 values: URL, 'ok' | 'failed' | 'refused', duration (us), completion tokens (0: unknown)
+-- then per call 4 values: URL, 'ok' | 'failed' | 'refused', duration (us; 0: no measure of speed), completion tokens (0:
+--   unknown)
 -- Returns: time (us), then per call 'closed' | 'opened' | 'open' | 'closed_again'.
 -- Invariant: a success closes the breaker; while it is half open one failure opens it again.
 local now_us = clock_us()
@@ -16,9 +17,11 @@ for i = 3, #ARGV, 4 do
   local seen = call('HMGET', key, 'us_per_token', 'tokens', 'failures', 'open_until_ms')
   local open_until = tonumber(seen[4] or '0')
   if ARGV[i + 1] == 'ok' then
-    local tokens = math.max(1, tonumber(ARGV[i + 3]))
-    call('HSET', key, 'us_per_token', blend(seen[1], tonumber(ARGV[i + 2]) / tokens), 'tokens', blend(seen[2], tokens),
-      'failures', 0, 'open_until_ms', 0)
+    local duration_us, tokens = tonumber(ARGV[i + 2]), math.max(1, tonumber(ARGV[i + 3]))
+    call('HSET', key, 'failures', 0, 'open_until_ms', 0, 'seen_ms', digits(now_ms))
+    if duration_us > 0 then
+      call('HSET', key, 'us_per_token', blend(seen[1], duration_us / tokens), 'tokens', blend(seen[2], tokens))
+    end
     answer[#answer + 1] = open_until > 0 and 'closed_again' or 'closed'
     if open_until > 0 then wake = true end
   else

@@ -3,7 +3,7 @@
 -- KEYS[1..3] job:llm_in:high, job:llm_in, job:llm_in:low
 -- ARGV[1] group  ARGV[2] consumer  ARGV[3] number of replicas R  ARGV[4] number of orders N
 -- then R times: URL, slots (0: breaker open); then N times: priority owed (1..3), length L, L replica numbers (1..R)
--- Returns: time (us); jobs waiting; R rows {running, leases, service (us per token), tokens, open_until_ms};
+-- Returns: time (us); jobs waiting; R rows {running, leases, us per token, tokens, open_until_ms, seen_ms};
 --   then per entry four values: stream number, entry id, fields, URL ('' when the entry is no live job of ours).
 -- Invariant: a job starts only in a free slot of its replica, counted here, so slots are exact over all llm processes.
 local now_us = clock_us()
@@ -70,10 +70,10 @@ for number = 1, 3 do
 end
 local answer = {digits(now_us), waiting}
 for i = 1, count do
-  local health = call('HMGET', KEY.health .. urls[i], 'us_per_token', 'tokens', 'open_until_ms')
+  local health = call('HMGET', KEY.health .. urls[i], 'us_per_token', 'tokens', 'open_until_ms', 'seen_ms')
   answer[#answer + 1] = {
     call('ZCARD', KEY.running .. urls[i]), call('ZCARD', KEY.leases .. urls[i]),
-    health[1] or '', health[2] or '', health[3] or '0',
+    health[1] or '', health[2] or '', health[3] or '0', health[4] or '0',
   }
 end
 for _, value in ipairs(taken) do answer[#answer + 1] = value end

@@ -136,7 +136,7 @@ def test_broken_file_is_refused(tmp_path: Path, content: bytes | None) -> None:
     "environ",
     [
         {"PENSTOCK_RETRY__BASE_S": "31"},
-        {"PENSTOCK_ENCODER__OVERLAP_TOKENS": "200"},
+        {"PENSTOCK_ENCODER__CHUNK_TOKENS": "100", "PENSTOCK_ENCODER__OVERLAP_TOKENS": "100"},
         {"LLM_URLS": "http://one:80/,HTTP://ONE?slots=2"},
     ],
 )

@@ -1,0 +1,202 @@
+"""A gateway as a command line sees it: sends requests, obeys Retry-After, waits for jobs.
+
+Used by `penstock ingest` and by the first steps of `penstock up`. Knows HTTP only: the gateway may be anywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Final, Self
+
+import httpx
+from httpx_aiohttp import AiohttpTransport
+
+Json = dict[str, Any]
+
+POLL_FIRST_S: Final = 0.02
+POLL_CAP_S: Final = 0.5  # a completion lives 60 s by default: it is seen long before it goes
+POLL_AT_ONCE: Final = 100  # the gateway's own bound
+RETRY_CAP_S: Final = 30.0
+RETRY_BASE_S: Final = 0.2
+
+
+class GatewayUnreachable(Exception):
+    """Nobody answers at the gateway's address."""
+
+
+class GatewayRefused(Exception):
+    """The gateway says no, and would say so again.
+
+    Attributes:
+        status: HTTP status.
+        code: the error's `code`, for programs.
+    """
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+def decide_wait_s(status: int, headers: Mapping[str, str], failures: int) -> float | None:
+    """Return how long to wait before sending a request again that got this answer, in seconds; None: it is final.
+
+    429 and 503 mean "later". The wait is the gateway's own Retry-After, else it grows with *failures* in a row.
+    """
+    if status not in {429, 503}:
+        return None
+    try:
+        asked_s = float(headers.get("retry-after", ""))
+    except ValueError:
+        asked_s = math.nan
+    if not math.isfinite(asked_s):
+        asked_s = RETRY_BASE_S * 2.0 ** min(failures, 10)
+    return min(max(asked_s, 0.05), RETRY_CAP_S)
+
+
+def next_poll_s(idle_polls: int) -> float:
+    """Return the wait before the next poll, after *idle_polls* in a row that found nothing finished."""
+    return float(min(POLL_CAP_S, POLL_FIRST_S * 1.5 ** min(idle_polls, 50)))
+
+
+class Client:
+    """One gateway; use as `async with`.
+
+    Args:
+        patience_s: how long to go on while the gateway is overloaded or away.
+        on_wait: called with the reason whenever something has to be tried again.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        *,
+        patience_s: float = 120.0,
+        on_wait: Callable[[str], None] = lambda _reason: None,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self._patience_s = patience_s
+        self._on_wait = on_wait
+        self._waiting: dict[str, asyncio.Future[Json]] = {}
+        self._poller: asyncio.Task[None] | None = None
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+            transport=AiohttpTransport(trust_env=False),  # the stock pool scans itself on every call
+            timeout=httpx.Timeout(30.0, connect=5.0),
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._poller:
+            self._poller.cancel()
+            await asyncio.wait({self._poller})
+        await self._http.aclose()
+
+    async def send(
+        self, method: str, path: str, body: Json | None = None, *, timeout_s: float = 30.0
+    ) -> httpx.Response:
+        """Send one request; again while the gateway is overloaded or away. Only for what may be sent twice.
+
+        Raises:
+            GatewayUnreachable: it stayed away, or overloaded, for longer than our patience.
+            GatewayRefused: any status from 400 up that is not "later".
+        """
+        timeout = httpx.Timeout(timeout_s, connect=5.0)
+        give_up_s = time.monotonic() + self._patience_s
+        failures = 0
+        while True:
+            try:
+                response = await self._http.request(method, path, json=body, timeout=timeout)
+            except httpx.HTTPError as error:
+                reason = f"no answer from {self.url}: {error or type(error).__name__}"
+                after_s = min(RETRY_BASE_S * 2.0 ** min(failures, 10), RETRY_CAP_S)
+            else:
+                if response.status_code < 400:
+                    return response
+                refusal = _refusal(response)
+                later_s = decide_wait_s(response.status_code, response.headers, failures)
+                if later_s is None:
+                    raise refusal
+                after_s, reason = later_s, str(refusal)
+            failures += 1
+            if time.monotonic() + after_s > give_up_s:
+                raise GatewayUnreachable(reason)
+            self._on_wait(reason)
+            await asyncio.sleep(after_s)
+
+    async def check(self) -> None:
+        """Make sure that somebody answers, overloaded or not, so that a wrong address is known at once.
+
+        Raises:
+            GatewayUnreachable: nobody does.
+        """
+        try:
+            await self._http.get("/livez")
+        except httpx.HTTPError as error:
+            message = f"no gateway at {self.url} ({error or type(error).__name__}); `penstock up` starts one"
+            raise GatewayUnreachable(message) from error
+
+    async def outcome(self, job_id: str) -> Json:
+        """Wait until a job has ended, and return its status; `lost` when nothing is known of it any more.
+
+        All jobs waited for are asked about together.
+
+        Raises:
+            GatewayUnreachable, GatewayRefused: see `send`.
+        """
+        ended: asyncio.Future[Json] = asyncio.get_running_loop().create_future()
+        self._waiting[job_id] = ended
+        if self._poller is None or self._poller.done():
+            self._poller = asyncio.create_task(self._poll(), name="poll jobs")
+        try:
+            return await ended
+        finally:
+            self._waiting.pop(job_id, None)
+
+    async def _poll(self) -> None:
+        idle_polls = 0
+        while self._waiting:
+            await asyncio.sleep(next_poll_s(idle_polls))
+            idle_polls += 1
+            asked = list(self._waiting)[:POLL_AT_ONCE]
+            try:
+                jobs: Json = (await self.send("GET", f"/jobs?ids={','.join(asked)}")).json()["jobs"]
+            except (GatewayUnreachable, GatewayRefused) as error:
+                for ended in self._waiting.values():
+                    if not ended.done():
+                        ended.set_exception(error)
+                return
+            for job_id in asked:
+                status = jobs.get(job_id) or {"status": "lost"}
+                if job_id not in self._waiting:  # whoever waited has gone
+                    continue
+                ended = self._waiting.pop(job_id)
+                if status["status"] in {"queued", "running"}:
+                    self._waiting[job_id] = ended  # at the end of the line: beyond a hundred, all get their turn
+                elif not ended.done():
+                    ended.set_result(status)
+                    idle_polls = 0
+
+    async def ask(self, question: str) -> Json:
+        """Return the answer to *question*, with its sources."""
+        answer: Json = (await self.send("POST", "/query", {"query": question}, timeout_s=90)).json()
+        return answer
+
+
+def _refusal(response: httpx.Response) -> GatewayRefused:
+    try:
+        error = response.json()["error"]
+        param = f"{error['param']}: " if error.get("param") else ""
+        return GatewayRefused(response.status_code, str(error.get("code")), f"{param}{error['message']}")
+    except (ValueError, KeyError, TypeError):
+        return GatewayRefused(response.status_code, "http", f"HTTP {response.status_code}")

@@ -1,0 +1,176 @@
+"""The error answers: one JSON shape for everything that can go wrong, and the one place that says which status it is.
+
+    {"error": {"message": "...", "type": "...", "param": null | "messages[17].prompt", "code": "..."}}
+
+`type` is a class of failure, `code` is for programs and stable, `message` is for people, `param` is the path of the
+field at fault. An answer about a job that was accepted names it beside the error: `"job_id"`. Nothing of a stack trace
+ever leaves the process: what is unknown is logged and answered as `internal_error`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from pipeline.errors import (
+    BrokerUnavailable,
+    DeadlineExceeded,
+    IdempotencyMismatch,
+    JobLost,
+    Overloaded,
+    PenstockError,
+)
+from pipeline.flows import field_path
+from pipeline.job import Completion, Json
+
+Headers = list[tuple[bytes, bytes]]
+
+TYPES: Final[dict[int, str]] = {
+    400: "invalid_request",
+    401: "authentication",
+    403: "permission",
+    404: "not_found",
+    405: "invalid_request",
+    408: "timeout",
+    409: "conflict",
+    413: "invalid_request",
+    422: "invalid_request",
+    429: "rate_limit",
+    431: "invalid_request",
+    500: "internal",
+    502: "job_failed",
+    503: "unavailable",
+    504: "expired",
+}
+"""Every error status the gateway gives, with the class of failure it stands for."""
+
+RETRY_SOON_S: Final = 1
+"""Retry-After where nothing better is known: an outage is seen to end within about a second."""
+
+_SHOWN_FIELDS: Final = 10  # a body may hold a hundred thousand wrong fields; the answer stays readable
+_SHOWN_CHARS: Final = 128  # of one field's path
+
+
+class Problem(PenstockError):
+    """The request is answered with an error.
+
+    Attributes:
+        code: short and stable, for programs.
+        param: path of the field at fault, where one is.
+        retry_after_s: sent as `Retry-After`, where waiting helps.
+        job_id: the job this is about, where one was accepted.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        kind: str | None = None,
+        retry_after_s: float | None = None,
+        job_id: str | None = None,
+        headers: Headers | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.kind = kind or TYPES[status]
+        self.retry_after_s = retry_after_s
+        self.job_id = job_id
+        self._headers = headers or []
+
+    @property
+    def value(self) -> Json:
+        """The answer."""
+        value: Json = {
+            "error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code},
+        }
+        if self.job_id is not None:
+            value["job_id"] = self.job_id
+        return value
+
+    @property
+    def headers(self) -> Headers:
+        """Headers beside the usual ones."""
+        if self.retry_after_s is None:
+            return self._headers
+        return [*self._headers, (b"retry-after", b"%d" % max(1, math.ceil(self.retry_after_s)))]
+
+
+class ClientGone(Exception):  # an event, not an error: nobody is left to answer
+    """The client closed its connection before it had its answer."""
+
+
+def problem_of(error: PenstockError, job_id: str | None = None) -> Problem | None:
+    """Return the answer to an error of the core, None where it is nothing a client should meet.
+
+    Args:
+        job_id: the job that was accepted before the error came.
+    """
+    match error:
+        case Problem():
+            return error
+        case Overloaded(code="too_many_in_flight"):
+            return Problem(429, error.code, str(error), retry_after_s=error.after_s)
+        case Overloaded():
+            return Problem(503, error.code, str(error), kind="overloaded", retry_after_s=error.after_s)
+        case IdempotencyMismatch():
+            return Problem(422, "idempotency_mismatch", str(error), param="Idempotency-Key")
+        case JobLost():
+            return Problem(503, "job_lost", str(error), retry_after_s=RETRY_SOON_S, job_id=job_id)
+        case DeadlineExceeded():
+            return Problem(504, "deadline_exceeded", str(error), job_id=job_id)
+        case BrokerUnavailable():
+            message = "Redis cannot be reached for now"
+            return Problem(503, "redis_unavailable", message, retry_after_s=RETRY_SOON_S, job_id=job_id)
+    return None
+
+
+def problem_of_outcome(completion: Completion) -> Problem:
+    """Return the answer for a job that ended otherwise than completed."""
+    status = {"failed": 502, "expired": 504, "cancelled": 409}[completion.status]
+    error = completion.error or {}
+    return Problem(
+        status,
+        error.get("code", completion.status),
+        error.get("message", f"the job ended as {completion.status}"),
+        kind=error.get("type"),
+        job_id=completion.id,
+    )
+
+
+def invalid(error: ValidationError, body: Json) -> Problem:
+    """Return the 422 that names every wrong field of *body*, the first of them in `param`."""
+    found: dict[str, list[str]] = {}
+    for item in error.errors(include_url=False, include_context=False, include_input=False):
+        path = _path_in(item["loc"], body, missing=item["type"] == "missing")
+        if path not in found and len(found) == _SHOWN_FIELDS:
+            continue
+        messages = found.setdefault(path, [])
+        message = "there is no such field" if item["type"] == "extra_forbidden" else item["msg"]
+        message = message.removeprefix("Value error, ")
+        if message not in messages:
+            messages.append(message)
+    text = "; ".join(f"{path or 'body'}: {', or '.join(messages)}" for path, messages in found.items())
+    return Problem(422, "invalid_field", text, param=next(iter(found)) or None)
+
+
+def _path_in(location: tuple[int | str, ...], body: Json, *, missing: bool) -> str:
+    """Return *location* as people write it, without the parts that pydantic adds and the body does not have."""
+    if missing:
+        return field_path(location)[:_SHOWN_CHARS]
+    value: Any = body
+    known: list[int | str] = []
+    for part in location:
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            break
+        known.append(part)
+    return field_path(tuple(known))[:_SHOWN_CHARS]

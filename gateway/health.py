@@ -1,0 +1,83 @@
+"""Whether the gateway lives, whether the pipeline behind it can answer, and the numbers that tell how it does.
+
+`/livez` asks nobody: only a process that should be killed fails it. `/readyz` asks Redis, and what the workers of each
+stage say of themselves. None of these needs an API key, and none waits longer than a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final, Literal
+
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+from pydantic import BaseModel, Field
+
+from gateway.errors import Problem
+from gateway.metrics import REPLICA_LOAD
+from gateway.operation import Answer, Call, Operation, answer
+from pipeline.errors import BrokerUnavailable
+from pipeline.front import Health
+
+PATIENCE_S: Final = 1.0
+
+
+class Alive(BaseModel):
+    """The process works."""
+
+    status: Literal["ok"]
+
+
+class Readiness(BaseModel):
+    """What can work; null is well, else the reason why not."""
+
+    status: Literal["ready"]
+    redis: str | None
+    stages: dict[str, str | None] = Field(description="by stage: null when at least one worker of it is ready")
+
+
+async def live(call: Call) -> Answer:
+    """Tell that this process works."""
+    return answer({"status": "ok"})
+
+
+async def ready(call: Call) -> Answer:
+    """Tell whether questions can be answered now."""
+    health = await _health(call)
+    reasons = {name: reason for name, reason in health.stages.items() if reason is not None}
+    if health.redis is not None:
+        reasons = {"redis": health.redis} | reasons
+    if reasons:
+        message = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        problem = Problem(503, "not_ready", message, retry_after_s=PATIENCE_S)
+        # Answered, not raised: it is what was asked for, so it is no refusal to be counted.
+        return answer(problem.value | {"redis": health.redis, "stages": health.stages}, 503, problem.headers)
+    return answer({"status": "ready", "redis": None, "stages": health.stages})
+
+
+async def _health(call: Call) -> Health:
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            return await call.front.health()
+    except (BrokerUnavailable, TimeoutError) as error:
+        return Health(redis=str(error) or f"no answer within {PATIENCE_S:g} s", stages={})
+
+
+async def metrics(call: Call) -> Answer:
+    """Show this process' numbers to Prometheus."""
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            loads = await call.front.replica_loads()
+    except (BrokerUnavailable, TimeoutError):
+        loads = {}  # not known now: better absent than old
+    REPLICA_LOAD.clear()
+    for replica, load in loads.items():
+        REPLICA_LOAD.labels(replica).set(load)
+    return Answer(200, generate_latest(REGISTRY), content_type=CONTENT_TYPE_LATEST.encode())
+
+
+OPERATIONS: Final = (
+    Operation("GET", "/livez", live, answers={200: Alive}, guarded=False),
+    Operation("GET", "/readyz", ready, answers={200: Readiness}, guarded=False),
+    Operation("GET", "/healthz", ready, answers={200: Readiness}, guarded=False),
+    Operation("GET", "/metrics", metrics, answers={200: None}, guarded=False),
+)

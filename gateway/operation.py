@@ -1,0 +1,262 @@
+"""What a service file is made of: operations, one row each, and the call that each of them serves.
+
+A service declares `OPERATIONS`, a tuple of `Operation`. From these rows `gateway.app` makes the routes and
+`gateway.openapi` the description, so neither can know a path, a field or a status that the other does not.
+An operation is a function from `Call` to `Answer`; what goes wrong is raised (`gateway.errors`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Final, Self, TypeVar, cast
+
+import orjson
+from pydantic import BaseModel, ValidationError
+from starlette.types import Receive, Scope
+
+from gateway.auth import ApiKeys
+from gateway.errors import ClientGone, Headers, Problem, invalid
+from gateway.idempotency import read_key
+from gateway.limits import read_body
+from pipeline.clock import monotonic_us
+from pipeline.errors import JobLost
+from pipeline.flows import Payload, new_job
+from pipeline.front import Accepted, Front, Idempotency
+from pipeline.job import DEFAULT_TENANT, Completion, Job, Json, Priority, is_valid_id, new_id
+from pipeline.settings import Settings
+
+Model = TypeVar("Model", bound=BaseModel)
+SomePayload = TypeVar("SomePayload", bound=Payload)
+
+JSON: Final = b"application/json"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What goes back to the client."""
+
+    status: int
+    body: bytes
+    headers: Headers = field(default_factory=list)
+    content_type: bytes = JSON
+
+
+def answer(value: Json, status: int = 200, headers: Headers | None = None) -> Answer:
+    """Return *value* as a JSON answer."""
+    return Answer(status, orjson.dumps(value), headers or [])
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter in the query string, as the description shows it."""
+
+    name: str
+    description: str
+    required: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One method on one path.
+
+    Attributes:
+        run: the function; the first line of its docstring is the operation's summary.
+        body: model of the request's body, None where none is read.
+        answers: model of the answer by status; None for one that is not JSON.
+        errors: statuses of the errors it may give, besides those that any operation may.
+        guarded: whether it asks for an API key where any is configured.
+        idempotent: whether it honours `Idempotency-Key`.
+    """
+
+    method: str
+    path: str
+    run: Callable[[Call], Awaitable[Answer]]
+    answers: Mapping[int, type[BaseModel] | None]
+    body: type[BaseModel] | None = None
+    errors: tuple[int, ...] = ()
+    parameters: tuple[Parameter, ...] = ()
+    guarded: bool = True
+    idempotent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """What all calls share."""
+
+    settings: Settings
+    front: Front
+    keys: ApiKeys
+
+
+class Call:
+    """One request on its way to its answer.
+
+    Attributes:
+        headers: by lower-case name; the last of several with one name.
+        request_id: the client's, where it sent a valid one, else made here; answered as `x-request-id`.
+        started_us: when the request's head had arrived, on the monotonic clock.
+        tenant: whose key it was; set before an operation runs.
+        job_id: the job that was accepted on its behalf, once one was.
+        body: the JSON object that `read` has read.
+    """
+
+    __slots__ = (
+        "_receive",
+        "_repeats",
+        "_scope",
+        "body",
+        "gateway",
+        "headers",
+        "job_id",
+        "request_id",
+        "started_us",
+        "tenant",
+    )
+
+    def __init__(self, scope: Scope, receive: Receive, gateway: Gateway) -> None:
+        self._repeats: Idempotency | None = None
+        self._scope = scope
+        self._receive = receive
+        self.gateway = gateway
+        self.started_us = monotonic_us()
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.request_id = self._request_id()
+        self.tenant = DEFAULT_TENANT
+        self.job_id: str | None = None
+        self.body: Json = {}
+
+    def _request_id(self) -> str:
+        sent = self.headers.get(b"x-request-id")
+        if sent is not None and is_valid_id(text := sent.decode("latin-1")):
+            return text
+        return new_id()
+
+    @property
+    def front(self) -> Front:
+        """The way into the pipeline."""
+        return self.gateway.front
+
+    @property
+    def path(self) -> str:
+        """The path asked for."""
+        return cast("str", self._scope["path"])
+
+    @property
+    def query_string(self) -> str:
+        """What stands behind the `?`."""
+        return cast("bytes", self._scope["query_string"]).decode("latin-1")
+
+    def path_id(self, name: str) -> str:
+        """Return the id that the path carries as *name*, valid or not."""
+        return cast("str", self._scope["path_params"][name])
+
+    async def read(self, model: type[Model]) -> Model:
+        """Read and check the body.
+
+        Raises:
+            Problem: too large, not JSON, not an object, or with wrong fields.
+            ClientGone: the client left before its body had arrived.
+        """
+        raw = await read_body(self._receive, self.headers, self.gateway.settings.gateway.max_body_bytes)
+        try:
+            value = orjson.loads(raw)
+        except orjson.JSONDecodeError as error:
+            raise Problem(400, "not_json", f"the body is not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise Problem(400, "not_an_object", "the body must be a JSON object")
+        self.body = value
+        try:
+            return model.model_validate(value, strict=True)
+        except ValidationError as error:
+            raise invalid(error, value) from None
+
+    def job(self, flow: str, payload: Payload, lifetime_s: float, priority: Priority = "normal") -> Job:
+        """Return a new job of this call's tenant, due now."""
+        return new_job(
+            flow,
+            payload,
+            job_id=new_id(),
+            now_ms=self.front.clock.now_ms(),
+            lifetime_s=lifetime_s,
+            tenant=self.tenant,
+            priority=priority,
+        )
+
+    async def submit(self, job: Job, *, wait: bool) -> Accepted:
+        """Hand *job* to the pipeline; where the call carries an Idempotency-Key, an earlier job may answer for it.
+
+        Raises:
+            Problem: the key is malformed.
+            PenstockError: not accepted; see `Front.submit`.
+        """
+        limit = self.gateway.settings.gateway.max_in_flight_per_key if self.gateway.keys else None
+        key = read_key(self.headers, self.tenant, self.path, self.body)
+        accepted = await self.front.submit(job, idempotency=key, in_flight_limit=limit, wait=wait)
+        if accepted.repeated:
+            self._repeats = key
+        self.job_id = accepted.job_id
+        return accepted
+
+    async def outcome(self, job_id: str, deadline_ms: int) -> Completion:
+        """Wait for a job's outcome while the client stays.
+
+        Raises:
+            ClientGone: the client left first; the job goes on.
+            PenstockError: there is none; see `Front.wait`.
+        """
+        async with _WhileConnected(self._receive):
+            completion = await self._kept_outcome() or await self.front.wait(job_id, self.tenant, deadline_ms)
+        if not self.owns(completion, job_id):
+            raise JobLost
+        return completion
+
+    async def _kept_outcome(self) -> Completion | None:
+        """Return the outcome that an Idempotency-Key remembers after the job's completion is gone."""
+        return await self.front.idempotent_outcome(self._repeats.key) if self._repeats else None
+
+    def owns(self, completion: Completion, job_id: str) -> bool:
+        """Say whether *completion* is of the job asked for, and this caller's own."""
+        return completion.id == job_id and completion.tenant == self.tenant
+
+
+def payload_of(request: Payload, model: type[SomePayload]) -> SomePayload:
+    """Return the part of a checked request that its job carries."""
+    values = {name: getattr(request, name) for name in model.model_fields}
+    return cast("SomePayload", model.model_construct(**values))
+
+
+class _WhileConnected:
+    """Leaves its block with `ClientGone` once the client disconnects.
+
+    Like `asyncio.timeout`, it cancels the task it runs in and takes the cancellation back at the block's end. That
+    costs one small task per waiting request, which is less than waiting for two.
+    """
+
+    __slots__ = ("_gone", "_receive", "_task", "_watch")
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._gone = False
+
+    async def __aenter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._watch = asyncio.create_task(self._wait_for_disconnect(), name="watch-disconnect")
+        return self
+
+    async def _wait_for_disconnect(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        self._task.cancel()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._watch.cancel()  # ends in the next turn of the loop; waiting for that would add one to every answer
+        if self._gone and kind is asyncio.CancelledError and self._task.uncancel() == 0:
+            raise ClientGone from None

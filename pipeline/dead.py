@@ -1,0 +1,141 @@
+"""Dead letters, as an operator sees them: list, show, retry, discard.
+
+A letter holds the story of an entry that could not be worked on, and the entry itself. Prompts and documents stand in
+`original` only, so listings show none of them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import orjson
+
+from pipeline import flows, keys, scripts
+from pipeline.errors import MalformedEntry, Reject
+from pipeline.job import OURS, Job, decode, decode_foreign, new_id
+
+if TYPE_CHECKING:
+    from pipeline.connection import Link
+    from pipeline.settings import Settings
+
+_LETTER_ID: Final = re.compile(r"\d+-\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """One dead letter.
+
+    Attributes:
+        id: its place in `job:dead`.
+        reason: short and stable: `not_json`, `poison`, `attempts_exhausted`, ...
+        error: the last error, as the outcome shows it.
+        original: the entry's `data` as it was; None where it had none.
+    """
+
+    id: str
+    reason: str
+    stage: str
+    stream: str
+    entry: str
+    job_id: str | None
+    error: dict[str, str] | None
+    attempts: int
+    deliveries: int
+    worker: str
+    at_ms: int
+    original: str | None
+
+    def summary(self) -> dict[str, Any]:
+        """Return everything but the entry's content."""
+        return {name: getattr(self, name) for name in self.__slots__ if name != "original"}
+
+
+class DeadLetters:
+    """The stream `job:dead`."""
+
+    def __init__(self, link: Link, settings: Settings) -> None:
+        self._link = link
+        self._settings = settings
+
+    async def count(self) -> int:
+        """Return how many letters there are."""
+        return int(await self._link.call("XLEN", keys.DEAD))
+
+    async def list(self, most: int) -> list[Letter]:
+        """Return up to *most* letters, newest first."""
+        rows = await self._link.call("XREVRANGE", keys.DEAD, "+", "-", "COUNT", most)
+        return [_letter(*row) for row in rows]
+
+    async def show(self, letter_id: str) -> Letter:
+        """Return one letter.
+
+        Raises:
+            Reject: there is none of that id (`unknown_letter`).
+        """
+        rows = []
+        if _LETTER_ID.fullmatch(letter_id):
+            rows = await self._link.call("XRANGE", keys.DEAD, letter_id, letter_id)
+        if not rows:
+            raise _unknown(letter_id)
+        return _letter(*rows[0])
+
+    async def retry(self, letter_id: str, now_ms: int) -> str:
+        """Start the letter's job again from the beginning of its route, under a new id; return that id.
+
+        The old outcome stands. The new job names the old one in `retry_of`.
+
+        Raises:
+            Reject: no such letter (`unknown_letter`), or nothing in it that could be run (`not_a_job`).
+        """
+        letter = await self.show(letter_id)
+        job = self._again(letter, now_ms)
+        stage, tail = job.launch()
+        stream = keys.stream(stage, job.priority)
+        args = (letter_id, job.id, tail, stream, job.tenant, job.deadline_ms)
+        if await self._link.run(scripts.REVIVE, (), args) != b"revived":
+            raise _unknown(letter_id)
+        return job.id
+
+    async def discard(self, letter_id: str) -> None:
+        """Throw one letter away.
+
+        Raises:
+            Reject: there is none of that id (`unknown_letter`).
+        """
+        if not _LETTER_ID.fullmatch(letter_id) or not await self._link.call("XDEL", keys.DEAD, letter_id):
+            raise _unknown(letter_id)
+
+    def _again(self, letter: Letter, now_ms: int) -> Job:
+        data = (letter.original or "").encode()
+        lifetimes = self._settings.lifetimes.model_dump()
+        try:
+            if not data.startswith(OURS):
+                foreign = flows.adopt(letter.stage, decode_foreign(data), now_ms=now_ms, lifetimes=lifetimes)
+                return replace(foreign, id=new_id(), retry_of=foreign.id)
+            old = decode(data)
+            flow = flows.FLOWS[old.flow]
+        except (MalformedEntry, KeyError) as error:
+            message = f"letter {letter.id} holds no job that could run again: {error}"
+            raise Reject(message, code="not_a_job") from error
+        return Job(
+            id=new_id(),
+            flow=old.flow,
+            payload=old.payload,
+            route=list(flow.route),
+            deadline_ms=now_ms + int(lifetimes[flow.lifetime] * 1000),
+            tenant=old.tenant,
+            priority=old.priority,
+            at_us=now_ms * 1000,
+            retry_of=old.id,
+        )
+
+
+def _unknown(letter_id: str) -> Reject:
+    return Reject(f"there is no dead letter {letter_id!r}; `penstock dead list` shows them", code="unknown_letter")
+
+
+def _letter(letter_id: bytes, fields: list[bytes]) -> Letter:
+    body = orjson.loads(fields[1])
+    return Letter(id=letter_id.decode(), **body)

@@ -1,0 +1,355 @@
+"""The embedded index: Qdrant Edge in this process, one owner of its directory.
+
+What it hides:
+
+**One owner.** A kernel lock on `<path>/owner.lock` is held while the index is open, and freed by the kernel when its
+holder dies, however it dies.
+
+**The interpreter lock.** Qdrant Edge (0.9) holds it during every call, so a thread does not keep a long call from
+stopping the event loop. So no call is long: writes go in portions of `_PORTION` chunks (about 5 ms), and the segments
+are never optimised while the index is open: 40 us per chunk in one call, for searches that get no faster (sparse
+vectors are searched by posting lists with or without it, and the room of replaced chunks is used again).
+
+**Order.** Every document has a head: a record of the last operation that was completed on it, and its version. An
+operation older than the head does nothing; one as old as the head was done before, and answers as it did then. Heads
+are written last, so an operation cut short is simply done again, and chunks are numbered, so doing it again writes
+the same ones. While a document is being replaced, a search may see some of its old and some of its new chunks.
+The head of a deleted document is dropped once it is older than any job can be.
+
+**Durability.** An update is in the write-ahead log when the call returns, which survives this process; only `flush`
+brings it to the disk. Whoever acknowledges a write to somebody else calls `flush` first.
+
+**Tenants.** Every search and every count of how rare a word is (IDF) is confined to one tenant's chunks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, cast
+
+import orjson
+from qdrant_edge import (
+    CountRequest,
+    EdgeConfig,
+    EdgeShard,
+    EdgeSparseVectorParams,
+    FieldCondition,
+    Filter,
+    HasVectorCondition,
+    IdfParams,
+    KeywordIndexParams,
+    MatchValue,
+    Modifier,
+    PayloadSchemaType,
+    Point,
+    Query,
+    QueryBatchRequest,
+    QueryRequest,
+    RangeFloat,
+    SearchParams,
+    SparseVector,
+    UpdateOperation,
+)
+
+from pipeline.errors import ConfigError, NotReady
+from stages.vectors import Sparse
+
+_VECTOR: Final = "words"
+_PORTION: Final = 64
+_NAMESPACE: Final = uuid.UUID("6f0c3c1e-6d0b-4f7a-9d55-0b7f2f6d9a11")  # any constant: ids must be the same every time
+_FORMAT: Final = 1
+
+
+class IndexInUse(ConfigError):
+    """The index is in use by another retriever."""
+
+
+class IndexBroken(Exception):
+    """The index failed at an operation it should have done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """One search: *limit* chunks of *tenant* nearest to *vector*."""
+
+    tenant: str
+    vector: Sparse
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One chunk that was found.
+
+    Attributes:
+        chunk: its number within the document, from 0.
+        score: BM25; greater is nearer.
+    """
+
+    document: str
+    title: str
+    chunk: int
+    text: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """One chunk to be indexed: what is shown, and the vector it is found by."""
+
+    title: str
+    text: str
+    vector: Sparse
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What came of a write.
+
+    Attributes:
+        chunks: how many chunks it put in or took out.
+        superseded: True when a later operation on the document was there before, so that nothing was done.
+    """
+
+    chunks: int
+    superseded: bool = False
+
+
+class EmbeddedIndex:
+    """An open index. Reads may run in one thread while writes run in another; writes only ever in one."""
+
+    def __init__(self, path: Path, shard: EdgeShard, lock: int) -> None:
+        self._path = path
+        self._shard = shard
+        self._lock = lock
+
+    @classmethod
+    def open(cls, path: Path, model: str) -> EmbeddedIndex:
+        """Open the index in directory *path*, which is made when missing.
+
+        Args:
+            model: name of the model whose vectors it holds; a new index is marked with it.
+        Raises:
+            IndexInUse: another process has it open.
+            ConfigError: another model filled it.
+            NotReady: the directory cannot be used, or what is in it cannot be read.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = _take_lock(path / "owner.lock")
+        except OSError as error:
+            raise NotReady(f"the index cannot be opened: {error.strerror}: {error.filename or path}") from error
+        try:
+            _check_model(path / "collection.json", model)
+            with _translated(NotReady, f"the index in {path} cannot be opened"):
+                return cls(path, _open_shard(path / "shard"), lock)
+        except OSError as error:
+            os.close(lock)
+            raise NotReady(f"the index cannot be opened: {error.strerror}: {error.filename or path}") from error
+        except BaseException:
+            os.close(lock)
+            raise
+
+    def search_batch(self, searches: Sequence[Search]) -> list[list[Hit]]:
+        """Return the hits of each search, best first."""
+        requests = [_request(search) for search in searches]
+        with _translated(IndexBroken, "search"):
+            answers = self._shard.query_batch(QueryBatchRequest(requests)) if requests else []
+        return [[_hit(point.payload, point.score) for point in points] for points in answers]
+
+    def put(self, tenant: str, document: str, version: int, passages: Sequence[Passage]) -> Written:
+        """Make *passages* the chunks of the document, in the place of any it had.
+
+        Args:
+            version: of two operations on one document the greater version wins, whichever comes first.
+        """
+        head = self._head(tenant, document)
+        if head and head["version"] >= version:
+            return _as_before(head, version)
+        points = [
+            Point(
+                _point_id(tenant, document, number),
+                {_VECTOR: SparseVector(list(passage.vector.indices), list(passage.vector.values))},
+                {
+                    "tenant": tenant,
+                    "document": document,
+                    "version": version,
+                    "chunk": number,
+                    "title": passage.title,
+                    "text": passage.text,
+                },
+            )
+            for number, passage in enumerate(passages)
+        ]
+        for start in range(0, len(points), _PORTION):
+            self._update(UpdateOperation.upsert_points(points[start : start + _PORTION]))
+        left_over = _chunks_of(tenant, document, [FieldCondition("version", match=MatchValue(version))])
+        self._update(UpdateOperation.delete_points_by_filter(left_over))
+        self._write_head(tenant, document, version, "indexed", len(points))
+        return Written(len(points))
+
+    def delete(self, tenant: str, document: str, version: int) -> Written:
+        """Take the document out.
+
+        Args:
+            version: of two operations on one document the greater version wins, whichever comes first.
+        """
+        head = self._head(tenant, document)
+        if head and head["version"] > version:
+            return Written(0, superseded=True)
+        chunks = _chunks_of(tenant, document)
+        # The head goes first here: were this cut short, the count could not be found again, but the chunks can.
+        if not head or head["version"] < version:
+            head = self._write_head(tenant, document, version, "deleted", self._count(chunks))
+        self._update(UpdateOperation.delete_points_by_filter(chunks))
+        return Written(head["chunks"])
+
+    def forget_deleted(self, before_version: int) -> None:
+        """Drop what is known of documents that were deleted with a version below *before_version*."""
+        old = FieldCondition("version", range=RangeFloat(lt=before_version))
+        deleted = FieldCondition("state", match=MatchValue("deleted"))
+        self._update(UpdateOperation.delete_points_by_filter(Filter(must=[deleted, old])))
+
+    def flush(self) -> None:
+        """Bring all that was written to the disk; returns when it is there."""
+        with _translated(IndexBroken, "flush"):
+            self._shard.flush()
+
+    def count(self, tenant: str | None = None) -> int:
+        """Return the number of chunks, of one tenant or of all."""
+        if tenant is None:
+            return self._count(Filter(must=[HasVectorCondition(_VECTOR)]))
+        return self._count(Filter(must=[FieldCondition("tenant", match=MatchValue(tenant))]))
+
+    def close(self) -> None:
+        """Flush, close and let go of the directory."""
+        try:
+            with _translated(IndexBroken, "close"):
+                self._shard.close()
+        finally:
+            os.close(self._lock)
+
+    def __repr__(self) -> str:
+        return f"<EmbeddedIndex {self._path}>"
+
+    def _count(self, chunks: Filter) -> int:
+        with _translated(IndexBroken, "count"):
+            return self._shard.count(CountRequest(filter=chunks, exact=True))
+
+    def _update(self, operation: UpdateOperation) -> None:
+        with _translated(IndexBroken, "update"):
+            self._shard.update(operation)
+
+    def _head(self, tenant: str, document: str) -> dict[str, Any] | None:
+        with _translated(IndexBroken, "read"):
+            # The stub calls the last two optional; the call fails without them (qdrant-edge-py 0.9.0).
+            records = self._shard.retrieve([_point_id(tenant, document, "head")], True, False)
+        return cast("dict[str, Any]", records[0].payload) if records else None
+
+    def _write_head(self, tenant: str, document: str, version: int, state: str, chunks: int) -> dict[str, Any]:
+        # No `tenant` and no vector: no search and no count can meet it.
+        head = {"head": document, "owner": tenant, "state": state, "version": version, "chunks": chunks}
+        self._update(UpdateOperation.upsert_points([Point(_point_id(tenant, document, "head"), {}, head)]))
+        return head
+
+
+def _as_before(head: dict[str, Any], version: int) -> Written:
+    return Written(0, superseded=True) if head["version"] > version else Written(head["chunks"])
+
+
+def _point_id(tenant: str, document: str, part: int | str) -> uuid.UUID:
+    return uuid.uuid5(_NAMESPACE, f"{tenant}\0{document}\0{part}")
+
+
+def _chunks_of(tenant: str, document: str, but_not: list[FieldCondition] | None = None) -> Filter:
+    return Filter(
+        must=[
+            FieldCondition("document", match=MatchValue(document)),
+            FieldCondition("tenant", match=MatchValue(tenant)),
+        ],
+        must_not=list(but_not) if but_not else None,
+    )
+
+
+def _request(search: Search) -> QueryRequest:
+    own = Filter(must=[FieldCondition("tenant", match=MatchValue(search.tenant))])
+    vector = SparseVector(list(search.vector.indices), list(search.vector.values))
+    return QueryRequest(
+        limit=search.limit,
+        query=Query.Nearest(vector, using=_VECTOR),
+        filter=own,
+        params=SearchParams(idf=IdfParams(corpus=own)),
+        with_payload=True,
+    )
+
+
+def _hit(payload: Any, score: float) -> Hit:
+    return Hit(payload["document"], payload["title"], payload["chunk"], payload["text"], score)
+
+
+def _open_shard(path: Path) -> EdgeShard:
+    if (path / "edge_config.json").exists():
+        shard = EdgeShard.load(str(path))
+    else:
+        path.mkdir(exist_ok=True)
+        # IDF: without the modifier every word would weigh the same, however common it is.
+        words = EdgeSparseVectorParams(modifier=Modifier.Idf)
+        shard = EdgeShard.create(str(path), EdgeConfig(sparse_vectors={_VECTOR: words}))
+    if not {"document", "tenant", "state"} <= set(shard.info().payload_schema):  # new, or its making was cut short
+        shard.update(UpdateOperation.create_field_index("document", PayloadSchemaType.Keyword))
+        shard.update(UpdateOperation.create_field_index("tenant", KeywordIndexParams(is_tenant=True)))
+        shard.update(UpdateOperation.create_field_index("state", PayloadSchemaType.Keyword))
+        shard.flush()
+    return shard
+
+
+def _take_lock(path: Path) -> int:
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        message = (
+            f"the index in {path.parent} is in use by another retriever: "
+            "set QDRANT_URL to share one index between retrievers, or PENSTOCK_RETRIEVER__PATH to give this one its own"
+        )
+        raise IndexInUse(message) from None
+    return lock
+
+
+def _check_model(path: Path, model: str) -> None:
+    """Compare *model* with what the file says of the collection beside it, or write the file."""
+    if not path.exists():
+        fresh = path.with_suffix(".new")
+        fresh.write_bytes(orjson.dumps({"format": _FORMAT, "model": model}))
+        fresh.replace(path)
+        return
+    try:
+        collection = orjson.loads(path.read_bytes())
+        filled_by, form = collection["model"], collection["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise NotReady(f"the index cannot be opened: {path} does not say what filled it: {error}") from error
+    if (filled_by, form) != (model, _FORMAT):
+        raise ConfigError(
+            f"the index in {path.parent} was filled by {filled_by} (format {form}), and this encoder is {model} "
+            f"(format {_FORMAT}): set the encoder back, or name another PENSTOCK_RETRIEVER__PATH and ingest again"
+        )
+
+
+@contextmanager
+def _translated(kind: type[Exception], doing: str) -> Iterator[None]:
+    """Raise *kind* for whatever Qdrant Edge raises: bare `Exception`s, and panics, which are no `Exception` at all."""
+    try:
+        yield
+    except Exception as error:
+        raise kind(f"{doing}: {error}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise kind(f"{doing}: {error}") from error

@@ -1,0 +1,379 @@
+"""`penstock ingest` against a small real HTTP server that behaves as a gateway does."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import re
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+import orjson
+import pytest
+import uvicorn
+from hypothesis import example, given
+from hypothesis import strategies as st
+from starlette.types import Receive, Scope, Send
+
+from gateway.client import RETRY_CAP_S, Client, GatewayRefused, GatewayUnreachable, decide_wait_s, next_poll_s
+from gateway.ingest import (
+    IN_FLIGHT,
+    MAX_BODY_BYTES,
+    File,
+    Indexed,
+    Report,
+    Skipped,
+    document_id,
+    find_files,
+    ingest,
+    read_document,
+    title_of,
+)
+from gateway.progress import describe, summary
+from tests.cli.conftest import ROOT, clean_environment
+from tests.conftest import wait_until
+
+POLLS_BEFORE_DONE = 2
+
+
+class SmallGateway:
+    """Takes documents, says "queued" a few times, then what the document's text asks for."""
+
+    def __init__(self) -> None:
+        self.documents: dict[str, dict[str, Any]] = {}
+        self.refuse_first = 0
+        self.key = ""
+        self.most_in_flight = 0
+        self.url = ""
+        self._jobs: dict[str, tuple[str, int]] = {}
+        self._numbers = itertools.count()
+        self._refused: Counter[str] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = b""
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                break
+        status, answer, headers = self._answer(scope, body)
+        head = [(b"content-type", b"application/json"), *headers]
+        await send({"type": "http.response.start", "status": status, "headers": head})
+        await send({"type": "http.response.body", "body": orjson.dumps(answer)})
+
+    def _answer(self, scope: Scope, body: bytes) -> tuple[int, Any, list[tuple[bytes, bytes]]]:
+        if self.key and dict(scope["headers"]).get(b"authorization") != f"Bearer {self.key}".encode():
+            return 401, error("no_key", "an API key is needed"), []
+        match scope["method"], scope["path"]:
+            case "GET", "/livez":
+                return 200, {}, []
+            case "POST", "/documents":
+                document = orjson.loads(body)
+                if self._refused[document["id"]] < self.refuse_first:
+                    self._refused[document["id"]] += 1
+                    return 503, error("overloaded", "too much work"), [(b"retry-after", b"0")]
+                if "TOO ODD" in document["text"]:
+                    return 422, error("too_odd", "is odd", param="text"), []
+                job_id = f"job{next(self._numbers)}"
+                self._jobs[job_id] = (document["id"], 0)
+                self.documents[document["id"]] = document
+                self.most_in_flight = max(self.most_in_flight, len(self._jobs))
+                return 202, {"job_id": job_id}, []
+            case "GET", "/jobs":
+                ids = parse_qs(scope["query_string"].decode())["ids"][0].split(",")
+                return 200, {"jobs": {job_id: self._status(job_id) for job_id in ids}}, []
+        return 404, error("not_found", "nothing there"), []
+
+    def _status(self, job_id: str) -> dict[str, Any] | None:
+        if job_id not in self._jobs:
+            return None
+        document, polls = self._jobs[job_id]
+        if polls < POLLS_BEFORE_DONE:
+            self._jobs[job_id] = (document, polls + 1)
+            return {"job_id": job_id, "status": "running"}
+        del self._jobs[job_id]
+        if "VANISHES" in self.documents[document]["text"]:
+            return None
+        if "BREAKS" in self.documents[document]["text"]:
+            return {"status": "failed", "result": None, "error": {"code": "broken", "message": "it broke"}}
+        return {"status": "completed", "result": {"document_id": document, "chunks": 3}, "error": None}
+
+
+def error(code: str, message: str, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "x", "param": param, "code": code}}
+
+
+@pytest.fixture
+async def gateway() -> AsyncIterator[SmallGateway]:
+    small = SmallGateway()
+    server = uvicorn.Server(uvicorn.Config(small, port=0, log_level="critical", lifespan="off"))
+    serving = asyncio.create_task(server.serve())
+    await wait_until(lambda: server.started)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    small.url = f"http://127.0.0.1:{port}"
+    yield small
+    server.should_exit = True
+    await serving
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "guide").mkdir()
+    (tmp_path / "guide" / "setup.md").write_text("# Setting up\n\nTurn the key.\n")
+    (tmp_path / "notes.txt").write_text("Just some notes.\n")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    (tmp_path / ".hidden.md").write_text("# Not this one\n")
+    return tmp_path
+
+
+async def run(gateway: SmallGateway, *paths: Path) -> Any:
+    async with Client(gateway.url, gateway.key) as client:
+        return await ingest(client, list(find_files(paths)), lambda _result: None)
+
+
+# --- What is sent ------------------------------------------------------------------------------
+
+
+async def test_a_folder_becomes_documents_and_all_are_waited_for(gateway: SmallGateway, folder: Path) -> None:
+    """Ids are paths, titles are headings, priority is low, and the end is seen."""
+    report = await run(gateway, folder)
+    assert {item.id for item in report.indexed} == {"guide:setup.md", "notes.txt"}
+    assert gateway.documents["guide:setup.md"] == {
+        "id": "guide:setup.md",
+        "title": "Setting up",
+        "text": "# Setting up\n\nTurn the key.\n",
+        "metadata": {"path": "guide/setup.md"},
+        "priority": "low",
+    }
+    assert report.as_json()["chunks"] == 6
+    assert report.exit_code == 0
+    assert [item.name for item in report.skipped] == ["picture.png"]
+
+
+async def test_overload_is_waited_out(gateway: SmallGateway, folder: Path) -> None:
+    """A 503 with Retry-After is no failure: the document is sent again."""
+    gateway.refuse_first = 3
+    report = await run(gateway, folder)
+    assert len(report.indexed) == 2
+    assert report.exit_code == 0
+
+
+async def test_work_in_flight_is_bounded(gateway: SmallGateway, tmp_path: Path) -> None:
+    """A thousand files do not become a thousand jobs at once."""
+    for number in range(3 * IN_FLIGHT):
+        (tmp_path / f"{number}.md").write_text(f"# {number}\n")
+    report = await run(gateway, tmp_path)
+    assert len(report.indexed) == 3 * IN_FLIGHT
+    assert gateway.most_in_flight <= IN_FLIGHT
+
+
+async def test_one_bad_file_does_not_stop_the_others(gateway: SmallGateway, folder: Path) -> None:
+    """Each failure has a reason; the rest is indexed; the exit code tells."""
+    (folder / "breaks.md").write_text("BREAKS the encoder")
+    (folder / "lost.md").write_text("VANISHES from Redis")
+    (folder / "odd.md").write_text("TOO ODD for the gateway")
+    (folder / "latin.txt").write_bytes("Käse".encode("latin-1"))
+    report = await run(gateway, folder)
+    reasons = {item.name: item.reason for item in report.skipped if item.is_fault}
+    assert reasons == {
+        "breaks.md": "it broke",
+        "lost.md": "lost",
+        "odd.md": "text: is odd",
+        "latin.txt": "not UTF-8 text (byte 1)",
+    }
+    assert len(report.indexed) == 2
+    assert report.exit_code == 1
+
+
+async def test_a_refused_key_ends_it_all(gateway: SmallGateway, folder: Path) -> None:
+    """401 will be 401 for every document: say it once."""
+    gateway.key = "right"
+    async with Client(gateway.url, "wrong") as client:
+        with pytest.raises(GatewayRefused, match="an API key is needed"):
+            await ingest(client, list(find_files([folder])), lambda _result: None)
+    assert (await run(gateway, folder)).exit_code == 0
+
+
+async def test_a_gateway_that_stays_away_is_given_up_on(folder: Path) -> None:
+    """Patience ends, and the reason names the address."""
+    async with Client("http://127.0.0.1:1", patience_s=0) as client:
+        with pytest.raises(GatewayUnreachable, match=r"127\.0\.0\.1:1"):
+            await ingest(client, list(find_files([folder])), lambda _result: None)
+
+
+# --- The command -------------------------------------------------------------------------------
+
+
+async def test_the_command_prints_a_summary_for_scripts(gateway: SmallGateway, folder: Path) -> None:
+    """`--json`: one object on standard output and nothing else."""
+    code, out, _err = await command("ingest", str(folder), "--url", gateway.url, "--json")
+    assert code == 0
+    assert orjson.loads(out)["documents"] == 2
+
+
+async def test_the_command_prints_plain_lines_without_a_terminal(gateway: SmallGateway, folder: Path) -> None:
+    """No bar and no escape codes in a log file."""
+    code, out, _err = await command("ingest", str(folder), "--url", gateway.url)
+    assert code == 0
+    assert "indexed  guide/setup.md  (3 chunks)" in out.splitlines()
+    assert "2 documents, 6 chunks indexed, 1 skipped" in out
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "said"),
+    [
+        (["/nonexistent/folder"], 2, "/nonexistent/folder does not exist"),
+        ([str(ROOT / "README.md"), "--url", "http://127.0.0.1:1"], 3, "no gateway at http://127.0.0.1:1"),
+    ],
+)
+async def test_the_command_says_at_once_what_is_wrong(arguments: list[str], exit_code: int, said: str) -> None:
+    """Wrong paths and wrong addresses end the command with a line and no traceback."""
+    code, out, err = await command("ingest", *arguments)
+    assert (code, out) == (exit_code, "")
+    assert said in err
+    assert "Traceback" not in err
+
+
+async def command(*arguments: str) -> tuple[int, str, str]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "penstock",
+        *arguments,
+        cwd="/",
+        env=clean_environment(),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, out.decode(), err.decode()
+
+
+# --- Decisions ---------------------------------------------------------------------------------
+
+names = st.lists(st.text(st.characters(exclude_characters="/\0"), min_size=1), min_size=1, max_size=8).map("/".join)
+
+
+@given(names)
+@example("a" * 300)
+@example("guide/setup.md")
+@example("ключ/файл.md")
+def test_every_path_gives_a_valid_and_stable_id(name: str) -> None:
+    """Whatever a file is called, its id fits into a key."""
+    assert re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", document_id(name))
+    assert document_id(name) == document_id(name)
+
+
+@given(st.sets(names, min_size=2, max_size=20))
+@example({"a/b.md", "a:b.md"})
+@example({"a b.md", "a-b.md"})
+@example({"a" * 200 + ".md", "a" * 201 + ".md"})
+def test_different_paths_never_share_an_id(paths: set[str]) -> None:
+    """Otherwise one document would silently replace another."""
+    distinct = {unicodedata.normalize("NFC", path) for path in paths}
+    assert len({document_id(path) for path in distinct}) == len(distinct)
+
+
+def test_two_roots_with_the_same_name_inside_are_told_apart(tmp_path: Path) -> None:
+    """The second README.md is refused, not silently put in the first one's place."""
+    for root in ("one", "two"):
+        (tmp_path / root).mkdir()
+        (tmp_path / root / "README.md").write_text(f"# {root}\n")
+    found = list(find_files([tmp_path / "one", tmp_path / "two", tmp_path / "one"]))
+    assert [type(item) for item in found] == [File, Skipped]
+    assert "same id" in next(item.reason for item in found if isinstance(item, Skipped))
+
+
+def test_a_file_named_by_itself_is_taken_whatever_it_is_called(tmp_path: Path) -> None:
+    """Suffixes only choose what to take out of a folder."""
+    (tmp_path / "LICENSE").write_text("All yours.\n")
+    assert [type(item) for item in find_files([tmp_path / "LICENSE"])] == [File]
+    assert [type(item) for item in find_files([tmp_path])] == [Skipped]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b" \n\t\n", "empty"),
+        (b"a\0b", "not text: holds NUL bytes"),
+        (b"\xff\xfe", "not UTF-8 text (byte 0)"),
+        (b"x" * (MAX_BODY_BYTES + 1), "1,048,577 bytes; at most 1 MiB goes into one document: split it"),
+        (b"\n" * (MAX_BODY_BYTES - 10) + b"x", "more than 1 MiB as JSON: split it"),
+    ],
+)
+def test_what_cannot_be_a_document_is_skipped_with_a_reason(tmp_path: Path, data: bytes, reason: str) -> None:
+    """A reason that a person can act on."""
+    path = tmp_path / "file.txt"
+    path.write_bytes(data)
+    answer = read_document(File(path, "file.txt", "file.txt"))
+    assert isinstance(answer, Skipped)
+    assert answer.reason == reason
+
+
+def test_a_file_that_cannot_be_read_is_skipped_with_a_reason(tmp_path: Path) -> None:
+    """What the system says is a reason like any other."""
+    answer = read_document(File(tmp_path, "file.txt", "file.txt"))
+    assert isinstance(answer, Skipped)
+    assert answer.reason == "cannot be read: Is a directory"
+
+
+async def test_a_name_that_is_no_text_does_no_harm(gateway: SmallGateway, tmp_path: Path) -> None:
+    """File names are bytes; some are not UTF-8."""
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xe4r.md")).write_text("# Bear\n")
+    report = await run(gateway, tmp_path)
+    assert [item.name for item in report.indexed] == ["b\\udce4r.md"]
+
+
+@pytest.mark.parametrize(
+    ("text", "title"),
+    [
+        ("# The title\n\ntext", "The title"),
+        ("## Closed ##\n", "Closed"),
+        ("intro\n\n# Later\n", "Later"),
+        ("Underlined\n==========\n", "Underlined"),
+        ("```\n# a comment in code\n```\n# Real\n", "Real"),
+        ("no heading at all", "my file"),
+        ("#hashtag is none", "my file"),
+    ],
+)
+def test_the_title_is_the_first_heading_or_the_files_name(text: str, title: str) -> None:
+    """Sources are shown by title."""
+    assert title_of(text, Path("my_file.md")) == title
+
+
+@given(st.integers(400, 599), st.text(max_size=5), st.integers(0, 10_000))
+@example(503, "7", 0)
+@example(429, "nan", 0)
+@example(503, "-1", 3)
+def test_only_429_and_503_are_sent_again_after_a_bounded_wait(status: int, header: str, failures: int) -> None:
+    """Whatever Retry-After says, the wait is neither nothing nor for ever."""
+    wait_s = decide_wait_s(status, {"retry-after": header}, failures)
+    assert (wait_s is None) == (status not in {429, 503})
+    assert wait_s is None or 0 < wait_s <= RETRY_CAP_S
+
+
+def test_retry_after_is_obeyed() -> None:
+    """The gateway knows best."""
+    assert decide_wait_s(503, {"retry-after": "7"}, 0) == 7
+
+
+@given(st.integers(0, 10**9))
+def test_polling_slows_down_while_nothing_ends(idle_polls: int) -> None:
+    """Quick for a quick job, twice a second for a slow one."""
+    assert 0 < next_poll_s(idle_polls) <= 0.5
+
+
+def test_lines_about_files_read_well() -> None:
+    """Singular, plural, reasons."""
+    assert describe(Indexed("a.md", "a.md", 1)) == "indexed  a.md  (1 chunk)"
+    assert describe(Skipped("b", "empty")) == "skipped  b  (empty)"
+    assert summary(Report()) == "0 documents, 0 chunks indexed"

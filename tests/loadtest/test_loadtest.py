@@ -1,0 +1,174 @@
+"""The load tester as a command, against a real server in its own process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from loadtest.closed import LoadOptions, run
+from tests.loadtest.conftest import ROOT, until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import aiohttp
+
+
+@pytest.fixture
+def target() -> Iterator[str]:
+    """The base URL of a server that refuses every tenth query."""
+    command = [sys.executable, "-m", "tests.loadtest.target"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        process.kill()
+
+
+def loadtest(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "loadtest", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_run_reports_shares_errors_and_latencies(target: str) -> None:
+    """A hundred requests, ten of them refused: the report has every one, and exit code 1 says that some failed."""
+    ended = loadtest("--url", target, "--requests", "100", "--concurrency", "5", "--json")
+    assert (ended.returncode, ended.stderr) == (1, "")
+    report: dict[str, Any] = json.loads(ended.stdout)
+    assert (report["total"], report["successful"], report["failed"]) == (100, 90, 10)
+    assert report["errors"] == {"http 503 overloaded": 10}
+    assert report["workers"] == {"w1": 90}
+    assert report["replicas"] == {"http://replica-1": 50, "http://replica-0": 40}
+    latency = report["latency_ms"]
+    assert 0 < latency["min"] <= latency["p50"] <= latency["p95"] <= latency["p99"] <= latency["max"]
+
+
+def test_a_run_without_failures_ends_with_code_0_and_lines_for_people(target: str) -> None:
+    """Nine requests come before the first refusal."""
+    ended = loadtest("--url", target, "-n", "9")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    for line in ("Total requests:       9", "Successful requests:  9 (100.0%)", "P50 (Median):", "Throughput:"):
+        assert line in ended.stdout
+
+
+async def test_questions_go_round_with_the_key(target: str, session: aiohttp.ClientSession, tmp_path: Path) -> None:
+    """Each question of the file is asked in turn, with the API key as bearer token."""
+    file = tmp_path / "questions.txt"
+    file.write_text("one\ntwo\n")
+    arguments = ("--url", f"{target}/", "-n", "5", "--questions", str(file), "--api-key", "secret")
+    ended = await asyncio.to_thread(loadtest, *arguments, LT_CONCURRENCY="1")
+    assert ended.returncode == 0
+    async with session.get(f"{target}/seen") as response:
+        seen = await response.json()
+    assert [request["query"] for request in seen] == ["one", "two", "one", "two", "one"]
+    assert {request["authorization"] for request in seen} == {"Bearer secret"}
+
+
+def test_a_run_by_duration_ends_by_itself(target: str) -> None:
+    """No request starts after the span; those under way are waited for."""
+    ended = loadtest("--url", target, "--duration", "0.2", "-c", "2", "--json")
+    report = json.loads(ended.stdout)
+    assert report["total"] > 2
+    assert report["unfinished"] == 0
+    assert report["duration_s"] >= 0.2
+
+
+def test_requests_that_take_too_long_are_time_outs(target: str, tmp_path: Path) -> None:
+    """A target that never answers is told apart from one that refuses."""
+    file = tmp_path / "questions.txt"
+    file.write_text("sleep\n")
+    ended = loadtest("--url", target, "-n", "2", "--timeout", "0.1", "--questions", str(file), "--json")
+    assert ended.returncode == 1
+    assert json.loads(ended.stdout)["errors"] == {"timeout": 2}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_an_interrupted_run_still_writes_its_report(
+    target: str, session: aiohttp.ClientSession, tmp_path: Path, number: signal.Signals
+) -> None:
+    """What had ended is reported, what had not is counted, and the exit code is 130."""
+    file = tmp_path / "questions.txt"
+    file.write_text("quick\nsleep\nsleep\n")
+    command = [sys.executable, "-m", "loadtest", "--url", target, "-c", "2", "--questions", str(file), "--json"]
+    process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=asyncio.subprocess.PIPE)
+
+    async def both_clients_wait() -> bool:
+        async with session.get(f"{target}/seen") as response:
+            return len(await response.json()) == 3
+
+    await until(both_clients_wait)
+    process.send_signal(number)
+    written, _ = await process.communicate()
+    report = json.loads(written)
+    assert process.returncode == 130
+    assert report["is_interrupted"]
+    assert (report["total"], report["successful"], report["unfinished"]) == (1, 1, 2)
+
+
+def test_an_unreachable_target_is_one_line_and_code_2() -> None:
+    """Nothing is sent, and nothing is reported."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    ended = loadtest("--url", f"http://127.0.0.1:{port}")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"loadtest: cannot reach http://127.0.0.1:{port}: Connection refused\n"
+
+
+def test_a_silent_target_is_given_up_within_a_second(capsys: pytest.CaptureFixture[str]) -> None:
+    """A host that drops every packet is found out as fast as one that refuses."""
+    with socket.socket() as silent, ExitStack() as stack:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(0)
+        for _ in range(4):  # fill the line of those who wait to be accepted: Linux then drops who comes after
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(silent.getsockname())
+        began_s = time.monotonic()
+        code = run(LoadOptions(url=f"http://127.0.0.1:{silent.getsockname()[1]}"))
+        took_s = time.monotonic() - began_s
+    assert code == 2
+    assert capsys.readouterr().err.endswith("no answer\n")
+    assert took_s < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--requests", "0"], "loadtest: requests must be at least 1, not 0\n"),
+        (["--url", "nowhere"], "loadtest: url must read http://HOST:PORT or https://HOST:PORT, not 'nowhere'\n"),
+        (["--questions", "/nowhere"], "loadtest: cannot read the questions in /nowhere: No such file or directory\n"),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_code_2(arguments: list[str], message: str) -> None:
+    """The line names the option and says what it takes."""
+    ended = loadtest(*arguments)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", message)
+
+
+def test_a_target_that_dies_on_the_way_is_reported_by_kind(target: str) -> None:
+    """Lost and refused connections are failures of their own kinds, and the run goes on to its end."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "loadtest", "--url", f"http://127.0.0.1:{port}", "-n", "2", "-c", "1", "--json"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        with listener:
+            listener.accept()[0].close()  # the look whether anybody listens
+            listener.accept()[0].close()  # the first request
+        written, _ = process.communicate()
+    assert json.loads(written)["errors"] == {"connection lost": 1, "no connection": 1}

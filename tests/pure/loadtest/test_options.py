@@ -1,0 +1,50 @@
+"""What the load tester accepts: options and files of questions."""
+
+from pathlib import Path
+
+import pytest
+
+from loadtest.closed import LoadOptions
+from loadtest.questions import BUILT_IN, read_questions
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": "localhost:8000"}, "url must read http"),
+        ({"url": "http://"}, "url must read http"),
+        ({"url": "http://host:99999"}, "url must read http"),
+        ({"concurrency": 0}, "concurrency must be at least 1"),
+        ({"requests": 0}, "requests must be at least 1"),
+        ({"duration_s": 0.0}, "duration must be above 0"),
+        ({"timeout_s": float("nan")}, "timeout must be above 0"),
+    ],
+)
+def test_a_wrong_option_is_refused_by_name(options: dict[str, object], message: str) -> None:
+    """The message is fit for a command line."""
+    with pytest.raises(ValueError, match=message):
+        LoadOptions(**options)  # type: ignore[arg-type]  # a table of wrong values
+
+
+def test_questions_are_the_lines_of_a_file_that_are_not_blank(tmp_path: Path) -> None:
+    """Spaces round a question, and lines between questions, are nothing."""
+    file = tmp_path / "questions.txt"
+    file.write_text("  What is a lease?\n\n\tWer da?\r\n", encoding="utf-8")
+    assert read_questions(file) == ("What is a lease?", "Wer da?")
+
+
+def test_without_a_file_the_built_in_questions_are_asked() -> None:
+    """A fresh system can be measured at once."""
+    assert read_questions(None) == BUILT_IN
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "cannot read"), (b"\n \n", "no question"), (b"\xff\xfe", "UTF-8")]
+)
+def test_a_file_without_questions_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+    """Missing, empty and binary files are told apart."""
+    file = tmp_path / "questions.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_questions(file)

@@ -1,0 +1,27 @@
+"""The page on metrics names exactly the metrics there are."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from prometheus_client import REGISTRY
+
+import gateway.metrics
+import pipeline.metrics
+import stages.llm
+
+PAGE = Path(__file__).parents[2] / "docs" / "METRICS.md"
+MODULES = (gateway.metrics, pipeline.metrics, stages.llm)
+
+
+def test_every_metric_is_documented_and_every_documented_metric_exists() -> None:
+    """A new metric costs one line in its table and one in its document."""
+    assert MODULES
+    ours = {
+        family.name + ("_total" if family.type == "counter" else "")
+        for family in REGISTRY.collect()
+        if family.name.startswith(("penstock_", "api_gateway_"))
+    }
+    documented = set(re.findall(r"^\| `([a-z_]+)` \|", PAGE.read_text(), re.MULTILINE))
+    assert documented == ours

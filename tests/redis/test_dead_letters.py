@@ -1,0 +1,68 @@
+"""Dead letters: what an operator sees and may do."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from pipeline import keys
+from pipeline.connection import Link
+from pipeline.dead import DeadLetters
+from pipeline.errors import Reject
+from pipeline.front import Front
+from pipeline.job import Done, Job
+from pipeline.settings import Settings
+from tests.conftest import wait_until
+from tests.rig import Scripted, ask, echo, query, working
+
+
+async def refuse(job: Job) -> Done:
+    raise Reject("cannot be done", code="impossible")
+
+
+async def test_dead_job_runs_again_under_a_new_id_and_its_old_outcome_stands(link: Link, settings: Settings) -> None:
+    """A retry by hand is a new job; two retries at once make one."""
+    letters = DeadLetters(link, settings)
+    async with Front(settings, "test") as front:
+        async with working(settings, [Scripted("encoder", refuse)]):
+            failed = await ask(front, query(front, "again?"))
+        assert failed.status == "failed"
+        assert failed.error == {"type": "failed", "code": "impossible", "message": "cannot be done"}
+        (letter,) = await letters.list(10)
+        assert letter.reason == "impossible"
+        assert letter.job_id == failed.id
+        assert "original" not in letter.summary()
+
+        attempts = await asyncio.gather(
+            *(letters.retry(letter.id, front.clock.now_ms()) for _ in range(5)), return_exceptions=True
+        )
+        revived = [result for result in attempts if isinstance(result, str)]
+        assert len(revived) == 1
+        assert sum(isinstance(result, Reject) for result in attempts) == 4
+        stages = [Scripted(name, echo) for name in ("encoder", "retriever", "llm")]
+        async with working(settings, stages):
+            await wait_until(lambda: stages[2].seen)
+            again = await front.wait(revived[0], "default", front.clock.now_ms() + 10_000)
+        assert again.status == "completed"
+        assert again.result == {"answer": "again?"}
+        assert stages[0].seen[0].retry_of == failed.id
+        assert (await front.look(failed.id, "default")) == failed
+        assert await letters.count() == 0
+
+
+async def test_letter_that_holds_no_job_can_be_read_and_thrown_away_only(link: Link, settings: Settings) -> None:
+    """Garbage on a stream is kept as it was."""
+    letters = DeadLetters(link, settings)
+    async with working(settings, [Scripted("encoder", echo)]):
+        await link.call("XADD", keys.stream("encoder"), "*", "data", "no json {")
+        await wait_until(letters.count)
+    (letter,) = await letters.list(10)
+    assert (letter.reason, letter.original) == ("not_json", "no json {")
+    with pytest.raises(Reject, match="no job that could run again"):
+        await letters.retry(letter.id, 0)
+    await letters.discard(letter.id)
+    with pytest.raises(Reject, match="no dead letter"):
+        await letters.discard(letter.id)
+    with pytest.raises(Reject, match="no dead letter"):
+        await letters.show("nonsense")
