@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Final
 
+SAME_SPEED: Final = 1.5
+"""Replicas within this factor of the fastest count as equally fast: less is the noise of measuring."""
 UNKNOWN_SERVICE_S: Final = 1.0
 """Assumed service time of a replica nobody has heard from, where no other is known either."""
 
@@ -138,11 +140,12 @@ def _service_times(replicas: Sequence[Replica]) -> dict[str, float]:
     Without that a replica that was slow once would stay shunned, since nothing is learned of it any more.
     """
     known = [replica.service_s for replica in replicas if replica.service_s is not None]
-    best = min(known, default=UNKNOWN_SERVICE_S)
+    best = max(1e-6, min(known, default=UNKNOWN_SERVICE_S))
     times = {}
     for replica in replicas:
         probe = replica.service_s is None or (replica.is_stale and replica.running == 0)
-        times[replica.url] = max(1e-6, best if probe else replica.service_s or best)
+        measured = best if probe else replica.service_s or best
+        times[replica.url] = best if measured <= SAME_SPEED * best else measured
     return times
 
 

@@ -32,6 +32,8 @@ log = structlog.get_logger(__name__)
 
 STALE_AFTER_S: Final = 30.0
 """A replica unheard of for so long may be faster than it was: one job tries it, and its measure replaces the old."""
+HANGS: Final = 3.0
+"""A call that has taken so many times the usual when its job's deadline comes counts as a failure of its replica."""
 FORGET_AFTER_S: Final = 60.0
 """A replica that no worker has registered for so long leaves the registry once it holds no lease."""
 
@@ -145,6 +147,15 @@ class Replicas:
         task = asyncio.create_task(self._note(_Call(url, word, int(duration_s * 1e6), tokens)), name="observe")
         self._sharing.add(task)
         task.add_done_callback(self._sharing.discard)
+
+    def overran(self, url: str, span_s: float) -> None:
+        """Note that a job met its deadline at this replica, *span_s* after it began there.
+
+        A replica that had much longer than usual is taken to hang; one that was merely asked too late is not to blame.
+        """
+        usual_s = self._replica(url, self._standings[url]).service_s
+        if usual_s is None or span_s > HANGS * usual_s:
+            self.observe(url, ok=False)
 
     async def _note(self, call: _Call) -> None:
         try:

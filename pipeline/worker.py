@@ -331,7 +331,7 @@ class Worker:
         answer = await self._until_answered(lambda: self.streams.adopt(entry, job))
         if answer == "duplicate":
             held.settling = False
-            raise MalformedEntry("a living job has this id already", code="duplicate_id")
+            raise MalformedEntry("a living job has this id already", code="duplicate_id", job_id=job.id)
         metrics.JOBS.labels(self.stage.name, answer).inc()
         return None
 
@@ -344,7 +344,11 @@ class Worker:
                     return RetryLater("no replica has a free slot", code="no_replica", charged=False)
                 return await self.stage.handle(job)
         except TimeoutError as error:
-            return DeadlineExceeded() if bound.expired() else error
+            if not bound.expired():
+                return error
+            if job.replica is not None:
+                self.replicas.overran(job.replica, left_s)
+            return DeadlineExceeded()
         except asyncio.CancelledError:
             if held.reason is None:
                 raise

@@ -314,3 +314,26 @@ async def test_foreign_running_place_is_respected(link: Link, settings: Settings
         assert (await owner.streams.place([Replica(FIRST, slots=1)], [[FIRST]])).entries == []
         await link.call("ZREM", keys.RUNNING + FIRST, "elsewhere")
         assert len((await owner.streams.place([Replica(FIRST, slots=1)], [[FIRST]])).entries) == 1
+
+
+async def test_replica_that_hangs_is_found_out_by_jobs_shorter_than_the_call_limit(
+    link: Link, settings: Settings, front: Front
+) -> None:
+    """Their calls end at the job's deadline, before any time-out of the call: the breaker must hear of it."""
+    settings = changed(settings, llm={"urls": (FIRST, SECOND), "slots": 4, "breaker_failures": 2})
+
+    async def handle(job: Job) -> Done:
+        if job.replica == FIRST:
+            await asyncio.Event().wait()
+        return Done({"answer": "x"})
+
+    async def is_open() -> bool:
+        return int(await link.call("HGET", keys.HEALTH + FIRST, "open_until_ms") or 0) > 0
+
+    async with working(settings, [Scripted("llm", handle, placed=True)]):
+        while not await is_open():
+            outcomes = [ask(front, prompt(front, lifetime_s=0.2)) for _ in range(4)]
+            assert {c.status for c in await asyncio.gather(*outcomes)} <= {"completed", "expired"}
+        after = await asyncio.gather(*(ask(front, prompt(front, lifetime_s=2)) for _ in range(8)))
+        assert {completion.status for completion in after} == {"completed"}
+        await assert_nothing_is_left(link)
