@@ -23,7 +23,7 @@ import structlog
 
 from pipeline import keys, metrics, scripts
 from pipeline.clock import Clock, monotonic_us
-from pipeline.connection import Argument, Link, Outage, parse_info, reconnect_delay_s
+from pipeline.connection import Argument, CommandRefused, Link, Outage, parse_info, reconnect_delay_s
 from pipeline.errors import ConfigError, PenstockError
 from pipeline.worker import Quarantine, Worker, wait_at_most
 
@@ -235,6 +235,9 @@ class Consumer:
         while True:
             try:
                 more = await once()
+            except CommandRefused as error:  # a key of the wrong type, say: an operator must act
+                log.error("redis refuses", script=once.__name__, error=str(error))  # noqa: TRY400 - no stack is needed
+                more = False
             except PenstockError:
                 more = False  # the lease's renewal reports the outage
             await asyncio.sleep(0 if more else interval_s)

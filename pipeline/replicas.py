@@ -187,9 +187,8 @@ class Replicas:
         known = await link.call("HGETALL", keys.REPLICAS)
         for url, record in zip(known[::2], known[1::2], strict=True):
             gone = now_ms - orjson.loads(record)["seen_ms"] > FORGET_AFTER_S * 1000
-            if gone and not await link.call("ZCARD", keys.LEASES + url.decode()):
-                await link.call("HDEL", keys.REPLICAS, url)
-                await link.call("DEL", keys.LOAD + url.decode(), keys.HEALTH + url.decode())
+            if gone:
+                await link.run(scripts.FORGET, (), (url,))
 
     async def close(self) -> None:
         """Stop sharing."""

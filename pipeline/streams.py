@@ -30,6 +30,8 @@ log = structlog.get_logger(__name__)
 BLOCK_MS: Final = 1_000
 """A blocked read is never cut off, since it may just have been served; it ends by itself so often."""
 
+REFUSED_AGAIN_S: Final = 1.0
+
 Verb = Literal["forward", "complete", "retry", "release", "bury"]
 Answer = Literal["settled", "cancelled", "lost", "orphan"]
 
@@ -100,7 +102,7 @@ class Streams:
         self._clock = clock
         self._placed = placed
         self._shares = Shares()
-        self._outbox: Batcher[Settlement, Answer] = Batcher(self._send)
+        self._outbox: Batcher[Settlement, Answer | CommandRefused] = Batcher(self._send)
         self._outage = Outage(f"{stage} settle")
         self.dropped_letters = 0
 
@@ -215,7 +217,10 @@ class Streams:
             "lost" only when another consumer, or a later delivery, owns the entry; "settled" also when an earlier
             sending, whose reply was lost, may have done it.
         """
-        answer = await self._outbox.add(settlement)
+        while isinstance(answer := await self._outbox.add(settlement), CommandRefused):
+            # A key of the wrong type, say: an operator must act. The outcome is kept, and others pass by.
+            log.error("redis refuses to settle an entry; trying again", stage=self.stage, error=str(answer))
+            await asyncio.sleep(REFUSED_AGAIN_S)
         return "settled" if answer == "lost" and settlement.unknown else answer
 
     async def adopt(self, entry: Entry, job: Job) -> Literal["adopted", "lost", "duplicate"]:
@@ -240,8 +245,8 @@ class Streams:
         reply: bytes = await self.control.run(scripts.MOVE, (), args)
         return reply.decode()
 
-    async def _send(self, batch: Sequence[Settlement]) -> list[Answer]:
-        """Send one batch until Redis answers."""
+    async def _send(self, batch: Sequence[Settlement]) -> list[Answer | CommandRefused]:
+        """Send one batch until Redis answers; one that is refused as a whole, piece by piece."""
         failures = 0
         while True:
             try:
@@ -253,13 +258,13 @@ class Streams:
                 self._outage.begins(error)
                 await asyncio.sleep(reconnect_delay_s(failures, self._settings.redis.reconnect_cap_s))
                 failures += 1
-            except CommandRefused:
-                # A key of the wrong type, say: an operator must act. The outcome is kept and sent again.
-                log.exception("redis refuses to settle; trying again", stage=self.stage, entries=len(batch))
-                await asyncio.sleep(1.0)
+            except CommandRefused as error:  # nothing was written: the script checks everything first
+                if len(batch) == 1:
+                    return [error]
+                return [answer for settlement in batch for answer in await self._send([settlement])]
             else:
                 self._outage.ends()
-                return reply
+                return [*reply]
 
     async def _run_settle(self, batch: Sequence[Settlement]) -> list[Answer]:
         settings = self._settings

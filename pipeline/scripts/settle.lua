@@ -64,6 +64,7 @@ local function settle(record)
       unlease(id, live.lease)
       call('HDEL', key, 'lease')
     end
+    if live.attempts then call('HDEL', key, 'attempts') end
     call('HSET', key, 'stream', record.a, 'entry', add(record.a, record.b, record.c))
   elseif record.verb == 'complete' then
     finish(id, live, record.a, ttl_ms)
@@ -73,7 +74,7 @@ local function settle(record)
     if record.verb == 'retry' then
       local due_ms = math.floor(now_us / 1000) + tonumber(record.a)
       call('HSET', key, 'stream', record.stream, 'entry', '', 'body', record.b, 'vector', record.c)
-      call('HINCRBY', key, 'attempts', 1)
+      call('HSET', key, 'attempts', tonumber(string.match(record.b, '"attempt":(%d+)') or '1') - 1)
       call('ZADD', KEY.delayed, digits(due_ms), id)
     else
       call('HSET', key, 'entry', add(record.stream, record.b, record.c))

@@ -278,3 +278,22 @@ async def test_worker_started_while_redis_is_away_waits_for_it(redis_server: Red
                 consumer.stop()
                 await wait_until(lambda: consumer._quarantine.is_empty())
         await asyncio.sleep(0)
+
+
+async def test_entry_that_redis_refuses_to_settle_does_not_hold_up_others(
+    link: Link, settings: Settings, front: Front
+) -> None:
+    """Somebody put a string where a set belongs: one job waits for an operator, its neighbours pass."""
+    gate = Gate()
+    async with working(settings, [Scripted("llm", gate)]):
+        stuck, free = query(front, route=["llm"]), query(front, route=["llm"])
+        await front.submit(stuck, in_flight_limit=5)
+        await front.submit(free)
+        await wait_until(lambda: len(gate.waiting) == 2)
+        await link.call("SET", keys.IN_FLIGHT + "default", "no set", "EX", 60)
+        gate.open()
+        assert (await front.wait(free.id, "default", free.deadline_ms)).status == "completed"
+        assert await front.look(stuck.id, "default") == "running"
+        await link.call("DEL", keys.IN_FLIGHT + "default")
+        assert (await front.wait(stuck.id, "default", stuck.deadline_ms)).status == "completed"
+    await assert_nothing_is_left(link)
