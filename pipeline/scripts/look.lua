@@ -4,7 +4,7 @@
 -- Returns: {'finished', completion} | {'queued' | 'running', tenant} | {'unknown'}.
 local done = call('GET', KEY.completion .. ARGV[1])
 if done then return {'finished', done} end
-local live = read_live(ARGV[1])
-if not live then return {'unknown'} end
-local runs = live.entry ~= '' and pending(live.stream, group_of(live.stream), live.entry)
-return {runs and 'running' or 'queued', live.tenant}
+local live = call('HMGET', KEY.live .. ARGV[1], 'entry', 'stream', 'tenant')
+local entry, stream, tenant = live[1], live[2], live[3]
+if not stream then return {'unknown'} end
+return {entry ~= '' and pending(stream, group_of(stream), entry) and 'running' or 'queued', tenant}
