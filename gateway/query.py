@@ -20,12 +20,12 @@ from gateway.metrics import LATENCY, QUERY_OUTCOME
 from gateway.operation import Answer, Call, Operation, answer, payload_of
 from pipeline.clock import monotonic_us
 from pipeline.errors import BrokerUnavailable, DeadlineExceeded, IdempotencyMismatch, JobLost, Overloaded, PenstockError
-from pipeline.flows import Metadata, QueryPayload
+from pipeline.flows import FLOWS, Metadata, QueryPayload
 from pipeline.job import Completion, Json, Priority
 
 logger = structlog.get_logger()
 
-MAX_TIMEOUT_S: Final = 600
+MAX_TIMEOUT_S: Final = FLOWS["query"].longest_s
 
 
 class QueryRequest(QueryPayload):

@@ -12,7 +12,7 @@ for two servers of unequal speed (Lin and Kumar, "Optimal control of a queueing 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Final
@@ -118,11 +118,6 @@ def plan(policy: Policy, snapshot: Snapshot, places: int, rng: Random) -> list[l
         orders.append(order)
         snapshot = _after(snapshot, order)
     return orders
-
-
-def least_leased(replicas: Iterable[Replica], rng: Random) -> list[str]:
-    """Order by live leases, ties at random: the gateway's pick when it submits."""
-    return [replica.url for replica in _shuffled([r for r in replicas if not r.is_open], rng, key=lambda r: r.leases)]
 
 
 def _after(snapshot: Snapshot, order: Sequence[str]) -> Snapshot:

@@ -22,7 +22,7 @@ class Clock:
 
     The error of one observation is at most half its round trip, so the sharpest recent one is kept
     (Cristian's algorithm, "Probabilistic clock synchronization", 1989).
-    Before the first observation the machine's wall clock stands in.
+    Before the first observation the machine's wall clock stands in, good enough for a log and for nothing else.
     """
 
     def __init__(self) -> None:
@@ -44,6 +44,11 @@ class Clock:
         contradicted = abs(offset - self._offset_us) > error + self._error_us  # Redis' own clock was set
         if stale or contradicted or error <= self._error_us:
             self._offset_us, self._error_us, self._observed_at_us = offset, error, now
+
+    @property
+    def is_set(self) -> bool:
+        """Whether Redis' time was ever observed."""
+        return self._observed_at_us > 0
 
     def now_us(self) -> int:
         """Return Redis' time, in microseconds since the epoch."""

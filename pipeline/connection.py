@@ -9,7 +9,6 @@ time, is closed when a call is cancelled or times out, and says whether the comm
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -36,6 +35,7 @@ _NOT_NOW: Final = ("LOADING", "READONLY", "BUSY ", "MASTERDOWN", "CLUSTERDOWN", 
 """Redis did not execute the command and may do so later (BUSY: a script runs; MISCONF: persistence fails)."""
 
 _PING_EVERY_S: Final = 5.0
+_NOTHING: Final = object()
 
 
 class GroupMissing(PenstockError):
@@ -109,7 +109,7 @@ class Link:
             probed = False
             while True:
                 message = await self._read(_PING_EVERY_S)
-                if message is None:
+                if message is _NOTHING:
                     if probed:
                         await self.close()
                         raise BrokerUnavailable("the subscription's connection is dead")
@@ -127,7 +127,7 @@ class Link:
 
     async def _reply(self, command: Argument, timeout_s: float) -> Any:
         reply = await self._read(timeout_s)
-        if reply is None and self._timed_out:
+        if reply is _NOTHING:
             await self.close()
             raise BrokerUnavailable(f"no reply to {command!s} within {timeout_s} s", unknown=True)
         return reply
@@ -155,24 +155,23 @@ class Link:
             raise BrokerUnavailable(f"Redis went away: {error}", unknown=True) from error
 
     async def _read(self, timeout_s: float) -> Any:
-        self._timed_out = False
+        """Return one reply; `_NOTHING` when none came in time, with the connection still open."""
         try:
             async with asyncio.timeout(timeout_s) as bound:
-                return await self._connection.read_response(timeout=math.inf, disconnect_on_error=False)
-        except TimeoutError:
-            self._timed_out = bound.expired()
-            return None
+                return await self._connection.read_response(disconnect_on_error=False)
         except redis_errors.ResponseError as error:
+            if isinstance(error, (redis_errors.ReadOnlyError, redis_errors.BusyLoadingError)):
+                await self.close()  # after a failover the address may lead to the new primary by now
             raise _translate(error) from error
         except (redis_errors.RedisError, OSError) as error:
+            if isinstance(error, TimeoutError) and bound.expired():
+                return _NOTHING
             await self.close()
             raise BrokerUnavailable(f"Redis went away: {error}", unknown=True) from error
         except BaseException:
             # Cancelled while a reply is due: the next caller must never get it.
             await self.close()
             raise
-
-    _timed_out = False
 
     def __repr__(self) -> str:
         return f"<Link {self.name} connected={self.connected_at_us is not None}>"

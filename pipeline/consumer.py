@@ -25,7 +25,8 @@ from pipeline import keys, metrics, scripts
 from pipeline.clock import Clock, monotonic_us
 from pipeline.connection import Argument, CommandRefused, Link, Outage, parse_info, reconnect_delay_s
 from pipeline.errors import ConfigError, PenstockError
-from pipeline.worker import Quarantine, Worker, wait_at_most
+from pipeline.quarantine import Quarantine
+from pipeline.worker import Worker, wait_at_most
 
 if TYPE_CHECKING:
     from pipeline.settings import Settings
@@ -55,13 +56,13 @@ class Consumer:
             settings.worker.name or f"{socket.gethostname().split('.')[0]}-{'+'.join(s.name for s in stages)}"
         )
         self.name = f"{self.worker_name}:{secrets.token_hex(4)}"
-        self._quarantine = Quarantine()
+        self._quarantine = Quarantine(settings.worker.lease_s)
         self._renew_now = asyncio.Event()
         self.workers = [
             Worker(stage, self.name, settings, self.clock, self._quarantine, self.worker_name, self._renew_now.set)
             for stage in stages
         ]
-        self._quarantine.workers = self.workers
+        self._quarantine.holders += self.workers
         self._link = Link(settings.redis, "lease")
         self._ticker = Link(settings.redis, "tick")
         self._listener = Link(settings.redis, "listen")

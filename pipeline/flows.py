@@ -80,6 +80,7 @@ class Flow:
         lifetime: the setting in section `lifetimes` that bounds its life.
         result: the parts of the final state that its result shows.
         call_timeout_s: bound of one LLM call.
+        longest_s: the longest life that a sender may ask for.
         leases: whether a replica is picked when the job is accepted, not only when it is placed.
     """
 
@@ -89,6 +90,7 @@ class Flow:
     lifetime: str
     result: tuple[str, ...]
     call_timeout_s: float = 30.0
+    longest_s: float = 86_400.0
     leases: bool = False
 
 
@@ -101,6 +103,7 @@ FLOWS: Final[dict[str, Flow]] = {
             payload=QueryPayload,
             lifetime="query_s",
             result=("answer", "sources", "model", "usage"),
+            longest_s=600.0,
             leases=True,
         ),
         Flow(
@@ -137,7 +140,7 @@ class _Wish(Payload):
 
     id: str
     priority: Priority = "normal"
-    timeout_s: float | None = Field(None, gt=0, le=86_400)
+    timeout_s: float | None = Field(None, gt=0)
 
 
 def new_job(
@@ -185,6 +188,9 @@ def adopt(stage: str, body: Json, *, now_ms: int, lifetimes: Mapping[str, float]
         payload = flow.payload.model_validate({k: v for k, v in body.items() if k not in _Wish.model_fields})
     except ValidationError as error:
         raise MalformedEntry(describe(error), code="invalid_payload", job_id=job_id) from error
+    if wish.timeout_s is not None and wish.timeout_s > flow.longest_s:
+        message = f"timeout_s: at most {flow.longest_s:g} for a {flow.name}"
+        raise MalformedEntry(message, code="invalid_payload", job_id=job_id)
     return new_job(
         flow.name,
         payload,

@@ -129,6 +129,8 @@ class Front:
         return cls(settings, name)
 
     async def __aenter__(self) -> Self:
+        with suppress(BrokerUnavailable):  # then nothing is accepted until Redis was reached
+            await self._within(self._observe_clock())
         self._tasks = [
             asyncio.create_task(self._read_replies(), name="replies"),
             asyncio.create_task(self._sweep_forever(), name="sweep"),
@@ -169,6 +171,8 @@ class Front:
             IdempotencyMismatch: the key was used with another body.
             BrokerUnavailable: no answer within a second; with `unknown` the job may have been accepted all the same.
         """
+        if not self.clock.is_set:  # its deadline was counted from a clock that may be hours off
+            raise BrokerUnavailable("Redis has not been reached yet")
         if self._memory_is_short:
             raise Overloaded("Redis is nearly out of memory; try again later")
         reply = self._reply_stream if wait else ""
@@ -281,7 +285,11 @@ class Front:
         waiting = self._waiting.get(job_id)
         if waiting is None:
             return
-        completion = waiting.completion = Completion.decode(value)
+        try:
+            completion = waiting.completion = Completion.decode(value)
+        except ValueError as error:
+            log.error("an outcome that cannot be read", job_id=job_id, error=str(error))  # noqa: TRY400 - one line will do
+            return
         for future in waiting.futures:
             if not future.done():
                 future.set_result(completion)
@@ -318,13 +326,16 @@ class Front:
 
     async def _sweep_forever(self) -> None:
         while True:
-            try:
-                await self._sweep()  # first: what follows is refused when Redis is out of memory
-                await self._refresh()
-            except PenstockError as error:
-                self._outage.begins(error)
-            else:
+            away: PenstockError | None = None
+            for once in (self._sweep, self._refresh):  # each by itself: one that is refused must not stop the other
+                try:
+                    await once()
+                except PenstockError as error:
+                    away = error
+            if away is None:
                 self._outage.ends()
+            else:
+                self._outage.begins(away)
             await asyncio.sleep(SWEEP_EVERY_S)
 
     async def _sweep(self) -> None:
@@ -353,14 +364,17 @@ class Front:
         if not await self._link.call("PEXPIRE", self._reply_stream, REPLY_STREAM_TTL_MS):
             await self._link.call("XADD", self._reply_stream, "MAXLEN", "~", 10_000, "*", "id", "")
             await self._link.call("PEXPIRE", self._reply_stream, REPLY_STREAM_TTL_MS)
-        sent_us = monotonic_us()
-        seconds, micros = await self._link.call("TIME")
-        self.clock.observe(int(seconds) * 1_000_000 + int(micros), sent_us)
+        await self._observe_clock()
         self._replicas = await self._healthy_replicas()
         memory = parse_info(await self._link.call("INFO", "memory"))
         limit = int(memory.get("maxmemory", "0"))
         share = int(memory.get("used_memory", "0")) / limit if limit else 0.0
         self._memory_is_short = share > self._settings.admission.max_memory_share
+
+    async def _observe_clock(self) -> None:
+        sent_us = monotonic_us()
+        seconds, micros = await self._link.call("TIME")
+        self.clock.observe(int(seconds) * 1_000_000 + int(micros), sent_us)
 
     async def _healthy_replicas(self) -> list[str]:
         rows = await self._link.call("HGETALL", keys.REPLICAS)

@@ -8,7 +8,7 @@ over. The first two write an outcome; for the third nothing can be written; the 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Container, Sequence
 from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -18,12 +18,12 @@ import structlog
 
 from pipeline import flows, keys, metrics
 from pipeline.clock import Clock
-from pipeline.connection import Outage, reconnect_delay_s
+from pipeline.connection import Argument, Outage, reconnect_delay_s
 from pipeline.errors import BrokerUnavailable, DeadlineExceeded, MalformedEntry, PenstockError, RetryLater
 from pipeline.job import OURS, Completion, Done, Job, decode, decode_foreign, error_body
 from pipeline.outcomes import Bury, Complete, Forward, Retry, decide, ended
 from pipeline.replicas import Replicas
-from pipeline.streams import Entry, Settlement, Streams
+from pipeline.streams import Entry, Settlement, Streams, start_arguments
 
 if TYPE_CHECKING:
     from pipeline.settings import Settings
@@ -41,10 +41,11 @@ class Held:
     Attributes:
         reason: why its handler is to stop; None while it may go on.
         settling: its outcome is on the way; nothing may stop it any more.
+        is_settled: Redis has answered.
         alone: it is suspected of killing its holders and runs without neighbours.
     """
 
-    __slots__ = ("alone", "entry", "job", "read_us", "reason", "settling", "task")
+    __slots__ = ("alone", "entry", "is_settled", "job", "read_us", "reason", "settling", "task")
 
     def __init__(self, entry: Entry, read_us: int, *, alone: bool = False) -> None:
         self.entry = entry
@@ -54,6 +55,7 @@ class Held:
         self.task: asyncio.Task[None] | None = None
         self.reason: Reason | None = None
         self.settling = False
+        self.is_settled = False
 
     def __repr__(self) -> str:
         return f"<Held {self.entry.stream} {self.entry.id.decode()} reason={self.reason} settling={self.settling}>"
@@ -62,7 +64,8 @@ class Held:
 class Handling:
     """What a worker does with the entries it holds.
 
-    `by_job` is the worker's register of jobs in hand: a job is entered as soon as it is read.
+    `by_job` is the worker's register of jobs in hand: a job is entered as soon as it is read. `heard` holds jobs that
+    are to be cancelled, as heard before their entry was here.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Handling:
         streams: Streams,
         replicas: Replicas,
         by_job: dict[str, Held],
+        heard: Container[str],
         settings: Settings,
         clock: Clock,
         rng: Random,
@@ -81,6 +85,7 @@ class Handling:
         self.replicas = replicas
         self.name = name
         self._by_job = by_job
+        self._heard = heard
         self._settings = settings
         self._clock = clock
         self._rng = rng
@@ -93,10 +98,10 @@ class Handling:
             outcomes = await self._handle_batch(jobs)
         else:
             outcomes = [await self._handle(held, job) for held, job in jobs]
-        for held, _ in jobs:
+        left = [(held, job, outcome) for (held, job), outcome in zip(jobs, outcomes, strict=True) if not held.settling]
+        for held, _, _ in left:
             held.settling = True
-        pairs = zip(jobs, outcomes, strict=True)
-        await asyncio.gather(*(self._let_go(held, job, outcome) for (held, job), outcome in pairs))
+        await asyncio.gather(*(self._let_go(held, job, outcome) for held, job, outcome in left))
 
     async def _prepare(self, held: Held) -> Job | None:
         """Return the job to be handled; None when the entry was settled (or lost) instead."""
@@ -125,7 +130,8 @@ class Handling:
         if job.deadline_ms <= self._clock.now_ms():
             await self._let_go(held, job, DeadlineExceeded())
             return None
-        if entry.resumed and await self._until_answered(lambda: self.streams.is_cancelled(job.id)):
+        doubtful = entry.resumed or job.id in self._heard
+        if doubtful and await self._until_answered(lambda: self.streams.is_cancelled(job.id)):
             held.reason = "cancelled"
             await self._let_go(held, job, Done({}))
             return None
@@ -153,6 +159,7 @@ class Handling:
         if answer == "duplicate":
             held.settling = False
             raise MalformedEntry("a living job has this id already", code="duplicate_id", job_id=job.id)
+        held.is_settled = True
         metrics.JOBS.labels(self.stage.name, answer).inc()
         return None
 
@@ -161,18 +168,18 @@ class Handling:
         left_s = (job.deadline_ms - self._clock.now_ms()) / 1000
         try:
             async with asyncio.timeout(left_s) as bound:
-                if self.stage.placed and job.replica is None and await self.replicas.move(job) is None:
+                if self.stage.placed and not await self._has_place(job):
                     return RetryLater("no replica has a free slot", code="no_replica", charged=False)
                 return await self.stage.handle(job)
         except TimeoutError as error:
             if not bound.expired():
                 return error
-            if job.replica is not None:
+            if job.replica is not None and not job.avoid:  # else it had only a part of this time
                 self.replicas.overran(job.replica, left_s)
             return DeadlineExceeded()
         except asyncio.CancelledError:
             if held.reason is None:
-                raise
+                return _own_cancellation()
             _swallow_cancellation()
             metrics.ABORTED.labels(self.stage.name, held.reason).inc()
             return PenstockError(held.reason)  # `_let_go` looks at the reason first
@@ -181,18 +188,27 @@ class Handling:
                 self._log(held).warning("the handler failed", exc_info=True)
             return error
 
+    async def _has_place(self, job: Job) -> bool:
+        """Say whether the job has a place at a replica that has not failed it, taking another where there is one."""
+        if job.replica is not None and job.replica not in job.avoid:
+            return True
+        if job.replica is not None and not self.replicas.has_other_than(job.avoid):
+            job.avoid = []  # all have failed it: begin anew
+            return True
+        return await self.replicas.move(job) is not None
+
     async def _handle_batch(self, jobs: Sequence[tuple[Held, Job]]) -> Sequence[Outcome]:
+        """Run the batch; a job whose deadline comes meanwhile is let go at once, and its mates go on."""
         if all(held.reason is not None for held, _ in jobs):  # none is left, or all were stopped before their turn
             return [PenstockError("stopped") for _ in jobs]
-        latest_ms = max(job.deadline_ms for _, job in jobs)
+        call = asyncio.get_running_loop().create_task(self._call_batch([job for _, job in jobs]), name="batch")
         try:
-            async with asyncio.timeout((latest_ms - self._clock.now_ms()) / 1000) as bound:
-                return await self._call_batch([job for _, job in jobs])
-        except TimeoutError as error:
-            return [DeadlineExceeded() if bound.expired() else error for _ in jobs]
+            await self._expire_meanwhile(call, jobs)
+            return call.result() if call.done() else [DeadlineExceeded() for _ in jobs]
         except asyncio.CancelledError:
-            if any(held.reason is None for held, _ in jobs):
-                raise
+            if any(held.reason is None and not held.settling for held, _ in jobs):
+                error = _own_cancellation()
+                return [error for _ in jobs]
             _swallow_cancellation()
             return [PenstockError("stopped") for _ in jobs]
         except Exception as error:
@@ -200,6 +216,24 @@ class Handling:
                 return [error]
             log.warning("a batch failed; handling its jobs one by one", stage=self.stage.name, exc_info=True)
             return [outcome for pair in jobs for outcome in await self._handle_batch([pair])]
+        finally:
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+
+    async def _expire_meanwhile(self, call: asyncio.Task[Sequence[Outcome]], jobs: Sequence[tuple[Held, Job]]) -> None:
+        """Wait for the call, at most until none of its jobs has time left."""
+        left = [(held, job) for held, job in jobs if not held.settling]
+        while left and not call.done():
+            next_ms = min(job.deadline_ms for _, job in left)
+            await asyncio.wait([call], timeout=max(0.0, (next_ms - self._clock.now_ms()) / 1000))
+            if call.done():
+                return
+            now_ms = self._clock.now_ms()
+            for held, job in left:
+                if job.deadline_ms <= now_ms:
+                    held.settling = True
+                    await self._let_go(held, job, DeadlineExceeded())
+            left = [(held, job) for held, job in left if not held.settling]
 
     async def _call_batch(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
         outcomes = await self.stage.handle_batch(jobs)
@@ -240,10 +274,11 @@ class Handling:
                 job.attempt, job.avoid = 1, []
                 target = keys.stream(stage, job.priority)
                 vector = done.vector or b""
-                forward = Settlement(held.entry, job.id, "forward", target, job.encode(), vector, start=done.start)
+                start = [start_arguments(new) for new in done.start]
+                forward = Settlement(held.entry, job.id, "forward", target, job.encode(), vector, start=start)
                 return forward, "forwarded"
             case Complete(completion, done):
-                start = done.start if done else ()
+                start = [start_arguments(new) for new in done.start] if done else []
                 return self._end(held, completion, start), completion.status
             case Retry(delay_s, attempt, error):
                 # The message may quote what a replica said of a prompt: it stands in the outcome, not in the log.
@@ -258,7 +293,7 @@ class Handling:
 
     # --- settling --------------------------------------------------------------------------------
 
-    def _end(self, held: Held, completion: Completion, start: Sequence[Job] = ()) -> Settlement:
+    def _end(self, held: Held, completion: Completion, start: Sequence[Sequence[Argument]] = ()) -> Settlement:
         text = replace(completion, finished_us=self._clock.now_us()).encode()
         return Settlement(held.entry, completion.id, "complete", text, start=start)
 
@@ -268,7 +303,6 @@ class Handling:
 
     def _burial(self, held: Held, completion: Completion, reason: str) -> Settlement:
         entry = held.entry
-        metrics.DEAD_LETTERS.labels(self.stage.name, reason).inc()
         letter = {
             "reason": reason,
             "job_id": completion.id or None,
@@ -283,7 +317,7 @@ class Handling:
             "original": entry.data.decode(errors="replace") if entry.data is not None else None,
         }
         text = replace(completion, finished_us=self._clock.now_us()).encode() if completion.id else b""
-        return Settlement(entry, completion.id, "bury", text, orjson.dumps(letter))
+        return Settlement(entry, completion.id, "bury", text, orjson.dumps(letter), reason)
 
     async def _bury_malformed(self, held: Held, error: MalformedEntry) -> None:
         log.warning("burying a malformed entry", stage=self.stage.name, code=error.code, reason=str(error))
@@ -300,8 +334,11 @@ class Handling:
             completion = Completion(
                 job_id, "failed", error=error_body("failed", "orphan", "no live record names this entry")
             )
-            answer = await self.streams.settle(self._burial(held, completion, "orphan"))
-            outcome = "orphan"
+            settlement, outcome = self._burial(held, completion, "orphan"), "orphan"
+            answer = await self.streams.settle(settlement)
+        held.is_settled = True
+        if answer == "settled" and settlement.verb == "bury":
+            metrics.DEAD_LETTERS.labels(self.stage.name, settlement.c).inc()
         if answer == "lost":
             metrics.STALE_WRITES.labels(self.stage.name).inc()
             self._log(held).warning("refused: the entry belongs to another delivery by now")
@@ -339,6 +376,14 @@ class Handling:
             attempt=job.attempt if job else None,
         )
         return bound
+
+
+def _own_cancellation() -> PenstockError:
+    """Return a handler's own CancelledError (of something it waited for) as a failure; pass on one meant for us."""
+    task = asyncio.current_task()
+    if task is None or task.cancelling():
+        raise asyncio.CancelledError
+    return PenstockError("the handler waited for something that was cancelled")
 
 
 def _swallow_cancellation() -> None:

@@ -214,13 +214,14 @@ class Completion:
 
     @classmethod
     def decode(cls, data: bytes) -> Completion:
-        """Read a completion key.
+        """Read a completion key; fields that a newer version added are left out.
 
         Raises:
             ValueError: the text is not a completion.
         """
         try:
-            return cls(**orjson.loads(data))
+            body = orjson.loads(data)
+            return cls(**{name: body[name] for name in cls.__slots__ if name in body})
         except TypeError as error:
             raise ValueError(f"not a completion: {error}") from error
 

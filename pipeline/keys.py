@@ -12,7 +12,7 @@ key                        type    life                         written by      
 `job:stamp`                string  for ever, one number         submit                  submit
 `live:<id>`                hash    until the job ends           submit, settle, ...     all scripts, gateways
 `inflight:<tenant>`        set     ids until the job ends       submit, settle          submit
-`idem:<tenant>:<hash>`     hash    24 h                         submit, settle          submit, gateways
+`idem:<hash>`              hash    24 h                         submit, settle          submit, gateways
 `reply:<gateway>`          stream  60 s after its gateway       settle, cancel, expire  that gateway
 `worker:<consumer>`        string  lease, 10 s                  its worker              all workers, gateways
 `workers`                  zset    until seen to be gone        workers                 status, gateways
@@ -28,7 +28,7 @@ from __future__ import annotations
 from typing import Final
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
-from pipeline.job import DEFAULT_TENANT, Priority
+from pipeline.job import Priority
 
 COMPLETION: Final = "job:completion:"
 DELAYED: Final = "job:delayed"
@@ -94,11 +94,6 @@ BOUNDED: Final = {
 def stream(stage: str, priority: Priority = "normal") -> str:
     """Return the stream a stage reads for *priority*."""
     return f"job:{stage}_in" if priority == "normal" else f"job:{stage}_in:{priority}"
-
-
-def scoped(tenant: str, name: str) -> str:
-    """Return a client-chosen *name* as it stands in keys: tenants other than `default` get a prefix."""
-    return name if tenant == DEFAULT_TENANT else f"{tenant}:{name}"
 
 
 def normalise_replica_url(text: str) -> tuple[str, int | None]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING
 
-from pipeline.errors import DeadlineExceeded, Reject, RetryLater
+from pipeline.errors import BrokerUnavailable, DeadlineExceeded, NotReady, Reject, RetryLater
 from pipeline.flows import FLOWS
 from pipeline.job import Completion, Done, Job, error_body
 from pipeline.retry import GiveUp, decide_retry
@@ -69,6 +69,8 @@ def decide(job: Job, outcome: Done | BaseException, *, worker: str, retry: Retry
     message = f"{type(outcome).__name__}: {outcome}"
     if isinstance(outcome, RetryLater):
         charged, after_s, code, message = outcome.charged, outcome.after_s, outcome.code, str(outcome)
+    if isinstance(outcome, (BrokerUnavailable, NotReady)):  # ours to mend, not the job's doing
+        charged, code = False, "redis_unavailable" if isinstance(outcome, BrokerUnavailable) else "not_ready"
     again = decide_retry(
         job.attempt,
         charged=charged,

@@ -7,7 +7,7 @@ worker was not configured with is none of its business: it might not reach it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Final
@@ -112,6 +112,10 @@ class Replicas:
         job.replica = None if answer == "none" else answer
         return job.replica
 
+    def has_other_than(self, avoid: Container[str]) -> bool:
+        """Say whether a replica outside *avoid* could be asked: its breaker lets callers through."""
+        return any(not replica.is_open and replica.url not in avoid for replica in self._replicas())
+
     def _replicas(self) -> list[Replica]:
         return [self._replica(url, standing) for url, standing in self._standings.items()]
 
@@ -153,7 +157,10 @@ class Replicas:
 
         A replica that had much longer than usual is taken to hang; one that was merely asked too late is not to blame.
         """
-        usual_s = self._replica(url, self._standings[url]).service_s
+        standing = self._standings.get(url)
+        if standing is None:  # claimed from a worker that knows other replicas
+            return
+        usual_s = self._replica(url, standing).service_s
         if usual_s is None or span_s > HANGS * usual_s:
             self.observe(url, ok=False)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import structlog
@@ -16,8 +16,8 @@ import structlog
 from pipeline import keys, scripts
 from pipeline.batching import Batcher
 from pipeline.clock import Clock, monotonic_us
-from pipeline.connection import Argument, CommandRefused, GroupMissing, Link, Outage, reconnect_delay_s
-from pipeline.errors import BrokerUnavailable
+from pipeline.connection import Argument, CommandRefused, Link, Outage, reconnect_delay_s
+from pipeline.errors import BrokerUnavailable, PenstockError
 from pipeline.job import Job
 from pipeline.priorities import Shares
 
@@ -68,7 +68,7 @@ class Settlement:
     a: Argument = ""
     b: Argument = ""
     c: Argument = ""
-    start: Sequence[Job] = field(default_factory=tuple)
+    start: Sequence[Sequence[Argument]] = ()
     unknown: bool = False
 
 
@@ -87,8 +87,11 @@ class Claimed:
 class Streams:
     """The streams of one stage, read by one consumer.
 
-    Uses three connections: one for reads that block, one for settling, one for the rest. `lost_while_unknown` counts
-    answers that say nothing: a settle that ran, whose reply was lost, finds its entry gone when it is sent again.
+    Uses three connections: one for reads that block, one for settling, one for the rest.
+
+    Attributes:
+        dropped_letters: dead letters that settles had to drop since somebody last looked.
+        suspect_from: deliveries from which an entry may have killed its holders: it is given away alone only.
     """
 
     def __init__(self, stage: str, consumer: str, settings: Settings, clock: Clock, *, placed: bool) -> None:
@@ -105,6 +108,7 @@ class Streams:
         self._outbox: Batcher[Settlement, Answer | CommandRefused] = Batcher(self._send)
         self._outage = Outage(f"{stage} settle")
         self.dropped_letters = 0
+        self.suspect_from = min(2, settings.worker.max_deliveries)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -198,8 +202,7 @@ class Streams:
 
     async def claim(self, stream: str, lapsed: str, most: int, *, idle: bool) -> Claimed:
         """Take over up to *most* entries of a lapsed consumer; a suspect only alone, and only when *idle*."""
-        suspect_from = min(2, self._settings.worker.max_deliveries)
-        args = (self.stage, lapsed, self._consumer, most, "idle" if idle else "", suspect_from)
+        args = (self.stage, lapsed, self._consumer, most, "idle" if idle else "", self.suspect_from)
         reply = await self.control.run(scripts.CLAIM, (stream,), args)
         rows = zip(reply[3::4], reply[4::4], reply[5::4], reply[6::4], strict=True)
         entries = [
@@ -251,17 +254,17 @@ class Streams:
         while True:
             try:
                 reply = await self._run_settle(batch)
-            except (BrokerUnavailable, GroupMissing) as error:
-                if isinstance(error, GroupMissing) or error.unknown:
+            except CommandRefused as error:  # nothing was written: the script checks everything first
+                if len(batch) == 1:
+                    return [error]
+                return [answer for settlement in batch for answer in await self._send([settlement])]
+            except PenstockError as error:  # away, out of memory, the password changed: an outcome is never given up
+                if isinstance(error, BrokerUnavailable) and error.unknown:
                     for settlement in batch:
                         settlement.unknown = True
                 self._outage.begins(error)
                 await asyncio.sleep(reconnect_delay_s(failures, self._settings.redis.reconnect_cap_s))
                 failures += 1
-            except CommandRefused as error:  # nothing was written: the script checks everything first
-                if len(batch) == 1:
-                    return [error]
-                return [answer for settlement in batch for answer in await self._send([settlement])]
             else:
                 self._outage.ends()
                 return [*reply]
@@ -281,8 +284,8 @@ class Streams:
                 entry.stream, self.stage, entry.id, entry.deliveries, settlement.job_id, settlement.verb,
                 settlement.a, settlement.b, settlement.c, len(settlement.start),
             ]  # fmt: skip
-            for job in settlement.start:
-                args += start_arguments(job)
+            for new_job in settlement.start:
+                args += new_job
         sent_us = monotonic_us()
         reply: list[Any] = await self._settler.run(scripts.SETTLE, (), args)
         self._clock.observe(int(reply[0]), sent_us)

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from pipeline import metrics
-from pipeline.clock import Clock, monotonic_us
+from pipeline.clock import Clock
 from pipeline.connection import GroupMissing, Outage, OutOfMemory, reconnect_delay_s
 from pipeline.errors import BrokerUnavailable, NotReady, PenstockError
 from pipeline.handling import Handling, Held, Reason
+from pipeline.quarantine import Quarantine
 from pipeline.replicas import Replicas
 from pipeline.streams import Entry, Streams
 
@@ -37,24 +38,7 @@ NOT_READY_RETRY_S: Final = 1.0
 WAKE_POLL_S: Final = 0.5
 """How long a placed stage sleeps when no wake-up comes: hints may be lost, work may not."""
 REMEMBERED: Final = 1_000
-"""Entries taken up by reconciliation whose delivery may still come, late, over an old connection."""
-
-
-class Quarantine:
-    """Lets one worker of a process empty the hands of all, so that a suspected entry runs alone.
-
-    Attributes:
-        owner: the worker that has, or waits for, empty hands; while there is one, nobody reads.
-        workers: all workers of the process.
-    """
-
-    def __init__(self) -> None:
-        self.owner: Worker | None = None
-        self.workers: list[Worker] = []
-
-    def is_empty(self) -> bool:
-        """Say whether no worker but the owner reads, and none holds anything."""
-        return not any(worker.held or (worker.reading and worker is not self.owner) for worker in self.workers)
+"""Of entries taken up whose delivery may still come, late, over an old connection; of jobs to be cancelled."""
 
 
 class Worker:
@@ -63,7 +47,6 @@ class Worker:
     Attributes:
         held: entries in hand, by stream and id. Written here only; the consumer reads it.
         not_ready: why the stage cannot work yet; None when it can.
-        reading: a read is under way and may bring entries.
     """
 
     def __init__(
@@ -81,7 +64,6 @@ class Worker:
         self.streams = Streams(stage.name, consumer, settings, clock, placed=stage.placed)
         self.held: dict[tuple[str, bytes], Held] = {}
         self.not_ready: str | None = "starting"
-        self.reading = False
         self._by_job: dict[str, Held] = {}
         self._settings = settings
         self._clock = clock
@@ -92,12 +74,15 @@ class Worker:
         self._wake = asyncio.Event()  # the llm streams or slots changed, as heard on the wake channel
         self._quiet = False
         self._suspects: set[tuple[str, str]] = set()  # (stream, lapsed consumer) with entries that must run alone
-        self._suspects_from_us = 0  # not before: neighbours must not starve for a suspect
+        self._own_suspects: dict[tuple[str, bytes], Entry] = {}  # such entries that are ours already
+        self._heard: OrderedDict[str, None] = OrderedDict()  # jobs to be cancelled whose entry may be on its way to us
         self._seen_unheld: dict[tuple[str, bytes], int] = {}
         self._taken_up: OrderedDict[tuple[str, bytes], None] = OrderedDict()
         self._outage = Outage(f"{stage.name} read")
         self.replicas = Replicas(self.streams, settings, clock, self._entry_of, self._rng)
-        self._handling = Handling(stage, self.streams, self.replicas, self._by_job, settings, clock, self._rng, name)
+        self._handling = Handling(
+            stage, self.streams, self.replicas, self._by_job, self._heard, settings, clock, self._rng, name
+        )
         metrics.IN_HAND.labels(stage.name).set_function(lambda: len(self.held))
         metrics.READY.labels(stage.name).set_function(lambda: self.not_ready is None)
 
@@ -114,7 +99,7 @@ class Worker:
         failures = 0
         while not self._quiet:
             try:
-                entries = await self._next_entries()
+                await self._feed()
             except GroupMissing:
                 log.warning("a consumer group is gone; creating it again", stage=self.stage.name)
                 failures += 1
@@ -129,7 +114,6 @@ class Worker:
                 continue
             self._outage.ends()
             failures = 0
-            self.start(entries)
 
     async def _start_stage(self) -> None:
         while not self._quiet:
@@ -147,58 +131,52 @@ class Worker:
                 self._announce()
                 return
 
-    async def _next_entries(self) -> list[Entry]:
-        """Return what to start next; may return nothing after a while."""
-        if self._suspects and monotonic_us() >= self._suspects_from_us and self._quarantine.owner is None:
+    async def _feed(self) -> None:
+        """Start what can be started next; may find nothing for a while."""
+        if (self._suspects or self._own_suspects) and self._quarantine.is_due():
             await self._run_suspect()
         free = self.stage.slots - len(self.held)
-        if free <= 0 or self._quarantine.owner is not None:
+        if free <= 0 or self._quarantine.is_on:
             await wait_at_most(self._changed, WAKE_POLL_S)
-            return []
-        self.reading = True
-        try:
+            return
+        with self._quarantine.bringing():
             if not self.stage.placed:
-                return await self.streams.take(free) or await self.streams.wait()
+                self.start(await self.streams.take(free) or await self.streams.wait())
+                return
             self._wake.clear()
-            entries = await self.replicas.take(free)
-        finally:
-            self.reading = False
-        if not entries:
-            await wait_at_most(self._wake, WAKE_POLL_S)
-        return entries
+            if self.start(await self.replicas.take(free)):
+                return
+        await wait_at_most(self._wake, WAKE_POLL_S)
 
     async def _run_suspect(self) -> None:
-        """Empty the hands of this process, then take one suspected entry and start it alone.
-
-        Reading stops meanwhile, so it is tried for one lease at most, and then not again for as long.
-        """
-        stream, lapsed = self._suspects.pop()
-        self._quarantine.owner = self
+        """Wait for empty hands, then take one suspected entry and start it alone."""
+        if not await self._quarantine.begin():
+            return
         started = False
         try:
-            async with asyncio.timeout(self._settings.worker.lease_s):
-                while not self._quarantine.is_empty():
-                    await wait_at_most(self._changed, 0.05)
-            claimed = await self.streams.claim(stream, lapsed, 1, idle=True)
-            if claimed.left:
-                self._suspects.add((stream, lapsed))
-            if claimed.entries:
-                (entry,) = claimed.entries
-                log.warning(
-                    "running an entry alone: its holders died", stage=self.stage.name, times=entry.deliveries - 1
-                )
-                metrics.CLAIMED.labels(self.stage.name).inc()
-                self.start([entry], alone=True)
-                started = True
-        except TimeoutError:
-            self._suspects.add((stream, lapsed))
-            self._suspects_from_us = monotonic_us() + int(self._settings.worker.lease_s * 1e6)
+            entry = None if self._quiet else await self._next_suspect()
+            if entry is not None:
+                log.warning("running an entry alone", stage=self.stage.name, holders_died=entry.deliveries - 1)
+                started = self.start([entry], alone=True) > 0
         finally:
             if not started:
-                self._quarantine.owner = None
+                self._quarantine.end()
 
-    def start(self, entries: Iterable[Entry], *, alone: bool = False) -> None:
-        """Take *entries* into hand and start their handlers; one already in hand, or taken up before, is left."""
+    async def _next_suspect(self) -> Entry | None:
+        if self._own_suspects:
+            return self._own_suspects.popitem()[1]
+        stream, lapsed = next(iter(self._suspects))
+        claimed = await self.streams.claim(stream, lapsed, 1, idle=True)
+        if not claimed.left:
+            self._suspects.discard((stream, lapsed))
+        metrics.CLAIMED.labels(self.stage.name).inc(len(claimed.entries))
+        return claimed.entries[0] if claimed.entries else None
+
+    def start(self, entries: Iterable[Entry], *, alone: bool = False) -> int:
+        """Take *entries* into hand, start their handlers, and return how many were started.
+
+        One that is in hand already, or was taken up before its read came back, is left: it runs.
+        """
         now_us = self._clock.now_us()
         fresh: list[Held] = []
         for entry in entries:
@@ -214,6 +192,7 @@ class Worker:
             task = asyncio.create_task(self._work(chunk), name=f"{self.stage.name} {chunk[0].entry.id.decode()}")
             for held in chunk:
                 held.task = task
+        return len(fresh)
 
     async def _work(self, chunk: Sequence[Held]) -> None:
         try:
@@ -234,8 +213,8 @@ class Worker:
             del self.held[key]
         if held.job is not None and self._by_job.get(held.job.id) is held:
             del self._by_job[held.job.id]
-        if held.alone and self._quarantine.owner is self:
-            self._quarantine.owner = None
+        if held.alone:
+            self._quarantine.end()
         self._changed.set()
 
     # --- what the consumer tells it --------------------------------------------------------------
@@ -245,10 +224,14 @@ class Worker:
         self._wake.set()
 
     def cancel(self, job_id: str) -> None:
-        """Stop the handler of a job that is to be cancelled, where it is in hand."""
+        """Stop the handler of a job that is to be cancelled, where it is in hand, or as soon as it is."""
         held = self._by_job.get(job_id)
         if held is not None:
             self._abort(held, "cancelled")
+            return
+        self._heard[job_id] = None
+        while len(self._heard) > REMEMBERED:
+            self._heard.popitem(last=False)
 
     async def catch_up(self) -> None:
         """Do what the channel asked for while nobody listened: the mark in the live record is the truth."""
@@ -280,31 +263,37 @@ class Worker:
         return found
 
     async def take_up(self, missing: Sequence[Entry]) -> None:
-        """Start own pending entries that no read delivered."""
-        for stub in missing:
-            entry = await self.streams.fetch(stub.stream, stub.id, stub.deliveries)
-            key = (stub.stream, stub.id)
-            if entry is None or key in self.held or self._quiet:
-                continue
-            self.start([entry])
-            self._taken_up[key] = None
-            while len(self._taken_up) > REMEMBERED:
-                self._taken_up.popitem(last=False)
-            metrics.TAKEN_UP.labels(self.stage.name).inc()
+        """Start own pending entries that no read delivered; one that is suspected of killing its holders, alone."""
+        with self._quarantine.bringing():
+            for stub in missing:
+                entry = await self.streams.fetch(stub.stream, stub.id, stub.deliveries)
+                key = (stub.stream, stub.id)
+                if entry is None or key in self.held or self._quiet:
+                    continue
+                if entry.deliveries > self.streams.suspect_from:
+                    self._own_suspects[key] = entry
+                    continue
+                if self._quarantine.is_on:
+                    continue  # found again at the next renewal
+                self.start([entry])
+                self._taken_up[key] = None
+                while len(self._taken_up) > REMEMBERED:
+                    self._taken_up.popitem(last=False)
+                metrics.TAKEN_UP.labels(self.stage.name).inc()
 
-    async def inherit(self, stream: str, lapsed: str) -> bool:
-        """Take over entries of a consumer presumed dead, as many as there are free slots; True when some are left."""
+    async def inherit(self, stream: str, lapsed: str) -> None:
+        """Take over entries of a consumer presumed dead, as many as there are free slots."""
         free = self.stage.slots - len(self.held)
-        if self._quiet or self.not_ready is not None or free <= 0 or self._quarantine.owner is not None:
-            return True
-        claimed = await self.streams.claim(stream, lapsed, free, idle=False)
-        if claimed.entries:
-            metrics.CLAIMED.labels(self.stage.name).inc(len(claimed.entries))
-            log.warning("claimed", stage=self.stage.name, entries=len(claimed.entries), lapsed=lapsed)
-            self.start(claimed.entries)
-        elif claimed.left:
-            self._suspects.add((stream, lapsed))
-        return claimed.left > 0
+        if self._quiet or self.not_ready is not None or free <= 0 or self._quarantine.is_on:
+            return
+        with self._quarantine.bringing():
+            claimed = await self.streams.claim(stream, lapsed, free, idle=False)
+            if claimed.entries:
+                metrics.CLAIMED.labels(self.stage.name).inc(len(claimed.entries))
+                log.warning("claimed", stage=self.stage.name, entries=len(claimed.entries), lapsed=lapsed)
+                self.start(claimed.entries)
+            elif claimed.left:
+                self._suspects.add((stream, lapsed))
 
     # --- stopping --------------------------------------------------------------------------------
 
@@ -341,9 +330,9 @@ class Worker:
         if held.settling or held.reason is not None:
             return
         held.reason = reason
-        # A batch is stopped only when none of its jobs is wanted any more; what is settled needs it no longer.
-        mates = [other for other in self.held.values() if other.task is held.task]
-        if held.task is not None and all(mate.reason is not None or mate.settling for mate in mates):
+        # A batch is stopped only when none of its jobs is wanted any more, and not while one of them is being settled.
+        mates = [other for other in self.held.values() if other.task is held.task and not other.is_settled]
+        if held.task is not None and all(mate.reason is not None and not mate.settling for mate in mates):
             held.task.cancel()
 
     def _entry_of(self, job_id: str) -> Entry | None:

@@ -18,7 +18,7 @@ from pipeline.front import Front
 from pipeline.job import Completion, Done, Job, Priority, decode, error_body, new_id
 from pipeline.settings import Settings
 from pipeline.stage import Context, Outcome, Stage
-from pipeline.streams import Answer, Entry, Settlement, Streams
+from pipeline.streams import Answer, Entry, Settlement, Streams, start_arguments
 from tests.conftest import wait_until
 
 Handler = Callable[[Job], Awaitable[Done]]
@@ -239,13 +239,21 @@ class Hand:
 def forward(entry: Entry, to: str = "retriever", *, start: Sequence[Job] = ()) -> Settlement:
     job = decode(entry.data or b"")
     target = keys.stream(to, job.priority)
-    return Settlement(entry, job.id, "forward", target, entry.data or b"", entry.vector or b"", start=start)
+    return Settlement(
+        entry,
+        job.id,
+        "forward",
+        target,
+        entry.data or b"",
+        entry.vector or b"",
+        start=[start_arguments(job) for job in start],
+    )
 
 
 def complete(entry: Entry, *, start: Sequence[Job] = ()) -> Settlement:
     job = decode(entry.data or b"")
     completion = Completion(job.id, "completed", tenant=job.tenant, result={"answer": "yes"}, worker="hand")
-    return Settlement(entry, job.id, "complete", completion.encode(), start=start)
+    return Settlement(entry, job.id, "complete", completion.encode(), start=[start_arguments(job) for job in start])
 
 
 def retry(entry: Entry, delay_ms: int = 60_000) -> Settlement:

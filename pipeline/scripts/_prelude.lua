@@ -42,9 +42,13 @@ local function add(stream, data, vector)
 end
 
 -- Stop before the first write when a key is of another type than the script is going to need.
-local function check_type(key, wanted)
+local function has_type(key, wanted)
   local found = call('TYPE', key).ok
-  if found ~= wanted and found ~= 'none' then error(key .. ' is a ' .. found .. ' and should be a ' .. wanted) end
+  return found == wanted or found == 'none', found
+end
+local function check_type(key, wanted)
+  local right, found = has_type(key, wanted)
+  if not right then error(key .. ' is a ' .. found .. ' and should be a ' .. wanted) end
 end
 
 -- The live record, fields by name; nil when there is none. Every key it names is of the right type: `finish` may go on.
@@ -95,7 +99,7 @@ end
 
 -- The group of a stream: the stage's name.
 local function group_of(stream)
-  return string.match(stream, '^job:(.-)_in')
+  return string.match(string.gsub(string.gsub(stream, ':high$', ''), ':low$', ''), '^job:(.+)_in$')
 end
 
 -- An outcome that no worker wrote: the job ended while it waited.

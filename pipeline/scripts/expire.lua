@@ -7,8 +7,10 @@ local now_us = clock_us()
 local now_ms = math.floor(now_us / 1000)
 local expired, lost = 0, 0
 for _, id in ipairs(call('ZRANGEBYSCORE', KEY.live_index, '-inf', digits(now_ms), 'LIMIT', 0, ARGV[1])) do
-  local live = read_live(id)
-  if not live then
+  local readable, live = pcall(read_live, id)
+  if not readable then
+    call('ZADD', KEY.live_index, digits(now_ms + 1000), id) -- a key of a wrong type: an operator must act, others pass
+  elseif not live then
     call('ZREM', KEY.live_index, id)
   else
     local text = ended(id, live, 'expired', 'deadline_exceeded', 'the deadline passed while the job was waiting', now_us)

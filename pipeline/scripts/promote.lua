@@ -1,19 +1,25 @@
 #!lua flags=allow-oom
 -- promote: move delayed jobs whose time has come onto their streams.
 -- ARGV[1] at most (jobs)
--- Returns: time (us), jobs moved.
+-- Returns: time (us), jobs moved, jobs put off for a second because their stream's key is of a wrong type.
 -- Invariant: a delayed job is either in job:delayed or on its stream, never both, never neither.
 local now_us = clock_us()
-local moved = 0
-for _, id in ipairs(call('ZRANGEBYSCORE', KEY.delayed, '-inf', digits(math.floor(now_us / 1000)), 'LIMIT', 0, ARGV[1])) do
+local now_ms = math.floor(now_us / 1000)
+local moved, put_off = 0, 0
+for _, id in ipairs(call('ZRANGEBYSCORE', KEY.delayed, '-inf', digits(now_ms), 'LIMIT', 0, ARGV[1])) do
   local key = KEY.live .. id
   local live = call('HMGET', key, 'stream', 'body', 'vector')
-  if live[2] then
-    call('HSET', key, 'entry', add(live[1], live[2], live[3]))
-    call('HDEL', key, 'body', 'vector')
-    moved = moved + 1
+  if live[2] and not has_type(live[1], 'stream') then
+    call('ZADD', KEY.delayed, digits(now_ms + 1000), id)
+    put_off = put_off + 1
+  else
+    if live[2] then
+      call('HSET', key, 'entry', add(live[1], live[2], live[3]))
+      call('HDEL', key, 'body', 'vector')
+      moved = moved + 1
+    end
+    call('ZREM', KEY.delayed, id)
   end
-  call('ZREM', KEY.delayed, id)
 end
 tell_wake()
-return {digits(now_us), moved}
+return {digits(now_us), moved, put_off}

@@ -5,6 +5,8 @@
 -- Returns: 'revived' | 'unknown' (no such letter: another retry was quicker) | 'duplicate' (the id is taken).
 -- Invariant: a letter is revived once, however many try at the same time.
 if call('EXISTS', KEY.live .. ARGV[2], KEY.completion .. ARGV[2]) > 0 then return 'duplicate' end
+check_accept()
+check_type(ARGV[4], 'stream')
 if call('XDEL', KEY.dead, ARGV[1]) == 0 then return 'unknown' end
 accept(ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], 0, clock_us(), {'deadline', ARGV[6]})
 tell_wake()

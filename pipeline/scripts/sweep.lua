@@ -2,8 +2,10 @@
 -- sweep: which of these jobs have ended?
 -- ARGV: job ids
 -- Returns: per id its completion, or 'alive', or 'gone' (neither completion nor live record).
-local answer = {}
+local names = {}
+for i, id in ipairs(ARGV) do names[i] = KEY.completion .. id end
+local answer = call('MGET', unpack(names)) -- a key of a wrong type reads as missing, and stops nobody else
 for i, id in ipairs(ARGV) do
-  answer[i] = call('GET', KEY.completion .. id) or (call('EXISTS', KEY.live .. id) == 1 and 'alive' or 'gone')
+  if not answer[i] then answer[i] = call('EXISTS', KEY.live .. id) == 1 and 'alive' or 'gone' end
 end
 return answer

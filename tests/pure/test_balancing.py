@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.balancing import POLICIES, Replica, Snapshot, least_leased, plan
+from pipeline.balancing import POLICIES, Replica, Snapshot, plan
 
 SLOTS = 4
 
@@ -117,14 +117,6 @@ def test_unknown_replica_is_tried() -> None:
     """It is taken for as fast as the fastest known."""
     snapshot = Snapshot((Replica("http://a", slots=4, running=1, service_s=1.0), Replica("http://new", slots=4)))
     assert POLICIES["expected-finish"](snapshot, Random(1))[0] == "http://new"
-
-
-@given(st.lists(replicas, max_size=6, unique_by=lambda replica: replica.url), st.integers())
-def test_gateway_prefers_the_fewest_leases(found: list[Replica], seed: int) -> None:
-    """All closed ones, in that order."""
-    order = least_leased(found, Random(seed))
-    leases = {replica.url: replica.leases for replica in found}
-    assert [leases[url] for url in order] == sorted(replica.leases for replica in found if not replica.is_open)
 
 
 # --- simulation -----------------------------------------------------------------------------------

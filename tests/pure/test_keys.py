@@ -81,12 +81,6 @@ def test_streams_are_named_after_stage_and_priority() -> None:
     ]
 
 
-def test_default_tenant_has_no_prefix() -> None:
-    """All others have."""
-    assert keys.scoped("default", "b1") == "b1"
-    assert keys.scoped("acme", "b1") == "acme:b1"
-
-
 def test_scripts_spell_no_key() -> None:
     """They know them as KEY; a spelling in two places would part one day."""
     spellings = [re.escape(spelling) for spelling in keys.LUA_KEYS.values()]

@@ -276,7 +276,7 @@ async def test_worker_started_while_redis_is_away_waits_for_it(redis_server: Red
             with server:
                 assert (await ask_until_answered(front, query(front, route=["encoder"]))).status == "completed"
                 consumer.stop()
-                await wait_until(lambda: consumer._quarantine.is_empty())
+                await wait_until(lambda: not any(worker.held for worker in consumer.workers))
         await asyncio.sleep(0)
 
 
