@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from gateway.client import Client
     from pipeline.connection import Link
     from pipeline.dead import DeadLetters, Letter
     from pipeline.overview import Overview
@@ -96,7 +97,8 @@ def up(
         data_dir.resolve(),
         start_redis="url" not in settings.redis.model_fields_set,
         start_mocks=not settings.llm.urls,
-        after_ready=lambda url, is_unfilled: _first_steps(settings, url, ask, is_unfilled=is_unfilled),
+        fill=lambda url: _index_own_docs(settings, url),
+        after_ready=(lambda url: _answer(settings, url, ask)) if ask else None,
         environ=_environ(overrides),
     )
     uvloop.run(local.up(plan))
@@ -194,28 +196,39 @@ async def _ingest(url: str, api_key: str | None, found: list[Any], *, quiet: boo
         return report
 
 
-async def _first_steps(settings: Settings, url: str, question: str | None, *, is_unfilled: bool) -> bool:
-    """Index our own documents where nothing was indexed yet, so that the first question works; then ask *question*."""
+async def _index_own_docs(settings: Settings, url: str) -> bool:
+    """Index our own documents, so that the first question works; True when that was done."""
     import structlog
 
-    from gateway.client import Client, GatewayRefused, GatewayUnreachable
     from gateway.ingest import find_files
     from gateway.ingest import ingest as send
 
-    log = structlog.get_logger()
-    api_key = settings.gateway.api_keys[0].partition(":")[2] if settings.gateway.api_keys else None
-    try:
-        async with Client(url, api_key) as client:
-            if is_unfilled:
-                report = await send(client, list(find_files([_own_docs()])), lambda _result: None)
-                log.info("indexed our own documents", documents=len(report.indexed), skipped=len(report.skipped))
-            if question:
-                sys.stdout.write(_render_answer(question, await client.ask(question)))
-                sys.stdout.flush()
-    except (GatewayRefused, GatewayUnreachable) as error:
-        log.error("the first steps failed; everything keeps running", why=str(error))  # noqa: TRY400 - one line will do
-        return False
+    async with _client(settings, url) as client:
+        report = await send(client, list(find_files([_own_docs()])), lambda _result: None)
+    structlog.get_logger().info("indexed our own documents", documents=len(report.indexed), skipped=len(report.skipped))
     return True
+
+
+async def _answer(settings: Settings, url: str, question: str) -> bool:
+    """Print the answer to *question*; True when there was one."""
+    import structlog
+
+    from gateway.client import GatewayRefused, GatewayUnreachable
+
+    try:
+        async with _client(settings, url) as client:
+            sys.stdout.write(_render_answer(question, await client.ask(question)))
+    except (GatewayRefused, GatewayUnreachable) as error:
+        structlog.get_logger().error("no answer; everything keeps running", why=str(error))
+        return False
+    sys.stdout.flush()
+    return True
+
+
+def _client(settings: Settings, url: str) -> Client:
+    from gateway.client import Client
+
+    return Client(url, settings.gateway.api_keys[0].partition(":")[2] if settings.gateway.api_keys else None)
 
 
 def _own_docs() -> Path:

@@ -31,6 +31,8 @@ from pipeline.errors import (
     PenstockError,
 )
 from pipeline.job import Completion, Job
+from pipeline.replicas import read_registry
+from pipeline.streams import number
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -377,17 +379,13 @@ class Front:
         self.clock.observe(int(seconds) * 1_000_000 + int(micros), sent_us)
 
     async def _healthy_replicas(self) -> list[str]:
-        rows = await self._link.call("HGETALL", keys.REPLICAS)
+        known = read_registry(await self._link.call("HGETALL", keys.REPLICAS))
         now_ms = self.clock.now_ms()
-        urls = [
-            url.decode()
-            for url, record in zip(rows[::2], rows[1::2], strict=True)
-            if now_ms - orjson.loads(record)["seen_ms"] < REGISTERED_FOR_S * 1000
-        ]
+        urls = [url for url, replica in known.items() if now_ms - replica.seen_ms < REGISTERED_FOR_S * 1000]
         closed = []
         for url in urls:
-            open_until_ms = int(await self._link.call("HGET", keys.HEALTH + url, "open_until_ms") or 0)
-            if open_until_ms <= now_ms:
+            open_until_ms = number(await self._link.call("HGET", keys.HEALTH + url, "open_until_ms"))
+            if open_until_ms is None or open_until_ms <= now_ms:
                 closed.append(url)
         return closed or urls
 
@@ -447,11 +445,11 @@ class Front:
 
     async def replica_loads(self) -> dict[str, int]:
         """Return the live leases of every registered replica."""
-        urls = [url.decode() for url in await self._within(self._link.call("HKEYS", keys.REPLICAS))]
+        urls = list(read_registry(await self._within(self._link.call("HGETALL", keys.REPLICAS))))
         if not urls:
             return {}
         values = await self._within(self._link.call("MGET", *[keys.LOAD + url for url in urls]))
-        return {url: int(value or 0) for url, value in zip(urls, values, strict=True)}
+        return {url: int(number(value) or 0) for url, value in zip(urls, values, strict=True)}
 
     async def _ask(self, script: scripts.Script, args: Sequence[Argument]) -> Any:
         return await self._within(self._link.run(script, (), args))

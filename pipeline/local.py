@@ -43,8 +43,8 @@ REDIS_STOP_S: Final = 30.0  # writes its last second to disk
 
 _log = structlog.get_logger()
 
-AfterReady = Callable[[str, bool], Awaitable[bool]]
-"""Called once when the gateway answers, with its address and whether nothing was ever indexed; True: all went well."""
+Step = Callable[[str], Awaitable[bool]]
+"""Something to do through the gateway, given its address; True: all went well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +56,17 @@ class Plan:
         data_dir: for Redis' files, the index, the lock.
         start_redis: False when a running one was named.
         start_mocks: False when real replicas were named.
-        after_ready: the first steps of a new user: ingest, ask.
+        fill: indexes first documents where nothing was ever indexed; done before `ready` is said, so that the first
+            question finds something.
+        after_ready: done once `ready` was said.
     """
 
     settings: Settings
     data_dir: Path
     start_redis: bool
     start_mocks: bool
-    after_ready: AfterReady | None = None
+    fill: Step | None = None
+    after_ready: Step | None = None
     environ: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -125,15 +128,20 @@ async def _run(plan: Plan, supervisor: Supervisor, port: int, mocks: Sequence[in
     replicas = [_local(mock_port) for mock_port in mocks] or list(settings.llm.urls)
     said = {"pid": os.getpid(), "url": url, "redis_url": redis_url, "replicas": replicas}
     _write(data_dir / "up.json", json.dumps(said) + "\n")
+    if plan.fill is not None and unfilled.exists() and await _try(plan.fill, url):
+        unfilled.unlink(missing_ok=True)
     sys.stdout.write(f"ready {url}\n")
     sys.stdout.flush()
-    if plan.after_ready is None:
-        return
+    if plan.after_ready is not None:
+        await _try(plan.after_ready, url)
+
+
+async def _try(step: Step, url: str) -> bool:
     try:
-        if await plan.after_ready(url, unfilled.exists()):
-            unfilled.unlink(missing_ok=True)
+        return await step(url)
     except Exception:  # noqa: BLE001 - the outermost edge of somebody else's task
-        _log.exception("the first steps failed; everything keeps running")
+        _log.exception("a first step failed; everything keeps running")
+        return False
 
 
 def _program(name: str, module: Sequence[str], environ: Mapping[str, str]) -> Program:

@@ -10,6 +10,8 @@ import orjson
 from pipeline import keys
 from pipeline.connection import GroupMissing
 from pipeline.job import PRIORITIES
+from pipeline.replicas import read_registry
+from pipeline.streams import number
 
 if TYPE_CHECKING:
     from pipeline.connection import Link
@@ -110,21 +112,19 @@ async def _stream(link: Link, stage: str, stream: str) -> StreamView:
 
 
 async def _replicas(link: Link, now_ms: int) -> list[ReplicaView]:
-    rows = await link.call("HGETALL", keys.REPLICAS)
+    known = read_registry(await link.call("HGETALL", keys.REPLICAS))
     views = []
-    for url_bytes, record in sorted(zip(rows[::2], rows[1::2], strict=True)):
-        url = url_bytes.decode()
-        per_token, tokens, open_until = await link.call(
-            "HMGET", keys.HEALTH + url, "us_per_token", "tokens", "open_until_ms"
-        )
+    for url, replica in sorted(known.items(), key=lambda pair: pair[0]):
+        health = await link.call("HMGET", keys.HEALTH + url, "us_per_token", "tokens", "open_until_ms")
+        per_token, tokens, open_until = (number(value) for value in health)
         views.append(
             ReplicaView(
                 url,
-                slots=orjson.loads(record)["slots"],
+                slots=replica.slots,
                 running=int(await link.call("ZCARD", keys.RUNNING + url)),
                 leases=int(await link.call("ZCARD", keys.LEASES + url)),
-                breaker_open=int(open_until or 0) > now_ms,
-                service_ms=float(per_token) * float(tokens) / 1000 if per_token and tokens else None,
+                breaker_open=(open_until or 0) > now_ms,
+                service_ms=per_token * tokens / 1000 if per_token and tokens else None,
             )
         )
     return views

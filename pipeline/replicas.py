@@ -46,6 +46,26 @@ class _Call:
     tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """What the registry says of one replica: its slots, and when a worker last said so."""
+
+    slots: int
+    seen_ms: int
+
+
+def read_registry(rows: Sequence[bytes]) -> dict[str, Registered]:
+    """Return the replicas in `llm:replicas` (HGETALL's answer) by URL; what a stranger wrote there is left out."""
+    known = {}
+    for url, record in zip(rows[::2], rows[1::2], strict=True):
+        try:
+            body = orjson.loads(record)
+            known[url.decode()] = Registered(int(body["slots"]), int(body["seen_ms"]))
+        except (ValueError, TypeError, KeyError):
+            continue
+    return known
+
+
 class Replicas:
     """The configured replicas and what is known of them.
 
@@ -191,10 +211,12 @@ class Replicas:
         if self._slots:
             rows = [(url, orjson.dumps({"slots": slots, "seen_ms": now_ms})) for url, slots in self._slots.items()]
             await link.call("HSET", keys.REPLICAS, *[part for row in rows for part in row])
-        known = await link.call("HGETALL", keys.REPLICAS)
-        for url, record in zip(known[::2], known[1::2], strict=True):
-            gone = now_ms - orjson.loads(record)["seen_ms"] > FORGET_AFTER_S * 1000
-            if gone:
+        rows = await link.call("HGETALL", keys.REPLICAS)
+        known = read_registry(rows)
+        for url in (field.decode(errors="replace") for field in rows[::2]):
+            if url not in known:
+                log.warning("dropping a replica whose record cannot be read", replica=url)
+            if url not in known or now_ms - known[url].seen_ms > FORGET_AFTER_S * 1000:
                 await link.run(scripts.FORGET, (), (url,))
 
     async def close(self) -> None:

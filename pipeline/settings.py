@@ -226,6 +226,8 @@ def load(environ: Mapping[str, str], overrides: Mapping[str, Mapping[str, Any]] 
     """
     values: dict[str, dict[str, Any]] = _read_file(environ.get("PENSTOCK_CONFIG"))
     wrong: list[str] = []
+    if environ.get("QDRANT_URL"):  # better refused than ignored: the answers would come from another index
+        wrong.append("QDRANT_URL: this version has the embedded index only; a Qdrant server comes with a later one")
     for name, (section, field) in ALIASES.items():
         if environ.get(name):
             values.setdefault(section, {})[field] = environ[name]

@@ -334,13 +334,21 @@ def _entry(
     return Entry(stream, entry_id, deliveries, data, vector, replica, resumed, tuple(pairs))
 
 
+def number(value: Any) -> float | None:
+    """Return a number that Redis holds as text; None where there is none, or something else stands there."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
 def _standing(row: Sequence[Any]) -> Standing:
     running, leases, us_per_token, tokens, open_until_ms, seen_ms = row
     return Standing(
         int(running),
         int(leases),
-        float(us_per_token) if us_per_token else None,
-        float(tokens) if tokens else None,
-        int(open_until_ms),
-        int(seen_ms),
+        number(us_per_token),
+        number(tokens),
+        int(number(open_until_ms) or 0),
+        int(number(seen_ms) or 0),
     )

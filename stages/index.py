@@ -316,8 +316,9 @@ def _take_lock(path: Path) -> int:
     except BlockingIOError:
         os.close(lock)
         message = (
-            f"the index in {path.parent} is in use by another retriever: "
-            "set QDRANT_URL to share one index between retrievers, or PENSTOCK_RETRIEVER__PATH to give this one its own"
+            f"the index in {path.parent} is in use by another retriever, and an embedded index has one owner: "
+            "set PENSTOCK_RETRIEVER__PATH to give this one its own; to share one, set QDRANT_URL (a Qdrant server; "
+            "this version does not speak to one yet)"
         )
         raise IndexInUse(message) from None
     return lock

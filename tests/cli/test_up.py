@@ -103,6 +103,8 @@ async def test_the_first_question_is_answered_from_our_own_documents(short_path:
     """One command, and there is an answer with sources; what dies comes back; Ctrl-C leaves nothing behind."""
     data_dir = short_path / "data"
     async with up(data_dir, "--ask", "How long does a completion key live?") as running:
+        first = await ask(running.url, "What happens to a job when its worker dies?")
+        assert first.json()["sources"], "`ready` was said before there was anything to answer from"
         lines = [await running.line() for _ in range(6)]
         assert lines[1] == "How long does a completion key live?\n"
         assert lines[3].strip()

@@ -155,3 +155,9 @@ def test_settings_are_frozen() -> None:
     """Read once, at start-up."""
     with pytest.raises(ValidationError):
         Settings().worker.lease_s = 1.0  # type: ignore[misc]  # the point
+
+
+def test_qdrant_server_is_refused_rather_than_ignored() -> None:
+    """Answers would come from another index than the one named."""
+    with pytest.raises(ConfigError, match="QDRANT_URL"):
+        load({"QDRANT_URL": "http://127.0.0.1:6333"})

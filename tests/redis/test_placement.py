@@ -29,6 +29,7 @@ from tests.rig import (
     assert_nothing_is_left,
     changed,
     complete,
+    echo,
     everything,
     prompt,
     query,
@@ -337,3 +338,37 @@ async def test_replica_that_hangs_is_found_out_by_jobs_shorter_than_the_call_lim
         after = await asyncio.gather(*(ask(front, prompt(front, lifetime_s=2)) for _ in range(8)))
         assert {completion.status for completion in after} == {"completed"}
         await assert_nothing_is_left(link)
+
+
+@pytest.mark.parametrize("record", ["{}", "x", "[]", '{"slots": "many", "seen_ms": 1}'])
+async def test_record_of_a_replica_that_cannot_be_read_is_dropped(
+    link: Link, settings: Settings, front: Front, record: str
+) -> None:
+    """A stranger wrote into the registry: workers go on, and nobody is leased to what is no replica."""
+    settings = changed(settings, llm={"urls": (FIRST,)})
+    async with working(settings, [Scripted("llm", echo, placed=True)]):
+        await link.call("HSET", keys.REPLICAS, "foo", record)
+        assert list(await front.replica_loads()) in ([], [FIRST])
+        await wait_until(lambda: _is_forgotten(link, "foo"))
+        assert (await ask(front, prompt(front))).status == "completed"
+
+
+async def _is_forgotten(link: Link, url: str) -> bool:
+    return not await link.call("HEXISTS", keys.REPLICAS, url)
+
+
+async def test_health_that_is_no_number_is_unknown_health(link: Link, settings: Settings, front: Front) -> None:
+    """It is measured anew."""
+    settings = changed(settings, llm={"urls": (FIRST,)})
+    await link.call(
+        "HSET", keys.HEALTH + FIRST, "us_per_token", "0", "tokens", "abc", "open_until_ms", "x", "failures", "y"
+    )
+    async with working(settings, [Scripted("llm", echo, placed=True)]) as (consumer,):
+        assert (await ask(front, prompt(front))).status == "completed"
+        consumer.workers[0].replicas.observe(FIRST, ok=True, duration_s=0.5, tokens=5)
+        await wait_until(lambda: _is_measured(link))
+    await link.call("DEL", keys.HEALTH + FIRST)
+
+
+async def _is_measured(link: Link) -> bool:
+    return bool(await link.call("HGET", keys.HEALTH + FIRST, "tokens") == b"5")

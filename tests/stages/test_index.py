@@ -176,7 +176,7 @@ def test_document_of_many_portions_is_whole(index: EmbeddedIndex) -> None:
 
 def test_second_owner_is_told_what_to_do(index: EmbeddedIndex, tmp_path: Path) -> None:
     """The directory has one owner; the way to share is in the message."""
-    with pytest.raises(IndexInUse, match=r"in use by another retriever: set QDRANT_URL"):
+    with pytest.raises(IndexInUse, match=r"in use by another retriever.*set QDRANT_URL"):
         EmbeddedIndex.open(tmp_path, MODEL)
 
 
