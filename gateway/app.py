@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import documents, health, jobs, openapi, query
 from gateway.auth import ApiKeys, refuse_cross_site
-from gateway.errors import RETRY_SOON_S, ClientGone, Problem, problem_of
+from gateway.errors import RETRY_SOON_S, BrokenKey, ClientGone, Problem, problem_of
 from gateway.metrics import REFUSALS
 from gateway.operation import Answer, Call, Gateway, Operation
 from pipeline.errors import PenstockError
@@ -134,6 +134,8 @@ def _explain(error: Exception, call: Call) -> Problem:
     if problem is None:
         logger.error("gateway.fault", request_id=call.request_id, path=call.path, exc_info=error)
         return Problem(500, "internal_error", "something went wrong in the gateway; its log knows this request's id")
+    if isinstance(problem, BrokenKey):
+        logger.error("gateway.broken_key", request_id=call.request_id, path=call.path, reason=problem.reason)
     if call.job_id is None:
         REFUSALS.labels(problem.code).inc()
     return problem

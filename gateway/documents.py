@@ -33,6 +33,8 @@ class DocumentAccepted(BaseModel):
 async def put(call: Call) -> Answer:
     """Index a document, or replace it."""
     request = await call.read(DocumentRequest)
+    if not request.text.strip():
+        raise Problem(422, "invalid_field", "text: holds nothing but white space", param="text")
     job = call.job(
         "document",
         payload_of(request, DocumentPayload),

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from pipeline.connection import CommandRefused, OutOfMemory
 from pipeline.errors import (
     BrokerUnavailable,
     DeadlineExceeded,
@@ -22,7 +23,7 @@ from pipeline.errors import (
     Overloaded,
     PenstockError,
 )
-from pipeline.flows import field_path
+from pipeline.flows import field_path, plain_message
 from pipeline.job import Completion, Json
 
 Headers = list[tuple[bytes, bytes]]
@@ -103,6 +104,19 @@ class Problem(PenstockError):
         return [*self._headers, (b"retry-after", b"%d" % max(1, math.ceil(self.retry_after_s)))]
 
 
+class BrokenKey(Problem):
+    """A key under Penstock's name holds what Penstock never wrote: an operator must act, waiting does not help.
+
+    Attributes:
+        reason: what Redis or the reader said of it; for the log only.
+    """
+
+    def __init__(self, reason: str, job_id: str | None = None) -> None:
+        message = "a key in Redis is not what it should be; the gateway's log says more"
+        super().__init__(503, "broken_key", message, job_id=job_id)
+        self.reason = reason
+
+
 class ClientGone(Exception):  # an event, not an error: nobody is left to answer
     """The client closed its connection before it had its answer."""
 
@@ -126,6 +140,11 @@ def problem_of(error: PenstockError, job_id: str | None = None) -> Problem | Non
             return Problem(503, "job_lost", str(error), retry_after_s=RETRY_SOON_S, job_id=job_id)
         case DeadlineExceeded():
             return Problem(504, "deadline_exceeded", str(error), job_id=job_id)
+        case OutOfMemory():
+            message = "Redis is out of memory; try again later"
+            return Problem(503, "overloaded", message, kind="overloaded", retry_after_s=RETRY_SOON_S, job_id=job_id)
+        case CommandRefused():
+            return BrokenKey(str(error), job_id)
         case BrokerUnavailable():
             message = "Redis cannot be reached for now"
             return Problem(503, "redis_unavailable", message, retry_after_s=RETRY_SOON_S, job_id=job_id)
@@ -153,8 +172,7 @@ def invalid(error: ValidationError, body: Json) -> Problem:
         if path not in found and len(found) == _SHOWN_FIELDS:
             continue
         messages = found.setdefault(path, [])
-        message = "there is no such field" if item["type"] == "extra_forbidden" else item["msg"]
-        message = message.removeprefix("Value error, ")
+        message = plain_message(item["type"], item["msg"])
         if message not in messages:
             messages.append(message)
     text = "; ".join(f"{path or 'body'}: {', or '.join(messages)}" for path, messages in found.items())

@@ -9,16 +9,22 @@ from __future__ import annotations
 import asyncio
 from typing import Final, Literal
 
+import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 from pydantic import BaseModel, Field
 
-from gateway.errors import Problem
+from gateway.errors import BrokenKey, Problem
 from gateway.metrics import REPLICA_LOAD
 from gateway.operation import Answer, Call, Operation, answer
+from pipeline.connection import CommandRefused
 from pipeline.errors import BrokerUnavailable
 from pipeline.front import Health
 
+logger = structlog.get_logger()
+
 PATIENCE_S: Final = 1.0
+_BROKEN: Final = (CommandRefused, ValueError, TypeError, LookupError)
+"""What comes of a key that a stranger wrote: of a wrong type, no JSON, or JSON of another shape."""
 
 
 class Alive(BaseModel):
@@ -60,6 +66,8 @@ async def _health(call: Call) -> Health:
             return await call.front.health()
     except (BrokerUnavailable, TimeoutError) as error:
         return Health(redis=str(error) or f"no answer within {PATIENCE_S:g} s", stages={})
+    except _BROKEN as error:
+        return Health(redis=_tell_broken(call, error).message, stages={})
 
 
 async def metrics(call: Call) -> Answer:
@@ -69,10 +77,19 @@ async def metrics(call: Call) -> Answer:
             loads = await call.front.replica_loads()
     except (BrokerUnavailable, TimeoutError):
         loads = {}  # not known now: better absent than old
+    except _BROKEN as error:
+        loads = {}
+        _tell_broken(call, error)
     REPLICA_LOAD.clear()
     for replica, load in loads.items():
         REPLICA_LOAD.labels(replica).set(load)
     return Answer(200, generate_latest(REGISTRY), content_type=CONTENT_TYPE_LATEST.encode())
+
+
+def _tell_broken(call: Call, error: Exception) -> BrokenKey:
+    broken = BrokenKey(f"{type(error).__name__}: {error}")
+    logger.error("gateway.broken_key", request_id=call.request_id, path=call.path, reason=broken.reason)
+    return broken
 
 
 OPERATIONS: Final = (

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import os
 import re
+import stat
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -146,17 +147,19 @@ def find_files(paths: Sequence[Path]) -> Iterator[File | Skipped]:
             raise FileNotFoundError(str(path))
     seen: dict[str, Path] = {}
     for root in paths:
-        for path in [root] if root.is_file() else _walk(root):
-            name = path.name if root.is_file() else path.relative_to(root).as_posix()
+        for path in _walk(root) if root.is_dir() else [root]:
+            name = path.relative_to(root).as_posix() if root.is_dir() else path.name
             if root.is_dir() and path.suffix.lower() not in SUFFIXES:
                 kind = _printable(path.suffix) or "no suffix"
                 yield Skipped(_printable(name), f"neither text nor Markdown ({kind})", is_fault=False)
                 continue
-            file = File(path, document_id(name), _printable(name))
+            if _printable(name) != name:
+                yield Skipped(_printable(name), "its name is not UTF-8: rename it")
+                continue
+            file = File(path, document_id(name), name)
             if file.id in seen and seen[file.id].resolve() != path.resolve():
-                yield Skipped(
-                    _printable(str(path)), f"{seen[file.id]} has the same id, {file.id}: name a folder above both"
-                )
+                other = _printable(str(seen[file.id]))
+                yield Skipped(_printable(str(path)), f"{other} has the same id, {file.id}: name a folder above both")
             elif file.id not in seen:
                 seen[file.id] = path
                 yield file
@@ -165,9 +168,11 @@ def find_files(paths: Sequence[Path]) -> Iterator[File | Skipped]:
 def read_document(file: File) -> dict[str, Any] | Skipped:
     """Return the body to send for *file*, or why there is none."""
     try:
-        size = file.path.stat().st_size
-        if size > MAX_BODY_BYTES:
-            return Skipped(file.name, f"{size:,} bytes; at most 1 MiB goes into one document: split it")
+        found = file.path.stat()
+        if not stat.S_ISREG(found.st_mode):  # to open a FIFO would wait for its writer, a device may never end
+            return Skipped(file.name, "not a regular file")
+        if found.st_size > MAX_BODY_BYTES:
+            return Skipped(file.name, f"{found.st_size:,} bytes; at most 1 MiB goes into one document: split it")
         text = file.path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         return Skipped(file.name, f"not UTF-8 text (byte {error.start})")

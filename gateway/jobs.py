@@ -9,11 +9,15 @@ import asyncio
 from typing import Any, Final, Literal
 from urllib.parse import parse_qs
 
+import structlog
 from pydantic import BaseModel, Field
 
-from gateway.errors import Problem
+from gateway.errors import BrokenKey, Problem
 from gateway.operation import Answer, Call, Operation, Parameter, answer
-from pipeline.job import Json, is_valid_id
+from pipeline.connection import CommandRefused
+from pipeline.job import Json, error_body, is_valid_id
+
+logger = structlog.get_logger()
 
 MAX_IDS: Final = 100  # of our own ids, so that the request's head stays within its bound
 
@@ -33,10 +37,14 @@ class JobError(BaseModel):
 
 
 class JobStatus(BaseModel):
-    """How a job stands; everything below `status` is there once it has ended."""
+    """How a job stands; everything below `status` is there once it has ended.
+
+    `unreadable` stands in `GET /jobs` only, with an error `broken_key`: what Redis holds under this id is no outcome of
+    ours. Asked for by itself, such a job is 503.
+    """
 
     job_id: str
-    status: Literal["queued", "running", "completed", "failed", "expired", "cancelled"]
+    status: Literal["queued", "running", "completed", "failed", "expired", "cancelled", "unreadable"]
     result: dict[str, Any] | None = None
     error: JobError | None = None
     worker: str | None = None
@@ -79,7 +87,7 @@ async def look_at_many(call: Call) -> Answer:
     ids = [part for text in given.get("ids", []) for part in text.split(",") if part]
     if not 1 <= len(ids) <= MAX_IDS:
         raise Problem(422, "invalid_field", f"ids: 1 to {MAX_IDS} ids, separated by commas", param="ids")
-    found = await asyncio.gather(*(_look(call, job_id) for job_id in ids))
+    found = await asyncio.gather(*(_look_among_others(call, job_id) for job_id in ids))
     return answer({"jobs": dict(zip(ids, found, strict=True))})
 
 
@@ -97,10 +105,23 @@ async def cancel(call: Call) -> Answer:
     return answer({"job_id": job_id, "status": done}, 200 if done == "cancelled" else 202)
 
 
+async def _look_among_others(call: Call, job_id: str) -> Json | None:
+    """Tell how a job stands, and of one that cannot be read just that: the others are none the worse for it."""
+    try:
+        return await _look(call, job_id)
+    except BrokenKey as broken:
+        logger.error("gateway.broken_key", request_id=call.request_id, job_id=job_id, reason=broken.reason)  # noqa: TRY400 - one line will do
+        error = error_body(broken.kind, broken.code, broken.message)
+        return {"job_id": job_id, "status": "unreadable", "error": error}
+
+
 async def _look(call: Call, job_id: str) -> Json | None:
     if not is_valid_id(job_id):
         return None
-    found = await call.front.look(job_id, call.tenant)
+    try:
+        found = await call.front.look(job_id, call.tenant)
+    except (ValueError, CommandRefused) as error:
+        raise BrokenKey(str(error), job_id) from error
     if found is None:
         return None
     if isinstance(found, str):

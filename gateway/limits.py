@@ -38,7 +38,7 @@ MAX_HEAD_BYTES: Final = 16 * 1024  # as much as Node takes; browsers and proxies
 PROBES: Final = frozenset({"/livez", "/readyz", "/healthz", "/metrics"})
 _CROWD: Final = 256
 
-_INVALID = Problem(400, "invalid_http", "this is not HTTP/1.1")
+_INVALID = Problem(400, "invalid_http", "the request line or its headers cannot be read")
 _HEAD_TOO_LARGE = Problem(431, "head_too_large", f"the request's head is over {MAX_HEAD_BYTES} bytes")
 _TOO_SLOW = Problem(408, "receive_timeout", "the request took too long to arrive")
 _CROWDED = Problem(503, "too_many_connections", "too many connections are open", retry_after_s=RETRY_SOON_S)

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.types import Receive, Scope
 
 from gateway.auth import ApiKeys
-from gateway.errors import ClientGone, Headers, Problem, invalid
+from gateway.errors import BrokenKey, ClientGone, Headers, Problem, invalid
 from gateway.idempotency import read_key
 from gateway.limits import read_body
 from pipeline.clock import monotonic_us
@@ -215,7 +215,12 @@ class Call:
 
     async def _kept_outcome(self) -> Completion | None:
         """Return the outcome that an Idempotency-Key remembers after the job's completion is gone."""
-        return await self.front.idempotent_outcome(self._repeats.key) if self._repeats else None
+        if self._repeats is None:
+            return None
+        try:
+            return await self.front.idempotent_outcome(self._repeats.key)
+        except ValueError as error:
+            raise BrokenKey(str(error)) from error
 
     def owns(self, completion: Completion, job_id: str) -> bool:
         """Say whether *completion* is of the job asked for, and this caller's own."""

@@ -134,7 +134,7 @@ async def _outcome(call: Call, request: QueryRequest, job_id: str, deadline_ms: 
 async def _abandon(call: Call, job_id: str) -> None:
     try:
         await call.front.cancel(job_id, call.tenant)
-    except BrokerUnavailable as error:  # nobody is left to tell; its deadline ends it
+    except PenstockError as error:  # nobody is left to tell; its deadline ends it
         logger.warning("gateway.cancel_failed", job_id=job_id, request_id=call.request_id, error=str(error))
 
 

@@ -203,7 +203,9 @@ def adopt(stage: str, body: Json, *, now_ms: int, lifetimes: Mapping[str, float]
 
 def describe(error: ValidationError) -> str:
     """Return one line that names every wrong field."""
-    return "; ".join(f"{field_path(item['loc']) or 'body'}: {_plain(item['msg'])}" for item in error.errors())
+    return "; ".join(
+        f"{field_path(item['loc']) or 'body'}: {plain_message(item['type'], item['msg'])}" for item in error.errors()
+    )
 
 
 def field_path(location: tuple[int | str, ...]) -> str:
@@ -214,5 +216,8 @@ def field_path(location: tuple[int | str, ...]) -> str:
     return path
 
 
-def _plain(message: str) -> str:
+def plain_message(kind: str, message: str) -> str:
+    """Return what is wrong with one field; *kind* and *message* are pydantic's."""
+    if kind == "extra_forbidden":
+        return "there is no such field"
     return message.removeprefix("Value error, ")

@@ -321,16 +321,37 @@ def test_what_cannot_be_a_document_is_skipped_with_a_reason(tmp_path: Path, data
 
 def test_a_file_that_cannot_be_read_is_skipped_with_a_reason(tmp_path: Path) -> None:
     """What the system says is a reason like any other."""
-    answer = read_document(File(tmp_path, "file.txt", "file.txt"))
+    answer = read_document(File(tmp_path / "gone.txt", "gone.txt", "gone.txt"))
     assert isinstance(answer, Skipped)
-    assert answer.reason == "cannot be read: Is a directory"
+    assert answer.reason == "cannot be read: No such file or directory"
 
 
-async def test_a_name_that_is_no_text_does_no_harm(gateway: SmallGateway, tmp_path: Path) -> None:
-    """File names are bytes; some are not UTF-8."""
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xe4r.md")).write_text("# Bear\n")
-    report = await run(gateway, tmp_path)
-    assert [item.name for item in report.indexed] == ["b\\udce4r.md"]
+@pytest.mark.parametrize("inside", [True, False])
+async def test_what_is_no_regular_file_is_never_opened(gateway: SmallGateway, tmp_path: Path, *, inside: bool) -> None:
+    """A FIFO that nobody writes to would hold up everything for ever."""
+    os.mkfifo(tmp_path / "pipe.md")
+    (tmp_path / "good.md").write_text("good\n")
+    async with asyncio.timeout(10):
+        report = await run(gateway, tmp_path if inside else tmp_path / "pipe.md")
+    assert report.skipped == [Skipped("pipe.md", "not a regular file")]
+    assert [item.name for item in report.indexed] == ["good.md"] * inside
+
+
+def test_a_device_named_by_itself_is_skipped() -> None:
+    """`/dev/zero` has no end."""
+    (file,) = find_files([Path("/dev/zero")])
+    assert isinstance(file, File)
+    assert read_document(file) == Skipped("zero", "not a regular file")
+
+
+async def test_a_name_that_is_no_text_is_skipped(gateway: SmallGateway, tmp_path: Path) -> None:
+    """File names are bytes; one that is not UTF-8 goes into no JSON, with or without a heading to take its place."""
+    for text in ("# Bear\n", "no heading\n"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xe4r.md")).write_text(text)
+        (tmp_path / "good.md").write_text("good\n")
+        report = await run(gateway, tmp_path)
+        assert report.skipped == [Skipped("b\\udce4r.md", "its name is not UTF-8: rename it")]
+        assert [item.name for item in report.indexed] == ["good.md"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 
 from gateway.app import create_app
 from gateway.server import Server, listen
+from pipeline.front import Front
 from pipeline.settings import Settings
 from tests.gateway.fake import FakeFront
 
@@ -32,6 +33,14 @@ class Running:
 
 
 Start = Callable[..., Awaitable[Running]]
+
+
+@pytest.fixture
+async def on_redis(front: Front, settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
+    """Reach a gateway whose pipeline is the real one, on a real Redis."""
+    transport = httpx.ASGITransport(create_app(settings, front))
+    async with httpx.AsyncClient(base_url="http://127.0.0.1", transport=transport) as client:
+        yield client
 
 
 @pytest.fixture

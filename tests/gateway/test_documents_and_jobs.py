@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
 import pytest
+import structlog
 
 from gateway.jobs import MAX_IDS, JobStatuses
+from pipeline import keys
+from pipeline.connection import Link
 from pipeline.job import error_body
 from tests.gateway.conftest import Running
 from tests.gateway.fake import RESULT
@@ -48,6 +52,7 @@ async def test_a_document_is_deleted_by_a_job(gateway: Running) -> None:
         ({"document_id": "a", "id": "a", "text": "x"}, "document_id"),
         ({"id": "a"}, "text"),
         ({"id": "a", "text": ""}, "text"),
+        ({"id": "a", "text": " \n\t\u3000"}, "text"),
         ({"id": "a", "text": ["x"]}, "text"),
         ({"id": "a", "text": "x", "title": "t" * 1_001}, "title"),
         ({"id": "a", "text": "x", "metadata": {"k": {}}}, "metadata.k"),
@@ -91,6 +96,28 @@ async def test_many_jobs_are_looked_at_in_one_request(gateway: Running) -> None:
     ]
     assert reply.json()["jobs"][ids[2]]["result"] == {"document_id": "d2", "chunks": 1}
     assert reply.json()["jobs"][ids[3]]["error"] == error
+
+
+async def test_a_job_that_cannot_be_read_is_503_and_harms_no_other(on_redis: httpx.AsyncClient, link: Link) -> None:
+    """A stranger wrote its completion: as no JSON, as JSON of another shape, or as a key of a wrong type."""
+    good = (await on_redis.post("/query", json={"query": "?", "background": True})).json()["job_id"]
+    await link.call("SET", keys.COMPLETION + "bad1", "garbage", "PX", 60_000)
+    await link.call("SET", keys.COMPLETION + "bad2", "[]", "PX", 60_000)
+    await link.call("HSET", keys.COMPLETION + "bad3", "a", "b")
+    await link.call("PEXPIRE", keys.COMPLETION + "bad3", 60_000)
+    for bad in ("bad1", "bad2", "bad3"):
+        with structlog.testing.capture_logs() as logs:
+            reply = await on_redis.get(f"/jobs/{bad}")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "broken_key")
+        assert "WRONGTYPE" not in reply.text
+        assert [line["event"] for line in logs if "exc_info" not in line] == ["gateway.broken_key"]
+    reply = await on_redis.get("/jobs", params={"ids": f"bad1,{good},bad2,bad3"})
+    jobs = JobStatuses.model_validate(reply.json()).jobs
+    assert [job and job.status for job in jobs.values()] == ["unreadable", "queued", "unreadable", "unreadable"]
+    assert jobs["bad3"] is not None
+    assert jobs["bad3"].error is not None
+    assert jobs["bad3"].error.code == "broken_key"
+    assert (await on_redis.post("/jobs/bad3/cancel")).status_code == 503
 
 
 @pytest.mark.parametrize(

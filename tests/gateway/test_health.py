@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+import httpx
+import pytest
 from prometheus_client import REGISTRY
 
+from pipeline import keys
+from pipeline.connection import Link
 from pipeline.errors import BrokerUnavailable
 from tests.gateway.conftest import Running
 from tests.gateway.fake import completed
@@ -47,6 +51,25 @@ async def test_readiness_names_an_outage_of_redis(gateway: Running) -> None:
     gateway.front.broken = BrokerUnavailable("connection refused")
     reply = await gateway.http.get("/readyz")
     assert (reply.status_code, reply.json()["redis"]) == (503, "connection refused")
+
+
+@pytest.mark.parametrize("value", ["garbage", "[]", "{}", None])
+async def test_readiness_and_numbers_outlive_a_key_that_a_stranger_wrote(
+    on_redis: httpx.AsyncClient, link: Link, value: str | None
+) -> None:
+    """503 with a reason, not a fault of the gateway's; None stands for keys of a wrong type."""
+    if value is None:
+        await link.call("SET", keys.WORKERS, "x", "PX", 60_000)
+        await link.call("DEL", keys.REPLICAS)
+        await link.call("SET", keys.REPLICAS, "x", "PX", 60_000)
+    else:
+        await link.call("ZADD", keys.WORKERS, 1, "w1")
+        await link.call("SET", keys.WORKER + "w1", value, "PX", 60_000)
+    reply = await on_redis.get("/readyz")
+    assert reply.status_code == 503
+    assert "not what it should be" in reply.json()["redis"]
+    assert (await on_redis.get("/metrics")).status_code == 200
+    await link.call("DEL", keys.WORKERS, keys.REPLICAS)
 
 
 async def test_queries_are_counted_by_how_they_ended(gateway: Running) -> None:

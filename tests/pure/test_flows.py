@@ -86,6 +86,7 @@ def test_all_wrong_fields_are_named() -> None:
     with pytest.raises(MalformedEntry) as caught:
         adopt("encoder", query="", top_k=99, odd=1)
     assert all(field in str(caught.value) for field in ("query", "top_k", "odd"))
+    assert "odd: there is no such field" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
