@@ -160,3 +160,9 @@ def test_what_is_no_completion_says_so(data: bytes) -> None:
     """Another program may have written it."""
     with pytest.raises(ValueError):
         Completion.decode(data)
+
+
+def test_completion_of_a_newer_version_is_read() -> None:
+    """What it added is left out: gateways may be older than workers."""
+    body = orjson.loads(Completion("a1", "completed", result={"answer": "x"}).encode())
+    assert Completion.decode(orjson.dumps(body | {"news": 1})) == Completion("a1", "completed", result={"answer": "x"})

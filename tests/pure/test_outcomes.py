@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import DeadlineExceeded, Reject, RetryLater
+from pipeline.errors import BrokerUnavailable, DeadlineExceeded, NotReady, Reject, RetryLater
 from pipeline.job import Done, Job
 from pipeline.outcomes import MAX_MESSAGE_CHARS, Bury, Complete, Decision, Forward, Retry, decide
 from pipeline.settings import RetrySettings
@@ -83,3 +83,11 @@ def test_long_message_is_cut() -> None:
     assert isinstance(decision, Bury)
     assert decision.completion.error is not None
     assert len(decision.completion.error["message"]) == MAX_MESSAGE_CHARS
+
+
+@pytest.mark.parametrize("outcome", [BrokerUnavailable("away"), NotReady("loading")])
+def test_trouble_of_ours_is_not_charged(outcome: Exception) -> None:
+    """However often it comes."""
+    decision = follow(job(["llm"], attempt=9), outcome)
+    assert isinstance(decision, Retry)
+    assert decision.attempt == 9

@@ -29,6 +29,7 @@ from tests.rig import (
     query,
     release,
     retry,
+    still,
     working,
 )
 
@@ -229,4 +230,22 @@ async def test_batch_is_stopped_when_none_of_its_jobs_is_wanted(link: Link, sett
             await stopped.wait()
             found = [await front.wait(job.id, job.tenant, job.deadline_ms) for job in jobs]
         assert {completion.status for completion in found} == {"cancelled"}
+    await assert_nothing_is_left(link)
+
+
+async def test_cancel_heard_before_the_entry_arrived_is_obeyed(link: Link, settings: Settings, front: Front) -> None:
+    """Redis had served the read, so the job counted as running; the hint overtook the reply."""
+    stage = Scripted("encoder", echo)
+    async with still(settings, stage) as consumer:
+        (worker,) = consumer.workers
+        job, mate = query(front, route=["encoder"]), query(front, route=["encoder"])
+        for one in (job, mate):
+            await front.submit(one)
+        entries = await worker.streams.take(2)
+        assert await front.cancel(job.id, "default") == "cancelling"
+        worker.cancel(job.id)
+        worker.start(entries)
+        assert (await front.wait(job.id, job.tenant, job.deadline_ms)).status == "cancelled"
+        assert (await front.wait(mate.id, mate.tenant, mate.deadline_ms)).status == "completed"
+        assert (stage.runs(job.id), stage.runs(mate.id)) == (0, 1)
     await assert_nothing_is_left(link)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from random import Random
 
 import pytest
@@ -12,6 +13,13 @@ from pipeline.errors import BrokerUnavailable, ConfigError
 from pipeline.settings import RedisSettings
 from tests.conftest import wait_until
 from tests.servers import RedisServer
+
+
+@pytest.fixture
+def own_server(redis_server: RedisServer) -> Iterator[RedisServer]:
+    """A server that this test may freeze."""
+    with RedisServer(redis_server.binary) as server:
+        yield server
 
 
 async def test_cancelled_calls_never_shift_replies(link: Link) -> None:
@@ -101,3 +109,49 @@ async def test_subscription_hears_and_ends_with_its_connection(link: Link, redis
 
 async def _has_listener(link: Link) -> bool:
     return int((await link.call("PUBSUB", "NUMSUB", "two"))[1]) > 0
+
+
+async def test_read_only_node_is_left(link: Link, redis_server: RedisServer) -> None:
+    """After a failover the address may lead to the new primary by now."""
+    other = Link(RedisSettings(url=redis_server.url), "other")
+    await other.call("PING")
+    await link.call("REPLICAOF", "127.0.0.1", 1)
+    try:
+        with pytest.raises(BrokerUnavailable) as caught:
+            await other.call("SET", "x", 1)
+        assert not caught.value.unknown
+        assert other.connected_at_us is None
+    finally:
+        await link.call("REPLICAOF", "NO", "ONE")
+        await other.close()
+
+
+async def test_sockets_own_timeout_is_no_empty_reply(link: Link, redis_server: RedisServer) -> None:
+    """ETIMEDOUT is a TimeoutError too: the connection is dead, and nobody may take that for a nil."""
+    other = Link(RedisSettings(url=redis_server.url), "other")
+    await other.call("PING")
+    asking = asyncio.create_task(other.call("BLPOP", "nothing", 0))
+    await wait_until(lambda: _is_blocked(link))
+    other._connection._reader.set_exception(TimeoutError(110, "Connection timed out"))  # type: ignore[union-attr]
+    with pytest.raises(BrokerUnavailable, match="went away") as caught:
+        await asking
+    assert caught.value.unknown
+    await other.close()
+
+
+async def _is_blocked(link: Link) -> bool:
+    return b"blocked_clients:1" in await link.call("INFO", "clients")
+
+
+async def test_connecting_that_was_cancelled_is_begun_anew(link: Link, own_server: RedisServer) -> None:
+    """Replies to a handshake cut short must not reach the next caller."""
+    other = Link(RedisSettings(url=own_server.url), "other")
+    own_server.pause()
+    asking = asyncio.create_task(other.call("ECHO", "first"))
+    await wait_until(lambda: other._connection.is_connected)
+    asking.cancel()
+    own_server.resume()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert await other.call("ECHO", "second") == b"second"
+    await other.close()

@@ -7,14 +7,14 @@ import asyncio
 import pytest
 
 from pipeline import keys
-from pipeline.connection import Link
+from pipeline.connection import CommandRefused, Link
 from pipeline.dead import DeadLetters
 from pipeline.errors import Reject
 from pipeline.front import Front
 from pipeline.job import Done, Job
 from pipeline.settings import Settings
 from tests.conftest import wait_until
-from tests.rig import Scripted, ask, echo, query, working
+from tests.rig import Scripted, ask, echo, everything, query, working
 
 
 async def refuse(job: Job) -> Done:
@@ -66,3 +66,21 @@ async def test_letter_that_holds_no_job_can_be_read_and_thrown_away_only(link: L
         await letters.discard(letter.id)
     with pytest.raises(Reject, match="no dead letter"):
         await letters.show("nonsense")
+
+
+async def test_letter_stays_when_its_job_cannot_be_started(link: Link, settings: Settings, front: Front) -> None:
+    """Its stream's key is of a wrong type: nothing is changed until an operator has mended it."""
+    dead = DeadLetters(link, settings)
+    async with working(settings, [Scripted("encoder", refuse)]):
+        await ask(front, query(front))
+    (letter,) = await dead.list(10)
+    stream = keys.stream("encoder")
+    await link.call("RENAME", stream, "aside")
+    await link.call("SET", stream, "x")
+    before = await everything(link)
+    with pytest.raises(CommandRefused):
+        await dead.retry(letter.id, front.clock.now_ms())
+    assert await everything(link) == before
+    await link.call("RENAME", "aside", stream)
+    await front.cancel(await dead.retry(letter.id, front.clock.now_ms()), "default")
+    assert await dead.count() == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
@@ -12,7 +13,7 @@ from pipeline.errors import ConfigError, NotReady
 from pipeline.front import Front
 from pipeline.job import PRIORITIES, Done, Job, decode
 from pipeline.settings import Settings
-from pipeline.stage import Context
+from pipeline.stage import Context, Outcome
 from pipeline.streams import Claimed
 from tests.conftest import wait_until
 from tests.rig import (
@@ -21,6 +22,7 @@ from tests.rig import (
     Hand,
     Mortal,
     Scripted,
+    ScriptedBatch,
     assert_nothing_is_left,
     changed,
     complete,
@@ -206,3 +208,34 @@ async def test_claim_under_way_is_drained_too(link: Link, settings: Settings, fr
     assert stage.runs(job.id) == 1
     assert (await front.wait(job.id, job.tenant, job.deadline_ms)).status == "completed"
     assert consumer.name.encode() not in await consumers_of(link, "encoder")
+
+
+async def test_drained_batch_beside_a_burial_is_given_back(link: Link, settings: Settings, front: Front) -> None:
+    """The burial is on its way when the drain ends: its mate goes back unstarted, as a first delivery."""
+    settings = changed(settings, worker={"drain_s": 0})
+    stage = ScriptedBatch("encoder", echo_all)
+    await link.call("XADD", keys.stream("encoder"), "*", "data", "not json")
+    job = query(front, route=["encoder"])
+    await front.submit(job)
+    consumer = Mortal([stage], settings)
+    (worker,) = consumer.workers
+    await worker._start_stage()
+    await consumer.renew()
+    async with worker.streams._settler._turn:  # no settle passes
+        worker.start(await worker.streams.take(8))
+        await wait_until(lambda: any(held.settling for held in worker.held.values()))
+        await worker.quiet()
+        drain = asyncio.create_task(worker.drain(0))
+        await wait_until(lambda: all(held.reason or held.settling for held in worker.held.values()))
+    await drain
+    await consumer._leave()
+    assert stage.calls == []
+    async with Hand(settings, "next") as hand:
+        entry = await hand.take_one()
+        assert entry.deliveries == 1
+        assert await hand.settle(complete(entry)) == ["settled"]
+    await assert_nothing_is_left(link)
+
+
+async def echo_all(jobs: Sequence[Job]) -> list[Outcome]:
+    return [await echo(job) for job in jobs]

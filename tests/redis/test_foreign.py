@@ -198,6 +198,7 @@ BROKEN: dict[str, tuple[str, str | bytes, str, str | None]] = {
     "unknown field": ("encoder", '{"id":"a1","query":"why?","qurey":"x"}', "invalid_payload", "a1"),
     "wrong type": ("encoder", '{"id":"a1","query":["why?"]}', "invalid_payload", "a1"),
     "empty query": ("encoder", '{"id":"a1","query":"  "}', "invalid_payload", "a1"),
+    "too long a life": ("encoder", '{"id":"a1","query":"why?","timeout_s":601}', "invalid_payload", "a1"),
     "no query": ("encoder", '{"id":"a1"}', "invalid_payload", "a1"),
     "bad priority": ("encoder", '{"id":"a1","query":"why?","priority":"urgent"}', "invalid_payload", "a1"),
     "prompt and messages": ("llm", '{"id":"a1","prompt":"x",' + TURNS + "}", "invalid_payload", "a1"),

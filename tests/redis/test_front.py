@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
 from pipeline import front as front_module
 from pipeline import keys
 from pipeline.connection import Link
-from pipeline.errors import DeadlineExceeded, JobLost
+from pipeline.errors import BrokerUnavailable, DeadlineExceeded, JobLost
 from pipeline.front import Front
 from pipeline.job import Completion
 from pipeline.settings import Settings
@@ -220,3 +221,51 @@ async def test_outcome_is_found_when_redis_is_out_of_memory(link: Link, settings
                 assert (await front.wait(job.id, job.tenant, job.deadline_ms)).status == "completed"
         finally:
             await link.call("CONFIG", "SET", "maxmemory", "0")
+
+
+@pytest.mark.usefixtures("swift_sweep")
+@pytest.mark.parametrize("kind", ["no completion", "another type"])
+async def test_outcome_that_cannot_be_read_stops_no_other(link: Link, settings: Settings, kind: str) -> None:
+    """Neither the sweep nor the reader of replies dies of it; it is found when it is mended."""
+    async with Front(settings, "tough") as front, Hand(settings, "owner") as owner:
+        bad, good = query(front), query(front)
+        for job in (bad, good):
+            await front.submit(job)
+        waiting = [asyncio.create_task(front.wait(job.id, job.tenant, job.deadline_ms)) for job in (bad, good)]
+        key = keys.COMPLETION + bad.id
+        if kind == "another type":
+            await link.call("RPUSH", key, "x")
+        else:
+            await link.call("SET", key, '{"id":"x"}')
+        await link.call("PEXPIRE", key, 60_000)
+        first, second = await owner.take()
+        await link.call("HDEL", keys.LIVE + good.id, "reply")  # so that the sweep must find it
+        assert await owner.settle(complete(second)) == ["settled"]
+        assert (await waiting[1]).status == "completed"
+        assert not waiting[0].done()
+        assert not any(task.done() for task in front._tasks)
+        await link.call("DEL", key)
+        await owner.settle(complete(first))
+        assert (await waiting[0]).status == "completed"
+
+
+async def test_deadlines_are_counted_from_redis_clock(
+    link: Link, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wall clock of the gateway's machine is an hour off."""
+    real = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: real() - 3_600 * 10**9)
+    async with Front(settings, "off") as front, working(settings, [Scripted("encoder", echo)]):
+        job = query(front, route=["encoder"])
+        seconds, _ = await link.call("TIME")
+        assert abs(job.deadline_ms - 30_000 - 1_000 * int(seconds)) < 5_000
+        assert (await ask(front, job)).status == "completed"
+
+
+async def test_nothing_is_submitted_before_redis_clock_is_known(link: Link, settings: Settings) -> None:
+    """A deadline counted from another clock may be hours off."""
+    front = Front(settings, "early")
+    with pytest.raises(BrokerUnavailable) as caught:
+        await front.submit(query(front))
+    assert not caught.value.unknown
+    assert await link.call("ZCARD", keys.LIVE_INDEX) == 0

@@ -33,6 +33,7 @@ from tests.rig import (
     everything,
     prompt,
     query,
+    still,
     working,
 )
 
@@ -372,3 +373,46 @@ async def test_health_that_is_no_number_is_unknown_health(link: Link, settings: 
 
 async def _is_measured(link: Link) -> bool:
     return bool(await link.call("HGET", keys.HEALTH + FIRST, "tokens") == b"5")
+
+
+async def test_retry_goes_to_a_replica_that_has_not_failed_the_job(link: Link, settings: Settings) -> None:
+    """Also when it is busy at first: the job waits for it, uncharged, instead of failing again where it failed."""
+    settings = changed(
+        settings,
+        llm={"urls": (FIRST + "?slots=1", SECOND + "?slots=1"), "breaker_failures": 1_000},
+        retry={"max_retries": 1},
+    )
+    gate = Gate()
+    asked: list[str | None] = []
+
+    async def handle(job: Job) -> Done:
+        if job.payload["prompt"] == "long":
+            return await gate(job)
+        asked.append(job.replica)
+        if len(asked) == 1:
+            job.avoid = [job.replica or ""]
+            raise RetryLater("500", code="replica_error")
+        return await echo(job)
+
+    stage = Scripted("llm", handle, placed=True)
+    async with Front(settings, "test") as front, working(settings, [stage]):
+        long, short = prompt(front, "long"), prompt(front, "short")
+        await front.submit(long)
+        await wait_until(lambda: gate.waiting)
+        await front.submit(short)
+        await wait_until(lambda: asked)
+        await wait_until(lambda: link.call("ZCARD", keys.DELAYED))
+        gate.open()
+        completion = await front.wait(short.id, short.tenant, short.deadline_ms)
+        await front.wait(long.id, long.tenant, long.deadline_ms)
+        assert (completion.status, completion.attempts) == ("completed", 2)
+        busy = next(job.replica for job in stage.seen if job.id == long.id)
+        assert asked == [SECOND if busy == FIRST else FIRST, busy]
+
+
+async def test_replica_of_another_worker_may_overrun(link: Link, settings: Settings) -> None:
+    """A claimed job may be at a replica that this worker was not configured with."""
+    settings = changed(settings, llm={"urls": (FIRST,)})
+    async with still(settings, Scripted("llm", echo, placed=True)) as consumer:
+        consumer.workers[0].replicas.overran(SECOND, 1.0)
+    assert await link.call("EXISTS", keys.HEALTH + SECOND) == 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
 from pipeline import keys, scripts
 from pipeline.connection import Link
-from pipeline.errors import Reject, RetryLater
+from pipeline.errors import BrokerUnavailable, Reject, RetryLater
 from pipeline.front import Front
 from pipeline.job import Done, Job
 from pipeline.settings import Settings
@@ -228,3 +229,72 @@ async def test_retry_on_the_llm_stage_drops_lease_and_place(link: Link, settings
         assert await link.call("EXISTS", keys.RUNNING + FIRST, keys.LEASES + FIRST) == 0
         await front.cancel(job.id, job.tenant)
         assert await outcome(link, job.id) is not None
+
+
+def cancelled_future() -> asyncio.Future[None]:
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    future.cancel()
+    return future
+
+
+async def test_handlers_own_cancellation_is_a_failed_attempt(link: Link, settings: Settings, front: Front) -> None:
+    """Something it waited for was cancelled: nobody asked the job to stop."""
+
+    async def handle(job: Job) -> Done:
+        await cancelled_future()
+        return await echo(job)
+
+    stage = Scripted("encoder", handle)
+    async with working(changed(settings, retry={"max_retries": 1}), [stage]):
+        completion = await ask(front, query(front, route=["encoder"]))
+        assert (completion.status, completion.attempts) == ("failed", 2)
+        assert [job.attempt for job in stage.seen] == [1, 2]
+    await assert_nothing_is_left(link)
+
+
+async def test_batchs_own_cancellation_is_a_failed_attempt(link: Link, settings: Settings, front: Front) -> None:
+    """Of each of its jobs."""
+
+    async def handle(jobs: Sequence[Job]) -> list[Outcome]:
+        await cancelled_future()
+        return []
+
+    jobs = [query(front, route=["encoder"]) for _ in range(3)]
+    for job in jobs:
+        await front.submit(job)
+    async with working(changed(settings, retry={"max_retries": 1}), [ScriptedBatch("encoder", handle)]):
+        found = [await front.wait(job.id, job.tenant, job.deadline_ms) for job in jobs]
+        assert [(completion.status, completion.attempts) for completion in found] == [("failed", 2)] * 3
+    await assert_nothing_is_left(link)
+
+
+async def test_redis_trouble_inside_a_handler_is_not_charged(link: Link, settings: Settings, front: Front) -> None:
+    """It is ours to mend, not the job's doing."""
+
+    async def handle(job: Job) -> Done:
+        if len(stage.seen) < 3:
+            raise BrokerUnavailable("away")
+        return await echo(job)
+
+    stage = Scripted("encoder", handle)
+    async with working(changed(settings, retry={"max_retries": 0}), [stage]):
+        completion = await ask(front, query(front, route=["encoder"]))
+        assert (completion.status, completion.attempts) == ("completed", 1)
+        assert [job.attempt for job in stage.seen] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("charged", [False, True])
+async def test_outcome_written_while_waiting_counts_charged_attempts(
+    link: Link, settings: Settings, front: Front, charged: bool
+) -> None:
+    """A refusal that did no work is none."""
+
+    async def handle(job: Job) -> Done:
+        raise RetryLater("busy", code="busy", charged=charged, after_s=60)
+
+    async with working(settings, [Scripted("encoder", handle)]):
+        job = query(front, route=["encoder"])
+        await front.submit(job)
+        await wait_until(lambda: link.call("ZCARD", keys.DELAYED))
+        assert await front.cancel(job.id, "default") == "cancelled"
+        assert (await front.wait(job.id, job.tenant, job.deadline_ms)).attempts == charged
