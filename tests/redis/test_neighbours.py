@@ -155,21 +155,23 @@ async def test_suspect_runs_among_calls_longer_than_a_lease(
     """Patience grows until it outlasts them, and they go on meanwhile."""
     monkeypatch.setattr(quarantine_module, "LEAST_REST_S", 0.1)
     settings = changed(settings, worker={"lease_s": 0.25})
+    call_s = 3 * settings.worker.lease_s
 
     async def handle(job: Job) -> Done:
         if job.payload["query"] != "suspect":
-            await asyncio.sleep(3 * settings.worker.lease_s)  # the call
+            await asyncio.sleep(call_s)
         return await echo(job)
 
     stage = Scripted("encoder", handle)
     async with suspects(link, front, settings, 1) as jobs, working(settings, [stage]):
 
-        async def feed() -> None:
+        async def feed(number: int) -> None:
+            await asyncio.sleep(call_s * number / 4)  # so that hands are never empty by themselves
             while not stage.runs(jobs[0].id):
                 await ask(front, query(front, "long", route=["encoder"]))
 
         async with asyncio.TaskGroup() as group:
-            feeders = [group.create_task(feed()) for _ in range(4)]
+            feeders = [group.create_task(feed(number)) for number in range(4)]
             assert await statuses(front, jobs) == ["completed"]
         assert all(feeder.done() for feeder in feeders)
         assert len(stage.seen) > len(feeders)
@@ -186,7 +188,8 @@ async def test_suspect_found_by_reconciliation_runs_alone(link: Link, settings: 
             await wait_until(lambda: gate.waiting)
             (worker,) = handle.consumer.workers
             heir.streams._consumer = handle.consumer.name
-            assert (await heir.streams.claim(STREAM, "owner", 1, idle=True)).entries or worker._suspects
+            assert (await heir.streams.claim(STREAM, "owner", 1, idle=True)).entries
+            await wait_until(lambda: worker._own_suspects)
             await wait_until(lambda: handle.consumer._quarantine.is_on)
             assert handle.seen == []
             gate.open()
