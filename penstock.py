@@ -233,8 +233,8 @@ def _client(settings: Settings, url: str) -> Client:
 
 def _own_docs() -> Path:
     here = Path(__file__).resolve().parent
-    installed = here / "pipeline" / "_docs"
-    return installed if installed.is_dir() else here / "docs"
+    in_tree = here / "docs"
+    return in_tree if in_tree.is_dir() else here / "pipeline" / "_docs"
 
 
 def _render_answer(question: str, answer: Mapping[str, Any]) -> str:
