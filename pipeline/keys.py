@@ -8,18 +8,18 @@ key                        type    life                         written by      
 `job:completion:<id>`      string  setting, 60 s                settle, cancel, expire  gateways, anyone
 `job:delayed`              zset    until due                    settle, submit          promote
 `job:dead`                 stream  setting, age and count       settle                  `penstock dead`
-`job:live`                 zset    id until the job ends        submit, settle          expire, admission
-`job:stamp`                string  for ever, one number         submit                  submit
+`job:live`                 zset    id until the job ends        who accepts or ends     expire, admission
+`job:stamp`                string  for ever, one number         submit, adopt, revive   submit, adopt, revive
 `live:<id>`                hash    until the job ends           submit, settle, ...     all scripts, gateways
 `inflight:<tenant>`        set     ids until the job ends       submit, settle          submit
-`idem:<hash>`              hash    24 h                         submit, settle          submit, gateways
+`idem:<hash>`              hash    24 h                         submit, who ends a job  submit, gateways
 `reply:<gateway>`          stream  60 s after its gateway       settle, cancel, expire  that gateway
 `worker:<consumer>`        string  lease, 10 s                  its worker              all workers, gateways
 `workers`                  zset    until seen to be gone        workers                 status, gateways
 `llm:replicas`             hash    url until it is dropped      llm workers             gateways, llm workers
 `llm:load:<URL>`           string  bounded by replicas          all scripts             anyone
-`llm:leases:<URL>`         zset    job id until the job leaves  submit, place, settle   submit, place
-`llm:running:<URL>`        zset    job id until the call ends   place, settle           place
+`llm:leases:<URL>`         zset    job id until the job leaves  submit, place, move ... submit, place
+`llm:running:<URL>`        zset    job id until the call ends   place, move, settle ... place
 `llm:health:<URL>`         hash    1 h after the last call      observe                 place
 """
 

@@ -188,7 +188,11 @@ class Streams:
         return None
 
     async def is_cancelled(self, job_id: str) -> bool:
-        """Say whether the job is marked as to be cancelled. A job just read is not: cancelling removes waiting ones."""
+        """Say whether the job is marked as to be cancelled.
+
+        Worth asking only for a job that somebody had in hand before, or whose cancelling was heard while its read was
+        under way: a job that waits is not marked but ended.
+        """
         return bool(await self.control.call("HEXISTS", keys.LIVE + job_id, "cancel"))
 
     # --- taking over from the dead ---------------------------------------------------------------

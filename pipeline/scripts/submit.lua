@@ -1,9 +1,9 @@
 #!lua
 -- submit: accept jobs: live record and entry in one step, or nothing. Refused by Redis itself when memory is full.
 -- ARGV[1] max live jobs  ARGV[2] number of candidates  ARGV[3..] candidates (URLs, healthy, shuffled)
--- then per job 12 values: id, tail (envelope without its head), stream, tenant, deadline_ms, due_ms (0: now), reply
---   stream ('' none), in-flight set ('' none), in-flight limit, idempotency key ('' none), body hash, key life (ms)
---   plus 'lease' or ''
+-- then per job 13 values: id, tail (envelope without its head), stream, tenant, deadline_ms, due_ms (0: now), reply
+--   stream ('' none), in-flight set ('' none), in-flight limit, idempotency key ('' none), body hash, key life (ms),
+--   'lease' when a replica is to be picked now, else ''
 -- Returns: time (us), then two values per job: 'accepted' | 'repeated' | 'mismatch' | 'overloaded' | 'in_flight', and the
 --   id of the job that answers.
 -- Invariant: one job per id and per idempotency key, however often this is sent; ties between replicas fall to the
