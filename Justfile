@@ -32,6 +32,10 @@ stage +names:
 loadtest *arguments:
     {{ python }} -m penstock loadtest {{ arguments }}
 
+# harm a running system and check that nothing accepted is lost; `just faults --scenario 3 --seed 7`
+faults *arguments:
+    {{ python }} -m tests.faults {{ arguments }}
+
 # show what runs and how deep each queue is
 status *arguments:
     {{ python }} -m penstock status {{ arguments }}

@@ -1,0 +1,55 @@
+"""The replicas' own records: which job asked what, how often, and how each call ended."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.faults.history import Told, read
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """What the replicas were asked.
+
+    Attributes:
+        made: all calls; completed, aborted: those that ended so.
+        repeated: calls answered beyond the first for the same job: work done twice.
+        strangers: calls for jobs that no client was told of (accepted without its knowledge, or sent again).
+        crossed: calls in which one job asked another one's question.
+    """
+
+    made: int
+    completed: int
+    aborted: int
+    repeated: int
+    strangers: int
+    crossed: list[str]
+
+
+def check(requests: Iterable[Told], records: Iterable[Path]) -> Calls:
+    """Read the replicas' files beside what the clients know."""
+    asked_by = {job_id: told for told in requests for job_id in told.ids}
+    ended: Counter[str] = Counter()
+    answered: Counter[str] = Counter()
+    strangers, crossed = 0, []
+    for path in records:
+        for line in read(path):
+            job_id, status = str(line["request_id"]), line["status"]
+            ended[status] += 1
+            answered[job_id] += status == "completed"
+            told = asked_by.get(job_id)
+            if told is None:
+                strangers += 1
+            elif f"Request {told.n}." not in str(line.get("messages", "")):
+                crossed.append(job_id)
+    return Calls(
+        made=ended.total(),
+        completed=ended["completed"],
+        aborted=ended["aborted"],
+        repeated=sum(count - 1 for count in answered.values() if count > 1),
+        strangers=strangers,
+        crossed=crossed,
+    )

@@ -1,0 +1,46 @@
+"""What an idle system must not hold (invariants 7 and 9): read from Redis when all is quiet."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline import keys
+
+
+@dataclass(frozen=True, slots=True)
+class Leftovers:
+    """Keys that should not be there, by what is wrong with them.
+
+    Attributes:
+        load: replicas whose load is not 0, or that hold a lease or a running place.
+        endless: keys without a TTL that are not on the bounded list.
+        work: streams that hold entries, live records, delayed jobs.
+    """
+
+    load: list[str]
+    endless: list[str]
+    work: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.load or self.endless or self.work)
+
+
+async def check(redis: Any) -> Leftovers:
+    """Look at every key of a Redis in which nothing should be going on."""
+    load, endless, work = [], [], []
+    for name in sorted([key.decode(errors="replace") async for key in redis.scan_iter(count=1000)]):
+        if name.startswith(keys.LOAD):
+            if int(await redis.get(name) or 0) != 0:
+                load.append(name)
+        elif name.startswith((keys.LEASES, keys.RUNNING)):
+            load.append(name)
+        elif fnmatch.fnmatchcase(name, "job:*_in*"):
+            if await redis.xlen(name):
+                work.append(name)
+        elif name.startswith((keys.LIVE, keys.IN_FLIGHT)) or name in {keys.LIVE_INDEX, keys.DELAYED}:
+            work.append(name)
+        elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in keys.BOUNDED) and await redis.pttl(name) == -1:
+            endless.append(name)
+    return Leftovers(load, endless, work)

@@ -1,0 +1,400 @@
+"""The whole pipeline as separate processes that a scenario starts, kills, freezes and starts again, each by its name.
+
+The same programs that `penstock up` runs, without its supervisor: what dies stays dead until the scenario says
+otherwise. Every start of a process is a *generation* with a worker name of its own (`llm-1.3`), so an outcome's
+`worker` tells which life of which process wrote it. All of them end with the process that started them (leash).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Self
+
+import aiohttp
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from pipeline import keys, leash
+from pipeline.job import PRIORITIES
+from pipeline.local import free_port
+from pipeline.private_redis import wait_until_ready
+from tests.cli.conftest import clean_environment
+from tests.conftest import wait_until
+from tests.faults.proxy import Proxy
+from tests.servers import server_binary
+
+LEASE_S: Final = 3.0
+"""Short, so that a run sees many leases lapse; every bound below is told in leases."""
+READY_S: Final = 60.0
+STOP_S: Final = 30.0
+STAGES: Final = ("encoder", "retriever", "llm")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What runs, and how.
+
+    Attributes:
+        latency: of the mock replicas, as `penstock mock-llm` takes it.
+        redis: further options of Redis' configuration, by name.
+        environ: settings of all processes of ours.
+        proxied: names of processes that reach Redis through a proxy of their own (`Cluster.proxies`).
+        modules: what runs instead of `-m stages NAME`, by process name.
+        wrap: words before a process' command line, by its name (`faketime`, say).
+    """
+
+    encoders: int = 2
+    retrievers: int = 1
+    llms: int = 2
+    gateways: int = 1
+    replicas: int = 3
+    latency: str = "0.05"
+    fsync: str = "everysec"
+    redis: Mapping[str, str] = field(default_factory=dict)
+    environ: Mapping[str, str] = field(default_factory=dict)
+    proxied: frozenset[str] = frozenset()
+    modules: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    wrap: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+class Part:
+    """One process: at most one life at a time.
+
+    Attributes:
+        generation: how often it was started.
+        process: the present or last life.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], environ: Mapping[str, str], log: Path) -> None:
+        self.name = name
+        self.generation = 0
+        self.process: asyncio.subprocess.Process | None = None
+        self._command = command
+        self._environ = environ
+        self._log = log
+
+    @property
+    def stage(self) -> str:
+        """Its kind: the name without the number."""
+        return self.name.rpartition("-")[0]
+
+    @property
+    def worker(self) -> str:
+        """The worker name of its present life, as outcomes and consumers show it."""
+        return f"{self.name}.{self.generation}"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the present life."""
+        assert self.process is not None, f"{self.name} was never started"
+        return self.process.pid
+
+    @property
+    def lives(self) -> bool:
+        """Whether it runs (or is frozen)."""
+        return self.process is not None and self.process.returncode is None
+
+    async def start(self) -> None:
+        """Start the next life."""
+        assert not self.lives, f"{self.name} runs already"
+        self.generation += 1
+        read_end, write_end = os.pipe()
+        tied = [sys.executable, "-I", "-S", leash.__file__, str(int(signal.SIGKILL)), str(os.getpid()), str(read_end)]
+        try:
+            with self._log.open("ab") as log:
+                self.process = await asyncio.create_subprocess_exec(
+                    *tied,
+                    *self._command,
+                    cwd="/",
+                    env={**self._environ, "PENSTOCK_WORKER__NAME": self.worker},
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[read_end],
+                    start_new_session=True,
+                )
+        finally:
+            os.close(read_end)
+            os.close(write_end)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the present life."""
+        os.kill(self.pid, number)
+
+    async def wait(self, timeout_s: float = STOP_S) -> int:
+        """Wait for the end of the present life; return its exit code."""
+        assert self.process is not None
+        async with asyncio.timeout(timeout_s):
+            return await self.process.wait()
+
+    async def kill(self) -> None:
+        """End the present life as a crash would (SIGKILL)."""
+        with suppress(ProcessLookupError):
+            self.signal(signal.SIGKILL)
+        await self.wait()
+
+    async def stop(self) -> int:
+        """Ask it to drain (SIGTERM) and wait for its end; return its exit code."""
+        self.signal(signal.SIGTERM)
+        return await self.wait()
+
+    def resident_bytes(self) -> int:
+        """Return the memory it holds now."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def cpu_s(self) -> float:
+        """Return the CPU time that the present life has used."""
+        words = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+    def __repr__(self) -> str:
+        return f"<Part {self.worker} {'lives' if self.lives else 'dead'}>"
+
+
+class RedisPart(Part):
+    """Redis itself: it is there when it answers."""
+
+    def __init__(self, folder: Path, fsync: str, options: Mapping[str, str]) -> None:
+        self.socket = folder / "redis.sock"
+        directory = folder / "redis"
+        directory.mkdir()
+        all_options = {
+            "port": "0",
+            "unixsocket": str(self.socket),
+            "dir": str(directory),
+            "save": "",
+            "appendonly": "yes",
+            "appendfsync": fsync,
+            "maxmemory-policy": "noeviction",
+            **options,
+        }
+        words = [word for name, value in all_options.items() for word in (f"--{name}", value)]
+        super().__init__("redis", [server_binary(), *words], clean_environment(), folder / "redis.log")
+
+    async def start(self) -> None:
+        """Start it, wait until it answers, and have it write its file anew (see docs/OPERATIONS.md)."""
+        await super().start()
+        async with asyncio.timeout(READY_S):
+            await wait_until_ready(self.socket)
+        if self.generation > 1:
+            async with Redis(unix_socket_path=str(self.socket)) as redis:
+                await redis.bgrewriteaof()
+
+
+class Cluster:
+    """All processes of one run; use as `async with`.
+
+    Attributes:
+        parts: every process by name: redis, replica-1.., encoder-1.., retriever-1.., llm-1.., gateway-1...
+        proxies: the proxies of those that have one, by name.
+        redis: a connection of the scenario's own; it repeats no command.
+        http: likewise.
+    """
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self.folder = folder
+        self.layout = layout
+        self.parts: dict[str, Part] = {}
+        self.proxies: dict[str, Proxy] = {}
+        self.ports: dict[str, int] = {}
+        self.server = RedisPart(folder, layout.fsync, layout.redis)
+        self.redis: Any = Redis(
+            unix_socket_path=str(self.server.socket), retry=Retry(NoBackoff(), 0), max_connections=200
+        )
+        self.http: aiohttp.ClientSession
+
+    # --- by name ---------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> Part:
+        return self.parts[name]
+
+    def of(self, *stages: str) -> list[Part]:
+        """Return the processes of some stages (or gateway, replica), in order."""
+        return [part for part in self.parts.values() if part.stage in stages]
+
+    @property
+    def workers(self) -> list[Part]:
+        """All stage processes."""
+        return self.of(*STAGES)
+
+    @property
+    def gateway_urls(self) -> list[str]:
+        """Addresses of the gateways."""
+        return [f"http://127.0.0.1:{self.ports[part.name]}" for part in self.of("gateway")]
+
+    @property
+    def replica_urls(self) -> list[str]:
+        """Addresses of the mock replicas."""
+        return [f"http://127.0.0.1:{self.ports[part.name]}" for part in self.of("replica")]
+
+    def records(self) -> list[Path]:
+        """Files in which the replicas wrote what they were asked."""
+        return [self._record(part.name) for part in self.of("replica")]
+
+    def _record(self, name: str) -> Path:
+        return self.folder / f"{name}.jsonl"
+
+    # --- starting and ending ---------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        self.http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, force_close=False), timeout=aiohttp.ClientTimeout(total=90)
+        )
+        try:
+            await self._start_all()
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for part in self.parts.values():
+            if part.lives:
+                await part.kill()
+        for proxy in self.proxies.values():
+            await proxy.__aexit__(None, None, None)
+        await self.http.close()
+        await self.redis.aclose()
+
+    async def _start_all(self) -> None:
+        layout = self.layout
+        self.parts["redis"] = self.server
+        await self.server.start()
+        for number in range(1, layout.replicas + 1):
+            self._add(f"replica-{number}", ["penstock", "mock-llm", "--latency", layout.latency])
+        names = [
+            *(f"encoder-{n}" for n in range(1, layout.encoders + 1)),
+            *(f"retriever-{n}" for n in range(1, layout.retrievers + 1)),
+            *(f"llm-{n}" for n in range(1, layout.llms + 1)),
+        ]
+        for name in names:
+            await self._add_proxy(name)
+            self._add(name, layout.modules.get(name, ["stages", name.rpartition("-")[0]]))
+        for number in range(1, layout.gateways + 1):
+            await self._add_proxy(f"gateway-{number}")
+            self._add(f"gateway-{number}", ["gateway"])
+        await asyncio.gather(*(part.start() for part in self.parts.values() if part is not self.server))
+        await self.until_ready()
+
+    async def _add_proxy(self, name: str) -> None:
+        if name in self.layout.proxied:
+            self.proxies[name] = await Proxy(self.server.socket).__aenter__()
+
+    def _add(self, name: str, module: Sequence[str]) -> None:
+        port = self.ports[name] = free_port("127.0.0.1", 0)
+        command = [*self.layout.wrap.get(name, ()), sys.executable, "-P", "-m", *module]
+        environ = {}
+        if name.startswith("replica"):
+            command += ["--port", str(port), "--record", str(self._record(name))]
+        elif name.startswith("gateway"):
+            environ["PENSTOCK_GATEWAY__PORT"] = str(port)
+        else:
+            environ["PENSTOCK_METRICS__PORT"] = str(port)
+        proxy = self.proxies.get(name)
+        if not name.startswith("replica"):
+            environ |= {
+                "REDIS_URL": proxy.redis_url if proxy else f"unix://{self.server.socket}",
+                "LLM_URLS": ",".join(self.replica_urls),
+                "PENSTOCK_WORKER__LEASE_S": f"{LEASE_S:g}",
+                "PENSTOCK_RETRIEVER__PATH": str(self.folder / "index"),
+                "PENSTOCK_RETRIEVER__TOP_K": "1",
+                "PENSTOCK_RETRY__BASE_S": "0.1",
+                "PENSTOCK_LLM__BREAKER_OPEN_S": "1",
+                "PENSTOCK_LOG__FORMAT": "json",
+                **self.layout.environ,
+            }
+        self.parts[name] = Part(name, command, clean_environment(**environ), self.folder / f"{name}.log")
+
+    # --- looking ---------------------------------------------------------------------------------
+
+    async def until_ready(self) -> None:
+        """Wait until every gateway says that questions can be answered."""
+        for url in self.gateway_urls:
+            await wait_until(lambda url=url: self._is_ready(url), timeout_s=READY_S, every_s=0.05)  # type: ignore[misc]
+        for part in self.workers:
+            await self.until_works(part)
+
+    async def _is_ready(self, url: str) -> bool:
+        try:
+            async with self.http.get(f"{url}/readyz") as answer:
+                return answer.status == 200
+        except aiohttp.ClientError:
+            return False
+
+    async def until_works(self, part: Part) -> float:
+        """Wait until a worker says that it can work; return how long that took, in seconds."""
+        began_s = time.monotonic()
+
+        async def works() -> bool:
+            values = await self.metrics(part)
+            return values.get(f'penstock_stage_ready{{stage="{part.stage}"}}') == 1.0
+
+        await wait_until(works, timeout_s=READY_S, every_s=0.05)
+        return time.monotonic() - began_s
+
+    async def metrics(self, part: Part) -> dict[str, float]:
+        """Return what a process says of itself, by metric with its labels; nothing while nobody listens."""
+        try:
+            async with self.http.get(f"http://127.0.0.1:{self.ports[part.name]}/metrics") as answer:
+                text = await answer.text()
+        except (aiohttp.ClientError, TimeoutError):
+            return {}
+        lines = [line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#")]
+        return {name: float(value) for name, _, value in lines}
+
+    async def metric(self, name: str, *parts: Part) -> float:
+        """Return the sum of a metric over all its labels and over some processes (all workers where none is named)."""
+        total = 0.0
+        for part in parts or self.workers:
+            values = await self.metrics(part)
+            total += sum(value for key, value in values.items() if key == name or key.startswith(name + "{"))
+        return total
+
+    async def in_hand(self, part: Part) -> list[tuple[str, bytes]]:
+        """Return the entries (stream, id) that the present life of a worker holds, as Redis has it."""
+        held = []
+        for priority in PRIORITIES:
+            stream = keys.stream(part.stage, priority)
+            for consumer in await self.redis.xinfo_consumers(stream, part.stage):
+                if consumer["name"].decode().startswith(part.worker + ":") and consumer["pending"]:
+                    rows = await self.redis.xpending_range(stream, part.stage, "-", "+", 1000, consumer["name"])
+                    held += [(stream, row["message_id"]) for row in rows]
+        return held
+
+    async def owner(self, stream: str, entry: bytes) -> str | None:
+        """Return the worker name (`llm-1.3`) that holds an entry; None when nobody does, or the entry is gone."""
+        group = stream.removeprefix("job:").split("_in")[0]
+        rows = await self.redis.xpending_range(stream, group, entry, entry, 1)
+        return rows[0]["consumer"].decode().partition(":")[0] if rows else None
+
+    async def job_ids(self, held: Sequence[tuple[str, bytes]]) -> list[str]:
+        """Return the ids of the jobs in some entries that are still there."""
+        found = []
+        for stream, entry in held:
+            for _, fields in await self.redis.xrange(stream, entry, entry):
+                found.append(fields[b"data"].split(b'"', 8)[5].decode())
+        return found
+
+    async def live_jobs(self) -> int:
+        """Return how many jobs are accepted and not ended."""
+        return int(await self.redis.zcard(keys.LIVE_INDEX))
+
+    async def behave(self, *names: str, **patch: Any) -> None:
+        """Change how mock replicas behave, all of them where none is named."""
+        for name in names or [part.name for part in self.of("replica")]:
+            url = f"http://127.0.0.1:{self.ports[name]}/mock/behaviour"
+            async with self.http.post(url, json=patch) as answer:
+                answer.raise_for_status()
+
+    def __repr__(self) -> str:
+        return f"<Cluster {self.folder} {list(self.parts.values())}>"

@@ -1,0 +1,274 @@
+"""Clients in open loop: each request is sent at its planned instant, however the earlier ones fare.
+
+Five kinds of clients, since each learns of its job in another way:
+
+- `ask` waits for its answer on the open connection;
+- `background` takes a job id and looks for the outcome later;
+- `keyed` does so too, with an Idempotency-Key: whenever it hears nothing it sends again, and so always learns the id;
+- `foreign` is another program: it puts a question on `job:encoder_in` under an id of its own;
+- `prompt` likewise, on `job:llm_in`.
+
+A `foreign` or `prompt` client may also send an entry once more under an id that has had its outcome (`again`), as a
+sender that crashed would: nothing may come of it.
+
+Outcomes are read where the contract says they stand, in `job:completion:<id>`, and read a second time a while later:
+an outcome never changes. Every question has one right answer, so one that went to somebody else is noticed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Mapping
+from random import Random
+from typing import Any, Final
+
+import aiohttp
+import orjson
+from redis.exceptions import RedisError
+
+from pipeline import keys
+from tests.faults.cluster import LEASE_S, Cluster
+from tests.faults.history import Json, Writer
+
+LOOK_EVERY_S: Final = 0.05
+LOOK_AT_ONCE: Final = 500
+AGAIN_AFTER_S: Final = 2 * LEASE_S
+"""When an outcome is read for the second time: after any frozen worker has woken up and tried its worst."""
+PATIENCE_S: Final = 45.0
+"""How long a keyed client goes on sending, and how long the quiet phase waits for outcomes that are still missing."""
+
+KEPT_BY: Final = {
+    "heron": "amber", "otter": "bronze", "lynx": "copper", "raven": "crimson", "badger": "ivory", "falcon": "jade",
+    "marten": "obsidian", "stork": "pearl", "viper": "ruby", "walrus": "silver", "yak": "topaz", "zebra": "violet",
+}  # fmt: skip
+"""What the documents say: `The heron keeps the amber key.`"""
+
+Mix = Mapping[str, float]
+EVERYBODY: Final[Mix] = {"ask": 3, "background": 2, "keyed": 2, "foreign": 2, "prompt": 1}
+
+
+class Load:
+    """Clients of one cluster.
+
+    Args:
+        mix: kinds of clients and how many of each there are, in proportion.
+        again: share of foreign entries that are sent once more after their outcome.
+        fields: further fields of every query (`priority`, `timeout_s`).
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        writer: Writer,
+        rng: Random,
+        mix: Mix = EVERYBODY,
+        *,
+        again: float = 0.1,
+        fields: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.sent = 0
+        self.answered = 0
+        self._cluster = cluster
+        self._writer = writer
+        self._rng = rng
+        self._kinds, self._weights = list(mix), list(mix.values())
+        self._again = again
+        self._fields = dict(fields or {})
+        self._open: dict[str, int] = {}  # accepted, not ended: job id and number
+        self._once_more: deque[tuple[float, str, int, str]] = deque()  # due, id, number, kind
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._turn = 0
+
+    @property
+    def open(self) -> frozenset[str]:
+        """Jobs whose acceptance the clients heard of and whose outcome they did not."""
+        return frozenset(self._open)
+
+    async def prepare(self) -> None:
+        """Index the documents that the questions are about."""
+        for animal, stone in KEPT_BY.items():
+            body = {"id": animal, "text": f"The {animal} keeps the {stone} key."}
+            url = f"{self._cluster.gateway_urls[0]}/documents"
+            async with self._cluster.http.post(url, json=body, headers={"idempotency-key": f"doc-{animal}"}) as answer:
+                answer.raise_for_status()
+        while await self._cluster.live_jobs():
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    # --- sending ---------------------------------------------------------------------------------
+
+    async def run(self, jobs: int, rate: float) -> None:
+        """Send *jobs* requests, *rate* per second; return when the last is on its way."""
+        began_s = time.monotonic()
+        for number in range(jobs):
+            delay_s = began_s + number / rate - time.monotonic()
+            if delay_s > 0:
+                await asyncio.sleep(delay_s)
+            self.send(self._rng.choices(self._kinds, self._weights)[0])
+
+    def send(self, kind: str, **fields: Any) -> int:
+        """Send one request of a kind now; return its number."""
+        self.sent += 1
+        number = self.sent
+        subject = self._rng.choice(list(KEPT_BY))
+        self._writer.write("submitted", n=number, kind=kind, subject=subject)
+        work = {"ask": self._ask, "background": self._background, "keyed": self._keyed}.get(kind, self._add)
+        self._spawn(work(number, kind, subject, self._fields | fields))
+        return number
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _ask(self, number: int, kind: str, subject: str, fields: Json) -> None:
+        await self._post(number, {"query": question(number, subject), **fields})
+
+    async def _background(self, number: int, kind: str, subject: str, fields: Json) -> None:
+        await self._post(number, {"query": question(number, subject), "background": True, **fields})
+
+    async def _keyed(self, number: int, kind: str, subject: str, fields: Json) -> None:
+        body = {"query": question(number, subject), "background": True, **fields}
+        give_up_s = time.monotonic() + PATIENCE_S
+        while not await self._post(number, body, key=f"request-{number}") and time.monotonic() < give_up_s:
+            await asyncio.sleep(self._rng.uniform(0.1, 0.5))
+
+    async def _post(self, number: int, body: Json, key: str = "") -> bool:
+        """Send a query; note what was heard, and say whether the gateway has decided."""
+        headers = {"idempotency-key": key} if key else {}
+        urls = self._cluster.gateway_urls
+        self._turn += 1
+        for attempt in range(len(urls)):  # as a load balancer would: the next one, when nobody listens here
+            url = urls[(self._turn + attempt) % len(urls)]
+            try:
+                async with self._cluster.http.post(f"{url}/query", json=body, headers=headers) as answer:
+                    return self._heard(number, answer.status, orjson.loads(await answer.read()))
+            except aiohttp.ClientConnectorError as error:
+                if attempt == len(urls) - 1:
+                    self._writer.write("refused", n=number, code=type(error).__name__)
+            except (aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError) as error:
+                self._writer.write("unknown", n=number, code=type(error).__name__)
+                return False
+        return False
+
+    def _heard(self, number: int, status: int, body: Json) -> bool:
+        job_id = body.get("job_id")
+        code = body.get("error", {}).get("code", "")
+        if job_id is not None:
+            self._writer.write("accepted", n=number, id=job_id)
+            if status == 200:
+                outcome = {name: body[name] for name in ("worker", "replica", "answer")}
+                self._ended(number, job_id, "ask", {"status": "completed", **outcome})
+            elif code == "job_lost":
+                self._ended(number, job_id, "ask", {"status": "lost", "code": code})
+            else:  # accepted, or ended otherwise than well: the completion says how
+                self._open[job_id] = number
+            return True
+        if code == "redis_unavailable":
+            self._writer.write("unknown", n=number, code=code)
+            return False
+        self._writer.write("refused", n=number, code=code)
+        return status not in {429, 503}
+
+    async def _add(self, number: int, kind: str, subject: str, fields: Json) -> None:
+        job_id = f"{kind}-{number}"
+        stage, name = ("llm", "prompt") if kind == "prompt" else ("encoder", "query")
+        body = {name: question(number, subject)}
+        wish = {name: fields[name] for name in ("priority", "timeout_s") if name in fields}
+        entry = {"data": orjson.dumps({"id": job_id, **body, **wish})}
+        try:
+            await self._cluster.redis.xadd(keys.stream(stage), entry)
+        except RedisError as error:
+            self._writer.write("unknown", n=number, code=type(error).__name__)
+            return
+        self._writer.write("accepted", n=number, id=job_id)
+        self._open[job_id] = number
+
+    # --- looking ---------------------------------------------------------------------------------
+
+    async def look_forever(self) -> None:
+        """Look for outcomes, and for those found once more a while later; until cancelled."""
+        while True:
+            due = []
+            while self._once_more and self._once_more[0][0] <= time.monotonic():
+                due.append(self._once_more.popleft())
+            try:
+                await self._look({job_id: (number, "") for job_id, number in list(self._open.items())})
+                await self._look({job_id: (number, kind) for _, job_id, number, kind in due})
+            except RedisError:  # away: nothing is known, and nothing is noted
+                self._once_more.extendleft(reversed(due))
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _look(self, wanted: Mapping[str, tuple[int, str]]) -> None:
+        ids = list(wanted)
+        for i in range(0, len(ids), LOOK_AT_ONCE):
+            some = ids[i : i + LOOK_AT_ONCE]
+            values = await self._cluster.redis.mget([keys.COMPLETION + job_id for job_id in some])
+            for job_id, value in zip(some, values, strict=True):
+                number, seen_by = wanted[job_id]
+                if value is not None:
+                    self._ended(number, job_id, seen_by and "again", distil(orjson.loads(value)))
+                elif seen_by:
+                    self._writer.write("outcome", n=number, id=job_id, outcome={"status": "vanished"})
+
+    def _ended(self, number: int, job_id: str, seen_by: str, outcome: Json) -> None:
+        self._writer.write("outcome", n=number, id=job_id, outcome=outcome)
+        self._open.pop(job_id, None)
+        if seen_by == "again":
+            return
+        self.answered += 1
+        if outcome["status"] != "lost":
+            self._once_more.append((time.monotonic() + AGAIN_AFTER_S, job_id, number, "again"))
+        is_foreign = job_id.startswith(("foreign-", "prompt-"))
+        if is_foreign and self._rng.random() < self._again:
+            self._spawn(self._send_again(job_id))
+
+    async def _send_again(self, job_id: str) -> None:
+        stage, body = (
+            ("encoder", {"query": "What is this?"}) if job_id.startswith("foreign") else ("llm", {"prompt": "?"})
+        )
+        try:
+            await self._cluster.redis.xadd(keys.stream(stage), {"data": orjson.dumps({"id": job_id, **body})})
+        except RedisError:
+            return  # one sender less that repeats itself: nothing was promised
+
+    async def quiet(self, patience_s: float = PATIENCE_S) -> None:
+        """Wait until every accepted job has its outcome, at most for *patience_s*, and each was read twice."""
+        give_up_s = time.monotonic() + patience_s
+        while (self._tasks or self._open) and time.monotonic() < give_up_s:
+            await asyncio.sleep(LOOK_EVERY_S)
+        while self._once_more and time.monotonic() < give_up_s + 2 * AGAIN_AFTER_S:
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def close(self) -> None:
+        """Stop all clients."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def __repr__(self) -> str:
+        return f"<Load sent={self.sent} answered={self.answered} open={len(self._open)} at_work={len(self._tasks)}>"
+
+
+def question(number: int, subject: str) -> str:
+    """Return what client *number* asks."""
+    return f"Which key does the {subject} keep? Request {number}."
+
+
+def is_right(kind: str, number: int, subject: str, answer: str) -> bool:
+    """Say whether *answer* is the one to that question."""
+    if kind == "prompt":
+        return question(number, subject) in answer
+    return f"the {KEPT_BY[subject]} key" in answer
+
+
+def distil(completion: Json) -> Json:
+    """Return what of an outcome must never change, in few bytes."""
+    outcome: Json = {name: completion.get(name) for name in ("status", "worker", "replica", "attempts", "finished_us")}
+    if completion.get("result"):
+        outcome["answer"] = completion["result"].get("answer")
+    if completion.get("error"):
+        outcome["code"] = completion["error"]["code"]
+    outcome["shortest_ms"] = min(completion.get("timings_ms", {}).values(), default=0.0)
+    return outcome
