@@ -235,6 +235,37 @@ class Outage:
             log.info("redis is back", at=self._what, away_s=round(away_s, 3))
 
 
+class Backoff:
+    """The pace of one loop that tries again: each failure in a row is followed by a longer wait.
+
+    Attributes:
+        failures: how many there were since the last success.
+    """
+
+    def __init__(self, cap_s: float, outage: Outage | None = None) -> None:
+        self.failures = 0
+        self._cap_s = cap_s
+        self._outage = outage  # None: another loop tells of the same trouble
+
+    async def failed(self, error: Exception) -> None:
+        """Note that Redis is away, and wait before the next try."""
+        if self._outage is not None:
+            self._outage.begins(error)
+        await self.wait()
+
+    async def wait(self) -> None:
+        """Wait before the next try, without calling it an outage."""
+        delay_s = reconnect_delay_s(self.failures, self._cap_s)
+        self.failures += 1
+        await asyncio.sleep(delay_s)
+
+    def succeeded(self) -> None:
+        """Note that it works (again)."""
+        self.failures = 0
+        if self._outage is not None:
+            self._outage.ends()
+
+
 def reconnect_delay_s(failures: int, cap_s: float) -> float:
     """Return the wait before connection attempt number *failures* + 1, in seconds."""
     return float(min(cap_s, 0.02 * 2.0 ** min(failures, 10)))

@@ -23,7 +23,7 @@ import structlog
 
 from pipeline import keys, metrics, scripts
 from pipeline.clock import Clock, monotonic_us
-from pipeline.connection import Argument, CommandRefused, Link, Outage, parse_info, reconnect_delay_s
+from pipeline.connection import Argument, Backoff, CommandRefused, Link, Outage, parse_info
 from pipeline.errors import ConfigError, PenstockError
 from pipeline.quarantine import Quarantine
 from pipeline.worker import Worker, wait_at_most
@@ -71,7 +71,6 @@ class Consumer:
         self._record = b""
         self._missing: dict[tuple[str, str], int] = {}  # lapsed (stream, consumer): when it was first missed
         self._stop = asyncio.Event()
-        self._outage = Outage("lease")
 
     # --- the life of the process -----------------------------------------------------------------
 
@@ -149,17 +148,14 @@ class Consumer:
     # --- the lease -------------------------------------------------------------------------------
 
     async def _renew_forever(self) -> None:
-        failures = 0
+        backoff = Backoff(self._settings.redis.reconnect_cap_s, Outage("lease"))
         while True:
             try:
                 await self.renew()
             except PenstockError as error:
-                self._outage.begins(error)
-                await asyncio.sleep(reconnect_delay_s(failures, self._settings.redis.reconnect_cap_s))
-                failures += 1
+                await backoff.failed(error)
             else:
-                self._outage.ends()
-                failures = 0
+                backoff.succeeded()
                 await wait_at_most(self._renew_now, self._settings.worker.renew_s)
 
     async def renew(self) -> None:
@@ -290,11 +286,11 @@ class Consumer:
     # --- hints -----------------------------------------------------------------------------------
 
     async def _listen_forever(self) -> None:
-        failures = 0
+        backoff = Backoff(self._settings.redis.reconnect_cap_s)  # the lease's renewal reports the outage
         while True:
             try:
                 async for channel, message in self._listener.subscribe(keys.CANCEL_CHANNEL, keys.WAKE_CHANNEL):
-                    failures = 0
+                    backoff.succeeded()
                     for worker in self.workers:
                         if not channel:
                             await worker.catch_up()
@@ -302,9 +298,8 @@ class Consumer:
                             worker.cancel(message.decode())
                         else:
                             worker.wake()
-            except PenstockError:
-                await asyncio.sleep(reconnect_delay_s(failures, self._settings.redis.reconnect_cap_s))
-                failures += 1
+            except PenstockError as error:
+                await backoff.failed(error)
 
     def __repr__(self) -> str:
         return f"<Consumer {self.name} {self.workers}>"

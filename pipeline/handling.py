@@ -18,7 +18,7 @@ import structlog
 
 from pipeline import flows, keys, metrics
 from pipeline.clock import Clock
-from pipeline.connection import Argument, Outage, reconnect_delay_s
+from pipeline.connection import Argument, Backoff, Outage
 from pipeline.errors import BrokerUnavailable, DeadlineExceeded, MalformedEntry, PenstockError, RetryLater
 from pipeline.job import OURS, Completion, Done, Job, decode, decode_foreign, error_body
 from pipeline.outcomes import Bury, Complete, Forward, Retry, decide, ended
@@ -358,14 +358,15 @@ class Handling:
 
     async def _until_answered(self, call: Callable[[], Awaitable[A]]) -> A:
         """Repeat a harmless call until Redis has answered."""
-        failures = 0
+        backoff = Backoff(self._settings.redis.reconnect_cap_s, self._outage)
         while True:
             try:
-                return await call()
+                answer = await call()
             except BrokerUnavailable as error:
-                self._outage.begins(error)
-                await asyncio.sleep(reconnect_delay_s(failures, self._settings.redis.reconnect_cap_s))
-                failures += 1
+                await backoff.failed(error)
+            else:
+                backoff.succeeded()
+                return answer
 
     def _log(self, held: Held) -> structlog.stdlib.BoundLogger:
         job = held.job

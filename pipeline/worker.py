@@ -21,7 +21,7 @@ import structlog
 
 from pipeline import metrics
 from pipeline.clock import Clock
-from pipeline.connection import GroupMissing, Outage, OutOfMemory, reconnect_delay_s
+from pipeline.connection import Backoff, GroupMissing, Outage, OutOfMemory
 from pipeline.errors import BrokerUnavailable, NotReady, PenstockError
 from pipeline.handling import Handling, Held, Reason
 from pipeline.quarantine import Quarantine
@@ -78,7 +78,6 @@ class Worker:
         self._heard: OrderedDict[str, None] = OrderedDict()  # jobs to be cancelled whose entry may be on its way to us
         self._seen_unheld: dict[tuple[str, bytes], int] = {}
         self._taken_up: OrderedDict[tuple[str, bytes], None] = OrderedDict()
-        self._outage = Outage(f"{stage.name} read")
         self.replicas = Replicas(self.streams, settings, clock, self._entry_of, self._rng)
         self._handling = Handling(
             stage, self.streams, self.replicas, self._by_job, self._heard, settings, clock, self._rng, name
@@ -96,24 +95,19 @@ class Worker:
     async def run(self) -> None:
         """Start the stage, then read and start entries until told to be quiet."""
         await self._start_stage()
-        failures = 0
+        backoff = Backoff(self._settings.redis.reconnect_cap_s, Outage(f"{self.stage.name} read"))
         while not self._quiet:
             try:
                 await self._feed()
             except GroupMissing:
                 log.warning("a consumer group is gone; creating it again", stage=self.stage.name)
-                failures += 1
-                await asyncio.sleep(reconnect_delay_s(failures, self._settings.redis.reconnect_cap_s))
+                await backoff.wait()
                 with suppress(PenstockError):  # refused when memory is full, or Redis away: tried again
                     await self.streams.ensure_groups()
-                continue
             except PenstockError as error:
-                self._outage.begins(error)
-                await asyncio.sleep(reconnect_delay_s(failures, self._settings.redis.reconnect_cap_s))
-                failures += 1
-                continue
-            self._outage.ends()
-            failures = 0
+                await backoff.failed(error)
+            else:
+                backoff.succeeded()
 
     async def _start_stage(self) -> None:
         while not self._quiet:
