@@ -70,7 +70,8 @@ class Link:
         """Run one command and return its reply, bytes as bytes.
 
         Args:
-            timeout_s: how long to wait for the reply; None takes the setting. A blocking command needs more.
+            timeout_s: how long to wait for the reply; None takes the setting. A blocking command needs more. Where it
+                is shorter than the settings say, a connection that has to be made first gets no longer either.
 
         Raises:
             BrokerUnavailable: no connection, or the reply did not come (`unknown` says whether it may have run).
@@ -79,10 +80,12 @@ class Link:
         async with self._turn:
             return await self._call(args, timeout_s or self._settings.reply_timeout_s)
 
-    async def run(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument]) -> Any:
-        """Run a script by its hash, loading it where Redis does not have it."""
+    async def run(
+        self, script: Script, keys: Sequence[Argument], args: Sequence[Argument], *, timeout_s: float | None = None
+    ) -> Any:
+        """Run a script by its hash, loading it where Redis does not have it; `timeout_s` and errors as for `call`."""
         async with self._turn:
-            timeout_s = self._settings.reply_timeout_s
+            timeout_s = timeout_s or self._settings.reply_timeout_s
             try:
                 return await self._call(("EVALSHA", script.sha, len(keys), *keys, *args), timeout_s)
             except _ScriptMissing:
@@ -121,7 +124,7 @@ class Link:
                     yield message[1].decode(), message[2]
 
     async def _call(self, args: Sequence[Argument], timeout_s: float) -> Any:
-        await self._connect()
+        await self._connect(timeout_s)
         await self._send(args)
         return await self._reply(args[0], timeout_s)
 
@@ -132,11 +135,11 @@ class Link:
             raise BrokerUnavailable(f"no reply to {command!s} within {timeout_s} s", unknown=True)
         return reply
 
-    async def _connect(self) -> None:
+    async def _connect(self, at_most_s: float) -> None:
         if self._connection.is_connected and self.connected_at_us is not None:
             return
         try:
-            async with asyncio.timeout(self._settings.connect_timeout_s):
+            async with asyncio.timeout(min(self._settings.connect_timeout_s, at_most_s)):
                 await self._connection.connect()  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
         except redis_errors.AuthenticationError as error:
             raise ConfigError(f"Redis refuses the credentials in its URL: {error}") from error
@@ -145,7 +148,7 @@ class Link:
             raise BrokerUnavailable(f"no connection to Redis: {error or 'timed out'}") from error
         self.connected_at_us = monotonic_us()
         await self._send(("CLIENT", "ID"))
-        self.client_id = await self._reply("CLIENT ID", self._settings.reply_timeout_s)
+        self.client_id = await self._reply("CLIENT ID", min(self._settings.reply_timeout_s, at_most_s))
 
     async def _send(self, args: Sequence[Argument]) -> None:
         try:

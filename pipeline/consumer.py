@@ -1,7 +1,8 @@
 """One process of ours as Redis sees it: a consumer with a lease, and everything that happens at intervals.
 
 The lease (`worker:<consumer>`) says that the process lives. It is renewed at a third of its length or sooner; at every
-renewal Redis also tells what this consumer holds, and each worker compares that with what is in hand. Others claim the
+renewal Redis also tells what this consumer holds, and each worker compares that with what is in hand. Renewing has a
+connection of its own and waits for nothing else: what follows from it is done beside it. Others claim the
 entries of a consumer whose lease they missed in two looks, one renewal apart, over a connection that has held for a
 while: after an outage of Redis all leases have lapsed at once, and owners re-take theirs first.
 """
@@ -159,7 +160,7 @@ class Consumer:
                 await wait_at_most(self._renew_now, self._settings.worker.renew_s)
 
     async def renew(self) -> None:
-        """Renew the lease, compare what is in hand with what Redis says, and take up what no read delivered."""
+        """Renew the lease, and compare what is in hand with what Redis says; what follows is done beside it."""
         pairs = [(worker, stream) for worker in self.workers for stream in worker.streams.names]
         before = {worker: frozenset(worker.held) for worker in self.workers}
         record = self._describe()
@@ -168,7 +169,8 @@ class Consumer:
         for worker, stream in pairs:
             args += [stream, worker.stage.name]
         sent_us = monotonic_us()
-        reply = await self._link.run(scripts.RENEW, (), args)
+        timeout_s = min(self._settings.redis.reply_timeout_s, self._settings.worker.renew_timeout_s)
+        reply = await self._link.run(scripts.RENEW, (), args, timeout_s=timeout_s)
         self.clock.observe(int(reply[0]), sent_us)
         if reply[1] == b"taken" and self._record:
             metrics.LEASES_LOST.inc()
@@ -179,11 +181,7 @@ class Consumer:
             if rows != b"gone":
                 pending[worker] |= {(stream, entry_id): int(count) for entry_id, count in rows}
         for worker in self.workers:
-            missing = worker.reconcile(before[worker], pending[worker])
-            if missing:
-                await worker.take_up(missing)
-            if worker.stage.placed:
-                await worker.replicas.register()
+            worker.follow_up(worker.reconcile(before[worker], pending[worker]))
 
     def _describe(self) -> bytes:
         return orjson.dumps(

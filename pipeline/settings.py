@@ -58,6 +58,11 @@ class WorkerSettings(Section):
         """Interval between renewals: three fit into a lease, and recovery fits into lease + 2 s."""
         return min(self.lease_s / 3, 0.9)
 
+    @property
+    def renew_timeout_s(self) -> float:
+        """How long a renewal's reply is waited for: time is left to notice a dead connection and to replace it."""
+        return self.lease_s / 3
+
 
 class RetrySettings(Section):
     """Back-off between attempts: full jitter below `min(cap_s, base_s * 2 ** n)`."""

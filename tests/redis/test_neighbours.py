@@ -205,6 +205,7 @@ async def test_suspect_in_still_hands_stays_ours(link: Link, settings: Settings,
         (entry,) = (await worker.streams.claim(STREAM, "owner", 1, idle=True)).entries
         await consumer.renew()
         await consumer.renew()
+        await wait_until(lambda: worker._own_suspects)
         assert worker.held == {}
         assert list(worker._own_suspects) == [(STREAM, entry.id)]
 
