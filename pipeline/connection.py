@@ -66,6 +66,15 @@ class Link:
         self._turn = asyncio.Lock()
         self._connection = _make_connection(settings, name)
 
+    async def open(self, timeout_s: float) -> None:
+        """Connect now, where there is no connection, so that what is sent next can be chosen after that wait.
+
+        Raises:
+            BrokerUnavailable: no connection was made in time.
+        """
+        async with self._turn:
+            await self._connect(timeout_s)
+
     async def call(self, *args: Argument, timeout_s: float | None = None) -> Any:
         """Run one command and return its reply, bytes as bytes.
 

@@ -98,13 +98,16 @@ class _Waiting:
     gone: int = 0  # sweeps in a row that found neither completion nor live record
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Submission:
+    """A job to be accepted, as long as its caller is there (`is_wanted`)."""
+
     job: Job
     leases: bool
     reply: str
     in_flight_limit: int | None
     idempotency: Idempotency | None
+    is_wanted: bool = True
 
 
 class Front:
@@ -192,6 +195,7 @@ class Front:
         except OutOfMemory as error:
             raise Overloaded("Redis is out of memory; try again later") from error
         finally:
+            submission.is_wanted = False
             if word != "accepted":
                 self._waiting.pop(job.id, None)
         match word:
@@ -207,12 +211,21 @@ class Front:
         raise Overloaded
 
     async def _send(self, batch: Sequence[_Submission]) -> list[tuple[str, str]]:
-        """Send one batch; send it again after an unknown reply: the script knows a job's id."""
+        """Send one batch; send it again after an unknown reply: the script knows a job's id.
+
+        What is sent, again or after a wait for a connection, is only what somebody still waits for: a caller that has
+        heard 503 asks again with another job, and this one would run for nobody.
+        """
         backoff = Backoff(self._settings.redis.reconnect_cap_s, self._submit_outage)
         while True:
-            sent_us = monotonic_us()
             try:
-                reply = await self._submitter.run(scripts.SUBMIT, (), self._submit_arguments(batch))
+                await self._submitter.open(ANSWER_WITHIN_S)
+                sent = [submission for submission in batch if submission.is_wanted]
+                if not sent:
+                    return [("", "")] * len(batch)
+                sent_us = monotonic_us()
+                args = self._submit_arguments(sent)
+                reply = await self._submitter.run(scripts.SUBMIT, (), args, timeout_s=ANSWER_WITHIN_S)
             except BrokerUnavailable as error:
                 if backoff.failures >= RESENDINGS:
                     raise
@@ -220,7 +233,9 @@ class Front:
                 continue
             backoff.succeeded()
             self.clock.observe(int(reply[0]), sent_us)
-            return [(word.decode(), job_id.decode()) for word, job_id in zip(reply[1::2], reply[2::2], strict=True)]
+            answers = ((word.decode(), job_id.decode()) for word, job_id in zip(reply[1::2], reply[2::2], strict=True))
+            answer_to = dict(zip(map(id, sent), answers, strict=True))
+            return [answer_to.get(id(submission), ("", "")) for submission in batch]
 
     def _submit_arguments(self, batch: Sequence[_Submission]) -> list[Argument]:
         candidates = list(self._replicas)
