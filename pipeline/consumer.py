@@ -176,8 +176,10 @@ class Consumer:
             metrics.LEASES_LOST.inc()
             log.warning("the lease had lapsed; taken again", worker=self.worker_name)
         self._record = record
+        if reply[2] == b"unlisted":
+            log.error("this worker is not listed: the key is of a wrong type", key=keys.WORKERS)
         pending: dict[Worker, dict[tuple[str, bytes], int]] = {worker: {} for worker in self.workers}
-        for (worker, stream), rows in zip(pairs, reply[2:], strict=True):
+        for (worker, stream), rows in zip(pairs, reply[3:], strict=True):
             if rows != b"gone":
                 pending[worker] |= {(stream, entry_id): int(count) for entry_id, count in rows}
         for worker in self.workers:

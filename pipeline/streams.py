@@ -297,7 +297,12 @@ class Streams:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How one replica stands, as the placing script counted it; `seen_ms`: when its last good answer came, 0 never."""
+    """How one replica stands, as the placing script counted it.
+
+    Attributes:
+        running: -1 where its keys are of a wrong type: it gets no jobs until an operator has mended them.
+        seen_ms: when its last good answer came, 0 never.
+    """
 
     running: int
     leases: int
