@@ -34,7 +34,8 @@ Argument = str | bytes | int | float
 _NOT_NOW: Final = ("LOADING", "READONLY", "BUSY ", "MASTERDOWN", "CLUSTERDOWN", "MISCONF", "TRYAGAIN", "NOREPLICAS")
 """Redis did not execute the command and may do so later (BUSY: a script runs; MISCONF: persistence fails)."""
 
-_PING_EVERY_S: Final = 5.0
+_PING_EVERY_S: Final = 1.0
+"""A subscription silent for so long is probed: hints are missed no longer than this and one reply's time-out."""
 _NOTHING: Final = object()
 
 
@@ -120,7 +121,7 @@ class Link:
             yield "", b""
             probed = False
             while True:
-                message = await self._read(_PING_EVERY_S)
+                message = await self._read(self._settings.reply_timeout_s if probed else _PING_EVERY_S)
                 if message is _NOTHING:
                     if probed:
                         await self.close()

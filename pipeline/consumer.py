@@ -94,7 +94,9 @@ class Consumer:
                     group.create_task(self._inspect_redis(), name="inspect redis"),
                 ]
                 feeding += [group.create_task(w.run(), name=f"feed {w.stage.name}") for w in self.workers]
-                feeding.append(group.create_task(self._claim_forever(), name="claim"))
+                feeding += [
+                    group.create_task(self._claim_forever(w), name=f"claim {w.stage.name}") for w in self.workers
+                ]
                 await self._stop.wait()
                 log.info("draining", worker=self.worker_name, in_hand=sum(len(w.held) for w in self.workers))
                 for worker in self.workers:
@@ -199,18 +201,15 @@ class Consumer:
 
     # --- the work of the dead --------------------------------------------------------------------
 
-    async def _claim_forever(self) -> None:
+    async def _claim_forever(self, worker: Worker) -> None:
         interval_s = self._settings.worker.renew_s / 2
         while not self._stop.is_set():
             with suppress(TimeoutError):
                 async with asyncio.timeout(interval_s):
                     await self._stop.wait()
                     return
-            for worker in self.workers:
-                try:
-                    await self._claim_once(worker)
-                except PenstockError:
-                    continue  # Redis is away, or the group is: their owners see to it
+            with suppress(PenstockError):  # Redis is away, or the group is: their owners see to it
+                await self._claim_once(worker)
 
     async def _claim_once(self, worker: Worker) -> None:
         """Note who has no lease; take over from those who had none one renewal ago already."""

@@ -38,6 +38,10 @@ class Wire:
         """Where clients connect to."""
         return url(self._socket)
 
+    def knows(self, name: str) -> bool:
+        """Say whether the client *name* has a living connection."""
+        return any(connection.name == name and not connection.is_dead for connection in self._connections)
+
     def kill(self, name: str) -> None:
         """Let every present connection of the client *name* die silently; new ones work."""
         found = [connection for connection in self._connections if connection.name == name and not connection.is_dead]
