@@ -171,8 +171,7 @@ class Consumer:
         for worker, stream in pairs:
             args += [stream, worker.stage.name]
         sent_us = monotonic_us()
-        timeout_s = min(self._settings.redis.reply_timeout_s, self._settings.worker.renew_timeout_s)
-        reply = await self._link.run(scripts.RENEW, (), args, timeout_s=timeout_s)
+        reply = await self._link.run(scripts.RENEW, (), args, timeout_s=self._settings.renew_timeout_s)
         self.clock.observe(int(reply[0]), sent_us)
         if reply[1] == b"taken" and self._record:
             metrics.LEASES_LOST.inc()
