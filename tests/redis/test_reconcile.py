@@ -73,7 +73,8 @@ async def test_late_delivery_of_what_was_taken_up_is_not_run_again(
         (held,) = [held for held in worker.held.values() if held.job and held.job.id == second.id]
         gate.open()
         await wait_until(lambda: outcome(link, second.id))
-        worker.start([replace(held.entry, resumed=False)])
+        await wait_until(lambda: not worker.held)
+        assert worker.start([replace(held.entry, resumed=False)]) == 0
         assert worker.held == {}
         assert stage.runs(second.id) == 1
 
