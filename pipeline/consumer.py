@@ -16,7 +16,7 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Final
 
 import orjson
@@ -287,15 +287,16 @@ class Consumer:
         backoff = Backoff(self._settings.redis.reconnect_cap_s)  # the lease's renewal reports the outage
         while True:
             try:
-                async for channel, message in self._listener.subscribe(keys.CANCEL_CHANNEL, keys.WAKE_CHANNEL):
-                    backoff.succeeded()
-                    for worker in self.workers:
-                        if not channel:
-                            await worker.catch_up()
-                        elif channel == keys.CANCEL_CHANNEL:
-                            worker.cancel(message.decode())
-                        else:
-                            worker.wake()
+                async with aclosing(self._listener.subscribe(keys.CANCEL_CHANNEL, keys.WAKE_CHANNEL)) as heard:
+                    async for channel, message in heard:
+                        backoff.succeeded()
+                        for worker in self.workers:
+                            if not channel:
+                                await worker.catch_up()
+                            elif channel == keys.CANCEL_CHANNEL:
+                                worker.cancel(message.decode())
+                            else:
+                                worker.wake()
             except PenstockError as error:
                 await backoff.failed(error)
 

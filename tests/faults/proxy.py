@@ -266,7 +266,6 @@ class _Pair:
     def loses(self, end: _End, data: bytes) -> bool:
         """Look at a piece that *end* has read; say whether it is a reply that was lost, and the connection with it."""
         if end is self.client:
-            self.asked_last = data
             asked = self._asked + data
             for loss in self.proxy._losses:
                 if self.loss is None and loss.left and loss.containing in asked:
@@ -315,6 +314,8 @@ class _End(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         pair, proxy = self._pair, self._proxy
+        if self is pair.client:
+            pair.asked_last = data
         if (proxy._losses or pair.loss is not None) and pair.loses(self, data):
             return
         if not (self._held or proxy._is_late or proxy._bytes_per_s) and pair.flows:
