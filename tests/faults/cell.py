@@ -21,7 +21,7 @@ from tests.conftest import wait_until
 from tests.faults.checkers import calls, fencing, leftovers, outcomes
 from tests.faults.checkers.leftovers import Leftovers
 from tests.faults.cluster import LEASE_S, Cluster, Layout
-from tests.faults.history import Json, Writer, piece_together, read
+from tests.faults.history import Json, Told, Writer, piece_together, read
 from tests.faults.load import EVERYBODY, Load, Mix
 from tests.faults.nemesis import Nemesis
 
@@ -168,10 +168,14 @@ class Cell:
             [job_id for job_id in self.load.open if await self.cluster.redis.exists(f"live:{job_id}")]
         )
 
+    def told(self) -> list[Told]:
+        """Return what the clients know of each request, in the order in which they were sent."""
+        return piece_together(self._clients)
+
     def judge(self) -> Verdict:
         """Read the files and give the verdict."""
         verdict = self.verdict
-        requests = piece_together(self._clients)
+        requests = self.told()
         faults = [line for line in read(self._faults) if "held" in line]
         found = outcomes.check(requests, getattr(self, "_alive", frozenset()))
         called = calls.check(requests, sorted(self.folder.glob("replica-*.jsonl")))
