@@ -9,7 +9,7 @@ time, is closed when a call is cancelled or times out, and says whether the comm
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -33,6 +33,14 @@ Argument = str | bytes | int | float
 
 _NOT_NOW: Final = ("LOADING", "READONLY", "BUSY ", "MASTERDOWN", "CLUSTERDOWN", "MISCONF", "TRYAGAIN", "NOREPLICAS")
 """Redis did not execute the command and may do so later (BUSY: a script runs; MISCONF: persistence fails)."""
+
+_NOT_NOW_ERRORS: Final = (
+    redis_errors.BusyLoadingError,
+    redis_errors.ReadOnlyError,
+    redis_errors.ClusterDownError,  # MASTERDOWN too
+    redis_errors.TryAgainError,
+)
+"""The same where redis-py has a class for it: it takes the word away from the text."""
 
 _PING_EVERY_S: Final = 5.0
 _NOTHING: Final = object()
@@ -97,32 +105,34 @@ class Link:
         self.connected_at_us = None
         await self._connection.disconnect(nowait=True)
 
-    async def subscribe(self, *channels: str) -> AsyncIterator[tuple[str, bytes]]:
+    async def subscribe(self, *channels: str) -> AsyncGenerator[tuple[str, bytes], None]:
         """Yield (channel, message) as they come. Ends with `BrokerUnavailable` when the connection does.
 
         The first item is ("", b""): from now on messages are heard; what was said before is not.
         A silent connection is probed with PING, so that a half-open one is noticed.
         """
         async with self._turn:
-            await self._call(("SUBSCRIBE", *channels), self._settings.reply_timeout_s)
-            yield "", b""
-            probed = False
-            while True:
-                message = await self._read(_PING_EVERY_S)
-                if message is _NOTHING:
-                    if probed:
-                        await self.close()
-                        raise BrokerUnavailable("the subscription's connection is dead")
-                    probed = True
-                    await self._send(("PING",))
-                    continue
+            try:
+                await self._call(("SUBSCRIBE", *channels), self._settings.reply_timeout_s)
+                yield "", b""
                 probed = False
-                if message[0] == b"message":
-                    yield message[1].decode(), message[2]
+                while True:
+                    message = await self._read(_PING_EVERY_S)
+                    if message is _NOTHING:
+                        if probed:
+                            raise BrokerUnavailable("the subscription's connection is dead")
+                        probed = True
+                        await self._send(("PING",), self._settings.reply_timeout_s)
+                        continue
+                    probed = False
+                    if message[0] == b"message":
+                        yield message[1].decode(), message[2]
+            finally:
+                await self.close()  # it hears what nobody waits for, and the next caller would take that for a reply
 
     async def _call(self, args: Sequence[Argument], timeout_s: float) -> Any:
         await self._connect()
-        await self._send(args)
+        await self._send(args, timeout_s)
         return await self._reply(args[0], timeout_s)
 
     async def _reply(self, command: Argument, timeout_s: float) -> Any:
@@ -144,22 +154,28 @@ class Link:
             await self.close()
             raise BrokerUnavailable(f"no connection to Redis: {error or 'timed out'}") from error
         self.connected_at_us = monotonic_us()
-        await self._send(("CLIENT", "ID"))
+        await self._send(("CLIENT", "ID"), self._settings.reply_timeout_s)
         self.client_id = await self._reply("CLIENT ID", self._settings.reply_timeout_s)
 
-    async def _send(self, args: Sequence[Argument]) -> None:
+    async def _send(self, args: Sequence[Argument], timeout_s: float) -> None:
+        """Send one command, which waits for Redis where it is longer than the buffers between."""
         try:
-            await self._connection.send_packed_command(self._connection.pack_command(*args), check_health=False)
+            async with asyncio.timeout(timeout_s):
+                await self._connection.send_packed_command(self._connection.pack_command(*args), check_health=False)
         except (redis_errors.RedisError, OSError) as error:
-            self.connected_at_us = None
-            raise BrokerUnavailable(f"Redis went away: {error}", unknown=True) from error
+            await self.close()
+            raise BrokerUnavailable(f"Redis went away: {str(error) or 'sending timed out'}", unknown=True) from error
+        except BaseException:
+            # Cancelled half-way through a command: nothing else may follow it.
+            await self.close()
+            raise
 
     async def _read(self, timeout_s: float) -> Any:
         """Return one reply; `_NOTHING` when none came in time, with the connection still open."""
         try:
             async with asyncio.timeout(timeout_s) as bound:
                 return await self._connection.read_response(disconnect_on_error=False)
-        except redis_errors.ResponseError as error:
+        except (redis_errors.ResponseError, redis_errors.BusyLoadingError) as error:
             if isinstance(error, (redis_errors.ReadOnlyError, redis_errors.BusyLoadingError)):
                 await self.close()  # after a failover the address may lead to the new primary by now
             raise _translate(error) from error
@@ -181,7 +197,7 @@ class _ScriptMissing(PenstockError):
     """Redis does not hold the script."""
 
 
-def _translate(error: redis_errors.ResponseError) -> PenstockError:
+def _translate(error: redis_errors.ResponseError | redis_errors.BusyLoadingError) -> PenstockError:
     text = str(error)
     if isinstance(error, redis_errors.NoScriptError):
         return _ScriptMissing(text)
@@ -189,7 +205,7 @@ def _translate(error: redis_errors.ResponseError) -> PenstockError:
         return OutOfMemory(text)
     if "NOGROUP" in text or "UNBLOCKED" in text:
         return GroupMissing(text)
-    if isinstance(error, (redis_errors.BusyLoadingError, redis_errors.ReadOnlyError)) or text.startswith(_NOT_NOW):
+    if isinstance(error, _NOT_NOW_ERRORS) or text.startswith(_NOT_NOW):
         return BrokerUnavailable(f"Redis cannot work now: {text}")
     return CommandRefused(text)
 

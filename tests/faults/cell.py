@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ from typing import Any, Final
 
 from tests.conftest import wait_until
 from tests.faults.checkers import calls, fencing, leftovers, outcomes
+from tests.faults.checkers.calls import Calls
 from tests.faults.checkers.leftovers import Leftovers
 from tests.faults.cluster import LEASE_S, Cluster, Layout
 from tests.faults.history import Json, Told, Writer, piece_together, read
@@ -122,6 +124,18 @@ class Cell:
         slowest_s = max(self.nemesis.recoveries_s, default=0.0)
         self.require(f"recovered within {within_s:g} s, not {slowest_s:.2f}", slowest_s <= within_s)
 
+    def requests(self) -> list[Told]:
+        """Return what the clients know so far."""
+        return piece_together(self._clients)
+
+    def statuses(self) -> Counter[str]:
+        """Return how many requests ended how, as the clients first heard it."""
+        return Counter(told.outcomes[0]["status"] for told in self.requests() if told.outcomes)
+
+    def calls(self) -> Calls:
+        """Return what the replicas have written down so far."""
+        return calls.check(self.requests(), sorted(self.folder.glob("replica-*.jsonl")))
+
     def background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run something beside the scenario; await it before the scenario ends."""
         return asyncio.create_task(work)
@@ -168,17 +182,13 @@ class Cell:
             [job_id for job_id in self.load.open if await self.cluster.redis.exists(f"live:{job_id}")]
         )
 
-    def told(self) -> list[Told]:
-        """Return what the clients know of each request, in the order in which they were sent."""
-        return piece_together(self._clients)
-
     def judge(self) -> Verdict:
         """Read the files and give the verdict."""
         verdict = self.verdict
-        requests = self.told()
+        requests = self.requests()
         faults = [line for line in read(self._faults) if "held" in line]
         found = outcomes.check(requests, getattr(self, "_alive", frozenset()))
-        called = calls.check(requests, sorted(self.folder.glob("replica-*.jsonl")))
+        called = self.calls()
         verdict.jobs = len(requests)
         verdict.accepted, verdict.refused, verdict.unknown = found.accepted, found.refused, found.unknown
         verdict.by_status = dict(found.by_status)

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import aiohttp
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.connection import UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -208,9 +209,11 @@ class Cluster:
         self.proxies: dict[str, Proxy] = {}
         self.ports: dict[str, int] = {}
         self.server = RedisPart(folder, layout.fsync, layout.redis)
-        self.redis: Any = Redis(
-            unix_socket_path=str(self.server.socket), retry=Retry(NoBackoff(), 0), max_connections=200
-        )
+        pool = BlockingConnectionPool(
+            50, timeout=None, connection_class=UnixDomainSocketConnection, path=str(self.server.socket),
+            retry=Retry(NoBackoff(), 0),
+        )  # fmt: skip
+        self.redis: Any = Redis.from_pool(pool)
         self.http: aiohttp.ClientSession
 
     # --- by name ---------------------------------------------------------------------------------

@@ -107,8 +107,8 @@ class Load:
                 await asyncio.sleep(delay_s)
             self.send(self._rng.choices(self._kinds, self._weights)[0])
 
-    def send(self, kind: str, **fields: Any) -> int:
-        """Send one request of a kind now; return its number.
+    def send(self, kind: str, suffix: str = "", **fields: Any) -> int:
+        """Send one request of a kind now, its question followed by *suffix*; return its number.
 
         Args:
             fields: of the query's body; `key` is the Idempotency-Key of an `ask`.
@@ -118,7 +118,8 @@ class Load:
         subject = self._rng.choice(list(KEPT_BY))
         self._writer.write("submitted", n=number, kind=kind, subject=subject)
         work = {"ask": self._ask, "background": self._background, "keyed": self._keyed}.get(kind, self._add)
-        self._spawn(work(number, kind, subject, self._fields | fields), f"client {number}")
+        text = question(number, subject) + suffix
+        self._spawn(work(number, kind, text, self._fields | fields), f"client {number}")
         return number
 
     def _spawn(self, work: Any, name: str = "sender") -> None:
@@ -155,15 +156,15 @@ class Load:
         self._writer.write("accepted", n=number, id=job_id)
         self._open[job_id] = number
 
-    async def _ask(self, number: int, kind: str, subject: str, fields: Json) -> None:
+    async def _ask(self, number: int, kind: str, text: str, fields: Json) -> None:
         key = fields.pop("key", "")
-        await self._post(number, {"query": question(number, subject), **fields}, key)
+        await self._post(number, {"query": text, **fields}, key)
 
-    async def _background(self, number: int, kind: str, subject: str, fields: Json) -> None:
-        await self._post(number, {"query": question(number, subject), "background": True, **fields})
+    async def _background(self, number: int, kind: str, text: str, fields: Json) -> None:
+        await self._post(number, {"query": text, "background": True, **fields})
 
-    async def _keyed(self, number: int, kind: str, subject: str, fields: Json) -> None:
-        body = {"query": question(number, subject), "background": True, **fields}
+    async def _keyed(self, number: int, kind: str, text: str, fields: Json) -> None:
+        body = {"query": text, "background": True, **fields}
         give_up_s = time.monotonic() + PATIENCE_S
         while not await self._post(number, body, key=f"request-{number}") and time.monotonic() < give_up_s:
             await asyncio.sleep(self._rng.uniform(0.1, 0.5))
@@ -210,10 +211,10 @@ class Load:
         self._writer.write("refused", n=number, code=code)
         return status not in {429, 503}
 
-    async def _add(self, number: int, kind: str, subject: str, fields: Json) -> None:
+    async def _add(self, number: int, kind: str, text: str, fields: Json) -> None:
         job_id = f"{kind}-{number}"
         stage, name = ("llm", "prompt") if kind == "prompt" else ("encoder", "query")
-        body = {name: question(number, subject)}
+        body = {name: text}
         wish = {name: fields[name] for name in ("priority", "timeout_s") if name in fields}
         entry = {"data": orjson.dumps({"id": job_id, **body, **wish})}
         try:

@@ -52,13 +52,14 @@ class Nemesis:
             part.signal(signal.SIGCONT)
             await asyncio.sleep(0.003)
 
-    async def kill(self, part: Part, *, again_after_s: float | None = 0.1) -> None:
+    async def kill(self, part: Part, *, least: int = 1, again_after_s: float | None = 0.1) -> None:
         """Kill a worker with work in hand (SIGKILL), watch what becomes of that, and start it again after a while.
 
         Args:
+            least: entries that it should have in hand.
             again_after_s: None leaves it dead.
         """
-        held = await self.freeze_at_work(part)
+        held = await self.freeze_at_work(part, least)
         dead = part.worker
         await part.kill()
         self.note("kill", dead, held=len(held))

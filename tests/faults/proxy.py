@@ -53,12 +53,14 @@ class Proxy:
         self._server: asyncio.Server | None = None
         self._alive: set[_Pair] = set()
         self._dead: set[_Pair] = set()  # by half_open: open for ever, and nothing passes
+        self._dials: set[asyncio.Task[None]] = set()
         self._sockets = 0
         self._no_sockets = asyncio.Event()
         self._flowing = asyncio.Event()  # cleared while frozen
         self._flowing.set()
         self._refusing = False
         self._latency_s = self._jitter_s = 0.0
+        self._is_late = False
         self._bytes_per_s = 0.0  # 0: as fast as it goes
         self._losses: list[_Loss] = []
 
@@ -82,9 +84,10 @@ class Proxy:
     def slow(self, latency_s: float, jitter_s: float = 0.0) -> None:
         """From now on each piece arrives later by *latency_s* +- *jitter_s*, in each direction, in order."""
         self._latency_s, self._jitter_s = latency_s, jitter_s
+        self._is_late = latency_s > 0 or jitter_s > 0
 
     def drip(self, bytes_per_s: float) -> None:
-        """From now on each connection passes so many bytes per second towards the client, in small pieces."""
+        """From now on each connection passes so many bytes per second towards the client, in drops; 0: no limit."""
         self._bytes_per_s = bytes_per_s
 
     def cut(self) -> int:
@@ -156,10 +159,9 @@ class Proxy:
         assert self._server is not None
         self._refusing = True  # a connection may be on its way in
         self._server.close()
-        pairs = self._alive | self._dead
-        for pair in pairs:
+        for pair in self._alive | self._dead:
             pair.reset()
-        await asyncio.gather(*(pair.dialling for pair in pairs if pair.dialling), return_exceptions=True)
+        await asyncio.gather(*self._dials, return_exceptions=True)
         if self._sockets:
             await self._no_sockets.wait()
         await self._server.wait_closed()
@@ -188,11 +190,12 @@ class _Pair:
         self.client = _End(self)
         self.server = _End(self)
         self.client.other, self.server.other = self.server, self.client
-        self.dialling: asyncio.Task[None] | None = None
+        self.is_over = False
         self.is_dead = False
         self.is_broken = False  # one end was reset while nothing could pass
         self.loss: _Loss | None = None  # the reply now due is to be lost
         self._asked = b""  # the end of what the client sent last, where the beginning of a pattern may be
+        self._dialling: asyncio.Task[None] | None = None
 
     @property
     def flows(self) -> bool:
@@ -208,7 +211,9 @@ class _Pair:
         """Take the client's connection and make the server's."""
         self.proxy._alive.add(self)
         self.proxy.accepted += 1
-        self.dialling = asyncio.create_task(self._dial(), name="proxy dials")
+        self._dialling = asyncio.create_task(self._dial(), name="proxy dials")
+        self.proxy._dials.add(self._dialling)
+        self._dialling.add_done_callback(self.proxy._dials.discard)
 
     async def _dial(self) -> None:
         loop, target = asyncio.get_running_loop(), self.proxy._target
@@ -219,8 +224,11 @@ class _Pair:
             else:
                 await loop.create_connection(lambda: self.server, *target)
         except OSError:
+            self._dialling = None
             self.breaks()
-        self.regulate()
+        else:
+            self._dialling = None
+            self.regulate()
 
     def regulate(self) -> None:
         """Obey what has changed: pass on what is due, and read where there is room."""
@@ -240,13 +248,14 @@ class _Pair:
     def reset(self) -> None:
         """Close both ends at once; the client's sees a reset connection."""
         self.forget()
-        if self.dialling is not None:
-            self.dialling.cancel()
+        if self._dialling is not None:
+            self._dialling.cancel()
         self.client.reset()
         self.server.reset()
 
     def forget(self) -> None:
         """Be no connection any more."""
+        self.is_over = True
         self.proxy._alive.discard(self)
         self.proxy._dead.discard(self)
         if self.loss is not None:
@@ -297,17 +306,16 @@ class _End(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass
         self._proxy._sockets += 1
         self._proxy._no_sockets.clear()
-        if self is self._pair.client:
-            if self._proxy._refusing:
-                self.reset()
-            else:
-                self._pair.dial()
+        if self._pair.is_over or (self is self._pair.client and self._proxy._refusing):
+            self.reset()
+        elif self is self._pair.client:
+            self._pair.dial()
 
     def data_received(self, data: bytes) -> None:
         pair, proxy = self._pair, self._proxy
         if (proxy._losses or pair.loss is not None) and pair.loses(self, data):
             return
-        if not (self._held or proxy._latency_s or proxy._bytes_per_s) and pair.flows:
+        if not (self._held or proxy._is_late or proxy._bytes_per_s) and pair.flows:
             assert self.other.transport is not None
             self.other.transport.write(data)
         else:
@@ -341,7 +349,7 @@ class _End(asyncio.Protocol):
 
     def regulate(self) -> None:
         """Read only while what is read can go somewhere."""
-        if self.transport is None or self._has_ended:
+        if self.transport is None or self.transport.is_closing() or self._has_ended:
             return
         may_read = self._pair.flows and not self.other._is_full and self._held_bytes < MOST_HELD
         if may_read and not self.transport.is_reading():

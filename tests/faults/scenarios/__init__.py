@@ -25,6 +25,7 @@ class Scenario:
 
     Attributes:
         jobs: requests that it sends unless told otherwise.
+        is_long: whether it runs only when asked for by name.
         in_slice: whether continuous integration runs it, and with how many requests.
     """
 
@@ -32,6 +33,7 @@ class Scenario:
     run: Run
     jobs: int
     in_slice: int = 0
+    is_long: bool = False
 
     @property
     def title(self) -> str:
@@ -42,12 +44,12 @@ class Scenario:
 SCENARIOS: Final[dict[int, Scenario]] = {}
 
 
-def scenario(number: int, *, jobs: int, in_slice: int = 0) -> Callable[[Run], Run]:
+def scenario(number: int, *, jobs: int, in_slice: int = 0, is_long: bool = False) -> Callable[[Run], Run]:
     """Enter a function into the matrix."""
 
     def enter(run: Run) -> Run:
         assert number not in SCENARIOS, f"scenario {number} is there twice"
-        SCENARIOS[number] = Scenario(number, run, jobs, in_slice)
+        SCENARIOS[number] = Scenario(number, run, jobs, in_slice, is_long)
         return run
 
     return enter

@@ -211,7 +211,7 @@ def _is_idle(load: Load) -> bool:
 
 def _judge(cell: Cell, leavers: list[_Leaver], returned_s: list[float]) -> None:
     """Demand what a leaver's job was to come to."""
-    told = {one.n: one for one in cell.told()}
+    told = {one.n: one for one in cell.requests()}
     aborted_s = []
     for one in leavers:
         status = (told[one.number].outcomes or [{}])[0].get("status")

@@ -72,7 +72,7 @@ async def clocks_are_wrong(cell: Cell) -> None:
     cell.require(f"no latency is negative, not {shortest_ms} ms", shortest_ms >= 0)
     cell.require(f"no latency is longer than the test, not {longest_ms} ms", longest_ms <= lasted_ms)
     late_s = []
-    for one in cell.told():
+    for one in cell.requests():
         status = (one.outcomes or [{}])[0].get("status")
         if one.n not in hurried:
             cell.require(f"request {one.n} is completed, not {status}", status == "completed")

@@ -72,7 +72,7 @@ async def sick_replica(cell: Cell) -> None:
         for illness in illnesses:
             if illness.opens:
                 await _recover(cell, illness)
-    told = {one.n: one for one in cell.told()}
+    told = {one.n: one for one in cell.requests()}
     usual_s = p99(told[n] for n in before)
     cell.verdict.figures["usual p99"] = f"{usual_s * 1000:.0f} ms"
     for illness in illnesses:
