@@ -15,8 +15,8 @@ from tests.faults.cluster import Cluster, Layout
 from tests.faults.history import Told, read
 from tests.faults.scenarios import scenario
 
-RATE: Final = 40.0
-LATENCY_S: Final = 0.2
+RATE: Final = 60.0
+LATENCY_S: Final = 0.3  # 18 calls at a time: a replica that hangs must catch as many as open a breaker
 HEALTHY: Final = {"mode": "normal", "latency": LATENCY_S}
 SLOWER: Final = 50
 WITHIN: Final = 1.5
@@ -33,6 +33,7 @@ class _Illness:
 
     Attributes:
         opens: whether its calls fail, so that the breaker must open; a slow one is only shunned.
+        lasts: how much longer than the healthy time it lasts: until the first slow answers have come, and longer.
         first, last: the requests sent while it lasted.
     """
 
@@ -40,6 +41,7 @@ class _Illness:
     victim: str
     patch: dict[str, Any]
     opens: bool = True
+    lasts: int = 1
     first: int = 0
     last: int = 0
     url: str = ""
@@ -47,7 +49,7 @@ class _Illness:
     healed_s: float = 0.0
 
 
-@scenario(14, jobs=1_600)
+@scenario(14, jobs=2_400)
 async def sick_replica(cell: Cell) -> None:
     """A replica hangs, one answers garbage, one is 50 times slower.
 
@@ -56,10 +58,10 @@ async def sick_replica(cell: Cell) -> None:
     """
     hang = _Illness("hang", "replica-1", {"mode": "hang"})
     garbage = _Illness("garbage", "replica-2", {"mode": "garbage"})
-    slow = _Illness("slow", "replica-3", {"latency": LATENCY_S * SLOWER}, opens=False)
+    slow = _Illness("slow", "replica-3", {"latency": LATENCY_S * SLOWER}, opens=False, lasts=3)
     illnesses = (hang, garbage, slow)
     environ = {"PENSTOCK_LLM__BREAKER_OPEN_S": f"{BREAKER_OPEN_S:g}"}
-    share = cell.jobs // (len(illnesses) + 1)
+    share = cell.jobs // (1 + sum(illness.lasts for illness in illnesses))
     layout = Layout(replicas=len(illnesses) + 1, latency=str(LATENCY_S), environ=environ)
     async with cell.running(layout, mix={"ask": 1}) as (cluster, load, _):
         await load.run(int(RATE), RATE)  # connections are made
@@ -67,7 +69,7 @@ async def sick_replica(cell: Cell) -> None:
         await load.run(share, RATE)
         for illness in illnesses:
             illness.url = f"http://127.0.0.1:{cluster.ports[illness.victim]}"
-            await _suffer(cell, illness, share)
+            await _suffer(cell, illness, share * illness.lasts)
         # The calls that hung took the place of a probe until they were given up, all the time that others were ill.
         for illness in illnesses:
             if illness.opens:
@@ -79,10 +81,10 @@ async def sick_replica(cell: Cell) -> None:
         _judge(cell, illness, told, usual_s)
 
 
-async def _suffer(cell: Cell, illness: _Illness, share: int) -> None:
-    """Let a replica be ill while *share* requests are sent, and longer where its breaker needs longer; then heal it."""
+async def _suffer(cell: Cell, illness: _Illness, jobs: int) -> None:
+    """Let a replica be ill while *jobs* requests are sent, and longer where its breaker needs longer; then heal it."""
     cluster, load, loop = cell.cluster, cell.load, asyncio.get_running_loop()
-    sending = cell.background(load.run(share + int(RATE), RATE))
+    sending = cell.background(load.run(jobs + int(RATE), RATE))
     await wait_until(lambda: cluster.redis.exists(keys.RUNNING + illness.url), timeout_s=5.0)
     illness.first, began_s = load.sent + 1, loop.time()
     held = int(await cluster.redis.get(keys.LOAD + illness.url) or 0)
