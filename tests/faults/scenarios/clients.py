@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -163,7 +164,8 @@ async def _leave_stream(cell: Cell, stage: str, leavers: list[_Leaver]) -> None:
         await wait_until(lambda: _find(cluster, stage, leavers), timeout_s=2.0)
         for one in leavers:
             cell.load.leave(one.number, one.job_id)
-        await wait_until(lambda: _was_heard(cluster, leavers), timeout_s=HEARD_WITHIN_S)
+        claim = f"the jobs at {stage} are cancelled or marked within {HEARD_WITHIN_S:g} s"
+        await _require_soon(cell, claim, lambda: _was_heard(cluster, leavers))
     finally:
         for part in cluster.of(stage):
             part.signal(signal.SIGCONT)
@@ -196,8 +198,16 @@ async def _leave_calls(cell: Cell, leavers: list[_Leaver]) -> float:
         one.left_s = time.time()
         cell.load.leave(one.number, one.job_id)
     staying = sum(one.stays for one in leavers)
-    await wait_until(lambda: _leases_are(cluster, staying), timeout_s=HEARD_WITHIN_S, every_s=0.002)
+    claim = f"only the {staying} leases of jobs that go on are left within {HEARD_WITHIN_S:g} s"
+    await _require_soon(cell, claim, lambda: _leases_are(cluster, staying))
     return time.monotonic() - began_s
+
+
+async def _require_soon(cell: Cell, claim: str, condition: Callable[[], Awaitable[bool]]) -> None:
+    try:
+        await wait_until(condition, timeout_s=HEARD_WITHIN_S, every_s=0.005)
+    except TimeoutError:
+        cell.require(claim, False)
 
 
 async def _leases_are(cluster: Cluster, count: int) -> bool:
