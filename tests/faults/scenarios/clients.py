@@ -132,9 +132,11 @@ async def client_leaves(cell: Cell) -> None:
     async with cell.running(Layout(gateways=2, latency="1.5")) as (cluster, load, nemesis):
         for _ in range(max(1, cell.jobs // len(PLACES) // len(LEAVES))):
             for place in PLACES:
+                for part in cluster.of(place):
+                    part.signal(signal.SIGSTOP)
                 some = [
                     _Leaver(place, load.send("ask", **_filled(fields, load.sent)), stays=bool(fields))
-                    for fields in await _freeze(cluster, place)
+                    for fields in LEAVES
                 ]
                 leavers += some
                 if place == CALL:
@@ -144,13 +146,6 @@ async def client_leaves(cell: Cell) -> None:
                 nemesis.note("disconnect", place, held=sum(bool(one.job_id) for one in some))
                 await wait_until(lambda: _is_idle(load), timeout_s=30.0, every_s=0.02)
     _judge(cell, leavers, returned_s)
-
-
-async def _freeze(cluster: Cluster, place: str) -> tuple[dict[str, str], ...]:
-    """Freeze the processes of a stage; return how the clients are to ask."""
-    for part in cluster.of(place):
-        part.signal(signal.SIGSTOP)
-    return LEAVES
 
 
 def _filled(fields: dict[str, str], number: int) -> dict[str, str]:
