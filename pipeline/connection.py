@@ -42,7 +42,8 @@ _NOT_NOW_ERRORS: Final = (
 )
 """The same where redis-py has a class for it: it takes the word away from the text."""
 
-_PING_EVERY_S: Final = 5.0
+_PING_EVERY_S: Final = 1.0
+"""A subscription silent for so long is probed: hints are missed no longer than this and one reply's time-out."""
 _NOTHING: Final = object()
 
 
@@ -74,11 +75,21 @@ class Link:
         self._turn = asyncio.Lock()
         self._connection = _make_connection(settings, name)
 
+    async def open(self, timeout_s: float) -> None:
+        """Connect now, where there is no connection, so that what is sent next can be chosen after that wait.
+
+        Raises:
+            BrokerUnavailable: no connection was made in time.
+        """
+        async with self._turn:
+            await self._connect(timeout_s)
+
     async def call(self, *args: Argument, timeout_s: float | None = None) -> Any:
         """Run one command and return its reply, bytes as bytes.
 
         Args:
-            timeout_s: how long to wait for the reply; None takes the setting. A blocking command needs more.
+            timeout_s: how long to wait for the reply; None takes the setting. A blocking command needs more. Where it
+                is shorter than the settings say, a connection that has to be made first gets no longer either.
 
         Raises:
             BrokerUnavailable: no connection, or the reply did not come (`unknown` says whether it may have run).
@@ -87,10 +98,12 @@ class Link:
         async with self._turn:
             return await self._call(args, timeout_s or self._settings.reply_timeout_s)
 
-    async def run(self, script: Script, keys: Sequence[Argument], args: Sequence[Argument]) -> Any:
-        """Run a script by its hash, loading it where Redis does not have it."""
+    async def run(
+        self, script: Script, keys: Sequence[Argument], args: Sequence[Argument], *, timeout_s: float | None = None
+    ) -> Any:
+        """Run a script by its hash, loading it where Redis does not have it; `timeout_s` and errors as for `call`."""
         async with self._turn:
-            timeout_s = self._settings.reply_timeout_s
+            timeout_s = timeout_s or self._settings.reply_timeout_s
             try:
                 return await self._call(("EVALSHA", script.sha, len(keys), *keys, *args), timeout_s)
             except _ScriptMissing:
@@ -117,7 +130,7 @@ class Link:
                 yield "", b""
                 probed = False
                 while True:
-                    message = await self._read(_PING_EVERY_S)
+                    message = await self._read(self._settings.reply_timeout_s if probed else _PING_EVERY_S)
                     if message is _NOTHING:
                         if probed:
                             raise BrokerUnavailable("the subscription's connection is dead")
@@ -131,7 +144,7 @@ class Link:
                 await self.close()  # it hears what nobody waits for, and the next caller would take that for a reply
 
     async def _call(self, args: Sequence[Argument], timeout_s: float) -> Any:
-        await self._connect()
+        await self._connect(timeout_s)
         await self._send(args, timeout_s)
         return await self._reply(args[0], timeout_s)
 
@@ -142,11 +155,11 @@ class Link:
             raise BrokerUnavailable(f"no reply to {command!s} within {timeout_s} s", unknown=True)
         return reply
 
-    async def _connect(self) -> None:
+    async def _connect(self, at_most_s: float) -> None:
         if self._connection.is_connected and self.connected_at_us is not None:
             return
         try:
-            async with asyncio.timeout(self._settings.connect_timeout_s):
+            async with asyncio.timeout(min(self._settings.connect_timeout_s, at_most_s)):
                 await self._connection.connect()  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
         except redis_errors.AuthenticationError as error:
             raise ConfigError(f"Redis refuses the credentials in its URL: {error}") from error
@@ -154,8 +167,8 @@ class Link:
             await self.close()
             raise BrokerUnavailable(f"no connection to Redis: {error or 'timed out'}") from error
         self.connected_at_us = monotonic_us()
-        await self._send(("CLIENT", "ID"), self._settings.reply_timeout_s)
-        self.client_id = await self._reply("CLIENT ID", self._settings.reply_timeout_s)
+        await self._send(("CLIENT", "ID"), min(self._settings.reply_timeout_s, at_most_s))
+        self.client_id = await self._reply("CLIENT ID", min(self._settings.reply_timeout_s, at_most_s))
 
     async def _send(self, args: Sequence[Argument], timeout_s: float) -> None:
         """Send one command, which waits for Redis where it is longer than the buffers between."""
@@ -249,6 +262,37 @@ class Outage:
             away_s = (monotonic_us() - self._since_us) / 1e6
             self._since_us = None
             log.info("redis is back", at=self._what, away_s=round(away_s, 3))
+
+
+class Backoff:
+    """The pace of one loop that tries again: each failure in a row is followed by a longer wait.
+
+    Attributes:
+        failures: how many there were since the last success.
+    """
+
+    def __init__(self, cap_s: float, outage: Outage | None = None) -> None:
+        self.failures = 0
+        self._cap_s = cap_s
+        self._outage = outage  # None: another loop tells of the same trouble
+
+    async def failed(self, error: Exception) -> None:
+        """Note that Redis is away, and wait before the next try."""
+        if self._outage is not None:
+            self._outage.begins(error)
+        await self.wait()
+
+    async def wait(self) -> None:
+        """Wait before the next try, without calling it an outage."""
+        delay_s = reconnect_delay_s(self.failures, self._cap_s)
+        self.failures += 1
+        await asyncio.sleep(delay_s)
+
+    def succeeded(self) -> None:
+        """Note that it works (again)."""
+        self.failures = 0
+        if self._outage is not None:
+            self._outage.ends()
 
 
 def reconnect_delay_s(failures: int, cap_s: float) -> float:

@@ -1,7 +1,8 @@
 """One process of ours as Redis sees it: a consumer with a lease, and everything that happens at intervals.
 
 The lease (`worker:<consumer>`) says that the process lives. It is renewed at a third of its length or sooner; at every
-renewal Redis also tells what this consumer holds, and each worker compares that with what is in hand. Others claim the
+renewal Redis also tells what this consumer holds, and each worker compares that with what is in hand. Renewing has a
+connection of its own and waits for nothing else: what follows from it is done beside it. Others claim the
 entries of a consumer whose lease they missed in two looks, one renewal apart, over a connection that has held for a
 while: after an outage of Redis all leases have lapsed at once, and owners re-take theirs first.
 """
@@ -23,7 +24,7 @@ import structlog
 
 from pipeline import keys, metrics, scripts
 from pipeline.clock import Clock, monotonic_us
-from pipeline.connection import Argument, CommandRefused, Link, Outage, parse_info, reconnect_delay_s
+from pipeline.connection import Argument, Backoff, CommandRefused, Link, Outage, parse_info
 from pipeline.errors import ConfigError, PenstockError
 from pipeline.quarantine import Quarantine
 from pipeline.worker import Worker, wait_at_most
@@ -71,7 +72,6 @@ class Consumer:
         self._record = b""
         self._missing: dict[tuple[str, str], int] = {}  # lapsed (stream, consumer): when it was first missed
         self._stop = asyncio.Event()
-        self._outage = Outage("lease")
 
     # --- the life of the process -----------------------------------------------------------------
 
@@ -94,7 +94,9 @@ class Consumer:
                     group.create_task(self._inspect_redis(), name="inspect redis"),
                 ]
                 feeding += [group.create_task(w.run(), name=f"feed {w.stage.name}") for w in self.workers]
-                feeding.append(group.create_task(self._claim_forever(), name="claim"))
+                feeding += [
+                    group.create_task(self._claim_forever(w), name=f"claim {w.stage.name}") for w in self.workers
+                ]
                 await self._stop.wait()
                 log.info("draining", worker=self.worker_name, in_hand=sum(len(w.held) for w in self.workers))
                 for worker in self.workers:
@@ -149,21 +151,18 @@ class Consumer:
     # --- the lease -------------------------------------------------------------------------------
 
     async def _renew_forever(self) -> None:
-        failures = 0
+        backoff = Backoff(self._settings.redis.reconnect_cap_s, Outage("lease"))
         while True:
             try:
                 await self.renew()
             except PenstockError as error:
-                self._outage.begins(error)
-                await asyncio.sleep(reconnect_delay_s(failures, self._settings.redis.reconnect_cap_s))
-                failures += 1
+                await backoff.failed(error)
             else:
-                self._outage.ends()
-                failures = 0
+                backoff.succeeded()
                 await wait_at_most(self._renew_now, self._settings.worker.renew_s)
 
     async def renew(self) -> None:
-        """Renew the lease, compare what is in hand with what Redis says, and take up what no read delivered."""
+        """Renew the lease, and compare what is in hand with what Redis says; what follows is done beside it."""
         pairs = [(worker, stream) for worker in self.workers for stream in worker.streams.names]
         before = {worker: frozenset(worker.held) for worker in self.workers}
         record = self._describe()
@@ -172,22 +171,20 @@ class Consumer:
         for worker, stream in pairs:
             args += [stream, worker.stage.name]
         sent_us = monotonic_us()
-        reply = await self._link.run(scripts.RENEW, (), args)
+        reply = await self._link.run(scripts.RENEW, (), args, timeout_s=self._settings.renew_timeout_s)
         self.clock.observe(int(reply[0]), sent_us)
         if reply[1] == b"taken" and self._record:
             metrics.LEASES_LOST.inc()
             log.warning("the lease had lapsed; taken again", worker=self.worker_name)
         self._record = record
+        if reply[2] == b"unlisted":
+            log.error("this worker is not listed: the key is of a wrong type", key=keys.WORKERS)
         pending: dict[Worker, dict[tuple[str, bytes], int]] = {worker: {} for worker in self.workers}
-        for (worker, stream), rows in zip(pairs, reply[2:], strict=True):
+        for (worker, stream), rows in zip(pairs, reply[3:], strict=True):
             if rows != b"gone":
                 pending[worker] |= {(stream, entry_id): int(count) for entry_id, count in rows}
         for worker in self.workers:
-            missing = worker.reconcile(before[worker], pending[worker])
-            if missing:
-                await worker.take_up(missing)
-            if worker.stage.placed:
-                await worker.replicas.register()
+            worker.follow_up(worker.reconcile(before[worker], pending[worker]))
 
     def _describe(self) -> bytes:
         return orjson.dumps(
@@ -203,18 +200,15 @@ class Consumer:
 
     # --- the work of the dead --------------------------------------------------------------------
 
-    async def _claim_forever(self) -> None:
+    async def _claim_forever(self, worker: Worker) -> None:
         interval_s = self._settings.worker.renew_s / 2
         while not self._stop.is_set():
             with suppress(TimeoutError):
                 async with asyncio.timeout(interval_s):
                     await self._stop.wait()
                     return
-            for worker in self.workers:
-                try:
-                    await self._claim_once(worker)
-                except PenstockError:
-                    continue  # Redis is away, or the group is: their owners see to it
+            with suppress(PenstockError):  # Redis is away, or the group is: their owners see to it
+                await self._claim_once(worker)
 
     async def _claim_once(self, worker: Worker) -> None:
         """Note who has no lease; take over from those who had none one renewal ago already."""
@@ -290,11 +284,11 @@ class Consumer:
     # --- hints -----------------------------------------------------------------------------------
 
     async def _listen_forever(self) -> None:
-        failures = 0
+        backoff = Backoff(self._settings.redis.reconnect_cap_s)  # the lease's renewal reports the outage
         while True:
             try:
                 async for channel, message in self._listener.subscribe(keys.CANCEL_CHANNEL, keys.WAKE_CHANNEL):
-                    failures = 0
+                    backoff.succeeded()
                     for worker in self.workers:
                         if not channel:
                             await worker.catch_up()
@@ -302,9 +296,8 @@ class Consumer:
                             worker.cancel(message.decode())
                         else:
                             worker.wake()
-            except PenstockError:
-                await asyncio.sleep(reconnect_delay_s(failures, self._settings.redis.reconnect_cap_s))
-                failures += 1
+            except PenstockError as error:
+                await backoff.failed(error)
 
     def __repr__(self) -> str:
         return f"<Consumer {self.name} {self.workers}>"

@@ -21,7 +21,7 @@ import structlog
 from pipeline import flows, keys, scripts
 from pipeline.batching import Batcher
 from pipeline.clock import Clock, monotonic_us
-from pipeline.connection import Argument, Link, Outage, OutOfMemory, parse_info, reconnect_delay_s
+from pipeline.connection import Argument, Backoff, Link, Outage, OutOfMemory, parse_info
 from pipeline.errors import (
     BrokerUnavailable,
     DeadlineExceeded,
@@ -43,6 +43,8 @@ log = structlog.get_logger(__name__)
 
 ANSWER_WITHIN_S: Final = 0.9
 """With Redis away a client hears 503 within a second."""
+RESENDINGS: Final = 3
+"""Of one batch of submits while Redis is away: about 0.15 s, for a restart of a connection, not of Redis."""
 SWEEP_EVERY_S: Final = 1.0
 SWEEP_AT_ONCE: Final = 500
 BLOCK_MS: Final = 1_000
@@ -96,13 +98,16 @@ class _Waiting:
     gone: int = 0  # sweeps in a row that found neither completion nor live record
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Submission:
+    """A job to be accepted, as long as its caller is there (`is_wanted`)."""
+
     job: Job
     leases: bool
     reply: str
     in_flight_limit: int | None
     idempotency: Idempotency | None
+    is_wanted: bool = True
 
 
 class Front:
@@ -123,7 +128,7 @@ class Front:
         self._last_reply = b"0"
         self._rng = Random()
         self._tasks: list[asyncio.Task[None]] = []
-        self._outage = Outage("gateway")
+        self._submit_outage = Outage("gateway submit")
 
     @classmethod
     def create(cls, settings: Settings, name: str) -> Self:
@@ -190,6 +195,7 @@ class Front:
         except OutOfMemory as error:
             raise Overloaded("Redis is out of memory; try again later") from error
         finally:
+            submission.is_wanted = False
             if word != "accepted":
                 self._waiting.pop(job.id, None)
         match word:
@@ -205,22 +211,31 @@ class Front:
         raise Overloaded
 
     async def _send(self, batch: Sequence[_Submission]) -> list[tuple[str, str]]:
-        """Send one batch; send it again after an unknown reply: the script knows a job's id."""
-        failures = 0
+        """Send one batch; send it again after an unknown reply: the script knows a job's id.
+
+        What is sent, again or after a wait for a connection, is only what somebody still waits for: a caller that has
+        heard 503 asks again with another job, and this one would run for nobody.
+        """
+        backoff = Backoff(self._settings.redis.reconnect_cap_s, self._submit_outage)
         while True:
-            sent_us = monotonic_us()
             try:
-                reply = await self._submitter.run(scripts.SUBMIT, (), self._submit_arguments(batch))
+                await self._submitter.open(ANSWER_WITHIN_S)
+                sent = [submission for submission in batch if submission.is_wanted]
+                if not sent:
+                    return [("", "")] * len(batch)
+                sent_us = monotonic_us()
+                args = self._submit_arguments(sent)
+                reply = await self._submitter.run(scripts.SUBMIT, (), args, timeout_s=ANSWER_WITHIN_S)
             except BrokerUnavailable as error:
-                self._outage.begins(error)
-                if failures >= 3:
+                if backoff.failures >= RESENDINGS:
                     raise
-                failures += 1
-                await asyncio.sleep(reconnect_delay_s(failures, self._settings.redis.reconnect_cap_s))
+                await backoff.failed(error)
                 continue
-            self._outage.ends()
+            backoff.succeeded()
             self.clock.observe(int(reply[0]), sent_us)
-            return [(word.decode(), job_id.decode()) for word, job_id in zip(reply[1::2], reply[2::2], strict=True)]
+            answers = ((word.decode(), job_id.decode()) for word, job_id in zip(reply[1::2], reply[2::2], strict=True))
+            answer_to = dict(zip(map(id, sent), answers, strict=True))
+            return [answer_to.get(id(submission), ("", "")) for submission in batch]
 
     def _submit_arguments(self, batch: Sequence[_Submission]) -> list[Argument]:
         candidates = list(self._replicas)
@@ -297,7 +312,7 @@ class Front:
                 future.set_result(completion)
 
     async def _read_replies(self) -> None:
-        failures = 0
+        backoff = Backoff(self._settings.redis.reconnect_cap_s, Outage("gateway replies"))
         while True:
             try:
                 await self._open_reply_stream()
@@ -306,7 +321,7 @@ class Front:
                         "XREAD", "COUNT", 1000, "BLOCK", BLOCK_MS, "STREAMS", self._reply_stream, self._last_reply,
                         timeout_s=self._settings.redis.reply_timeout_s + BLOCK_MS / 1000,
                     )  # fmt: skip
-                    failures = 0
+                    backoff.succeeded()
                     if reply:
                         entries = reply[0][1]
                         self._last_reply = entries[-1][0]
@@ -315,9 +330,7 @@ class Front:
                         if wanted:
                             await self._find(wanted)
             except PenstockError as error:
-                self._outage.begins(error)
-                await asyncio.sleep(reconnect_delay_s(failures, self._settings.redis.reconnect_cap_s))
-                failures += 1
+                await backoff.failed(error)
 
     async def _open_reply_stream(self) -> None:
         """Create the reply stream; settles add to it only while it exists, so a dead gateway's is not revived."""
@@ -327,6 +340,7 @@ class Front:
             self._last_reply = opened
 
     async def _sweep_forever(self) -> None:
+        outage = Outage("gateway sweep")
         while True:
             away: PenstockError | None = None
             for once in (self._sweep, self._refresh):  # each by itself: one that is refused must not stop the other
@@ -335,9 +349,9 @@ class Front:
                 except PenstockError as error:
                     away = error
             if away is None:
-                self._outage.ends()
+                outage.ends()
             else:
-                self._outage.begins(away)
+                outage.begins(away)
             await asyncio.sleep(SWEEP_EVERY_S)
 
     async def _sweep(self) -> None:

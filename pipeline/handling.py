@@ -18,7 +18,7 @@ import structlog
 
 from pipeline import flows, keys, metrics
 from pipeline.clock import Clock
-from pipeline.connection import Argument, Outage, reconnect_delay_s
+from pipeline.connection import Argument, Backoff, Outage
 from pipeline.errors import BrokerUnavailable, DeadlineExceeded, MalformedEntry, PenstockError, RetryLater
 from pipeline.job import OURS, Completion, Done, Job, decode, decode_foreign, error_body
 from pipeline.outcomes import Bury, Complete, Forward, Retry, decide, ended
@@ -247,7 +247,8 @@ class Handling:
             metrics.JOBS.labels(self.stage.name, "lost").inc()
             return
         if held.reason == "drain":
-            await self._settle(held, self._release(held), "released")
+            self._stamp(held, job)
+            await self._settle(held, self._release(held, job), "released")
             return
         self._stamp(held, job)
         if held.reason == "cancelled":
@@ -297,9 +298,12 @@ class Handling:
         text = replace(completion, finished_us=self._clock.now_us()).encode()
         return Settlement(held.entry, completion.id, "complete", text, start=start)
 
-    def _release(self, held: Held) -> Settlement:
-        job_id = held.job.id if held.job else ""
-        return Settlement(held.entry, job_id, "release", "", held.entry.data or b"", held.entry.vector or b"")
+    def _release(self, held: Held, job: Job) -> Settlement:
+        """Give the job back as it came, but for what is true whatever becomes of it: attempts, replicas, times."""
+        again = decode(held.entry.data or b"")
+        again.attempt, again.avoid = job.attempt, job.avoid
+        again.timings_ms, again.at_us = job.timings_ms, job.at_us
+        return Settlement(held.entry, job.id, "release", "", again.encode(), held.entry.vector or b"")
 
     def _burial(self, held: Held, completion: Completion, reason: str) -> Settlement:
         entry = held.entry
@@ -358,14 +362,15 @@ class Handling:
 
     async def _until_answered(self, call: Callable[[], Awaitable[A]]) -> A:
         """Repeat a harmless call until Redis has answered."""
-        failures = 0
+        backoff = Backoff(self._settings.redis.reconnect_cap_s, self._outage)
         while True:
             try:
-                return await call()
+                answer = await call()
             except BrokerUnavailable as error:
-                self._outage.begins(error)
-                await asyncio.sleep(reconnect_delay_s(failures, self._settings.redis.reconnect_cap_s))
-                failures += 1
+                await backoff.failed(error)
+            else:
+                backoff.succeeded()
+                return answer
 
     def _log(self, held: Held) -> structlog.stdlib.BoundLogger:
         job = held.job

@@ -25,6 +25,7 @@ Priority = Literal["high", "normal", "low"]
 Status = Literal["completed", "failed", "expired", "cancelled"]
 
 PRIORITIES: Final[tuple[Priority, ...]] = get_args(Priority)
+STATUSES: Final[tuple[Status, ...]] = get_args(Status)
 OURS: Final = b'{"v":1,"id":"'
 DEFAULT_TENANT: Final = "default"
 
@@ -221,9 +222,12 @@ class Completion:
         """
         try:
             body = orjson.loads(data)
-            return cls(**{name: body[name] for name in cls.__slots__ if name in body})
+            completion = cls(**{name: body[name] for name in cls.__slots__ if name in body})
         except TypeError as error:
             raise ValueError(f"not a completion: {error}") from error
+        if completion.status not in STATUSES:
+            raise ValueError(f"not a completion: its status is {completion.status!r}")
+        return completion
 
 
 def error_body(kind: str, code: str, message: str) -> dict[str, str]:

@@ -103,6 +103,9 @@ class Replicas:
     async def _place(self, most: int) -> Placed:
         orders = plan(self._policy, self._snapshot(), most, self._rng)
         placed = await self._streams.place(self._replicas(), orders)
+        for (url, before), after in zip(self._standings.items(), placed.standings, strict=True):
+            if after.running < 0 <= before.running:
+                log.error("a replica gets no jobs: its places or leases are a key of a wrong type", replica=url)
         self._standings = dict(zip(self._slots, placed.standings, strict=True))
         self._waiting = placed.waiting
         self._turn += len(placed.entries)
@@ -149,7 +152,7 @@ class Replicas:
             leases=standing.leases,
             service_s=standing.us_per_token * standing.tokens / 1e6 if known else None,  # type: ignore[operator]
             is_stale=self._clock.now_ms() - standing.seen_ms > STALE_AFTER_S * 1000,
-            is_open=standing.open_until_ms > self._clock.now_ms(),
+            is_open=standing.running < 0 or standing.open_until_ms > self._clock.now_ms(),
         )
 
     def _snapshot(self) -> Snapshot:

@@ -40,7 +40,7 @@ class RedisSettings(Section):
 
     url: str = Field("redis://127.0.0.1:6379/0", description="redis://, rediss:// or unix:// address")
     connect_timeout_s: float = Field(1.0, gt=0, le=60)
-    reply_timeout_s: float = Field(5.0, gt=0, le=60, description="a reply later than this is taken as lost")
+    reply_timeout_s: float = Field(5.0, ge=0.1, le=60, description="a reply later than this is taken as lost")
     reconnect_cap_s: float = Field(0.5, gt=0, le=0.5, description="claims rely on a reconnect being tried this often")
 
 
@@ -201,6 +201,21 @@ class Settings(Section):
     metrics: MetricsSettings = MetricsSettings()
     lifetimes: Lifetimes = Lifetimes()
 
+    @property
+    def renew_timeout_s(self) -> float:
+        """How long a renewal's reply is waited for: time is left to notice a dead connection and to replace it."""
+        return min(self.redis.reply_timeout_s, self.worker.lease_s / 3)
+
+    @model_validator(mode="after")
+    def _owners_are_back_first(self) -> Self:
+        lease_s, cap_s = self.worker.lease_s, self.redis.reconnect_cap_s
+        if lease_s < 2 * cap_s:
+            raise ValueError(
+                f"{PREFIX}WORKER__LEASE_S ({lease_s}) must be at least twice {PREFIX}REDIS__RECONNECT_CAP_S ({cap_s}): "
+                "after an outage others would take over the jobs of workers that are about to be back"
+            )
+        return self
+
 
 ALIASES: Final[dict[str, tuple[str, str]]] = {
     "REDIS_URL": ("redis", "url"),
@@ -275,6 +290,8 @@ def _read_file(path: str | None) -> dict[str, dict[str, Any]]:
 
 
 def _name(location: tuple[int | str, ...]) -> str:
+    if not location:
+        return "settings that contradict each other"
     section, *field = [str(part) for part in location]
     return PREFIX + section.upper() + ("__" + field[0].upper() if field else "")
 

@@ -16,7 +16,7 @@ import structlog
 from pipeline import keys, scripts
 from pipeline.batching import Batcher
 from pipeline.clock import Clock, monotonic_us
-from pipeline.connection import Argument, CommandRefused, Link, Outage, reconnect_delay_s
+from pipeline.connection import Argument, Backoff, CommandRefused, Link, Outage
 from pipeline.errors import BrokerUnavailable, PenstockError
 from pipeline.job import Job
 from pipeline.priorities import Shares
@@ -254,7 +254,7 @@ class Streams:
 
     async def _send(self, batch: Sequence[Settlement]) -> list[Answer | CommandRefused]:
         """Send one batch until Redis answers; one that is refused as a whole, piece by piece."""
-        failures = 0
+        backoff = Backoff(self._settings.redis.reconnect_cap_s, self._outage)
         while True:
             try:
                 reply = await self._run_settle(batch)
@@ -266,11 +266,9 @@ class Streams:
                 if isinstance(error, BrokerUnavailable) and error.unknown:
                     for settlement in batch:
                         settlement.unknown = True
-                self._outage.begins(error)
-                await asyncio.sleep(reconnect_delay_s(failures, self._settings.redis.reconnect_cap_s))
-                failures += 1
+                await backoff.failed(error)
             else:
-                self._outage.ends()
+                backoff.succeeded()
                 return [*reply]
 
     async def _run_settle(self, batch: Sequence[Settlement]) -> list[Answer]:
@@ -299,7 +297,12 @@ class Streams:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How one replica stands, as the placing script counted it; `seen_ms`: when its last good answer came, 0 never."""
+    """How one replica stands, as the placing script counted it.
+
+    Attributes:
+        running: -1 where its keys are of a wrong type: it gets no jobs until an operator has mended them.
+        seen_ms: when its last good answer came, 0 never.
+    """
 
     running: int
     leases: int

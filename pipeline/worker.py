@@ -21,7 +21,7 @@ import structlog
 
 from pipeline import metrics
 from pipeline.clock import Clock
-from pipeline.connection import GroupMissing, Outage, OutOfMemory, reconnect_delay_s
+from pipeline.connection import Backoff, GroupMissing, Outage, OutOfMemory
 from pipeline.errors import BrokerUnavailable, NotReady, PenstockError
 from pipeline.handling import Handling, Held, Reason
 from pipeline.quarantine import Quarantine
@@ -78,7 +78,8 @@ class Worker:
         self._heard: OrderedDict[str, None] = OrderedDict()  # jobs to be cancelled whose entry may be on its way to us
         self._seen_unheld: dict[tuple[str, bytes], int] = {}
         self._taken_up: OrderedDict[tuple[str, bytes], None] = OrderedDict()
-        self._outage = Outage(f"{stage.name} read")
+        self._following_up: asyncio.Task[None] | None = None
+        self._follow_up_outage = Outage(f"{stage.name} control")
         self.replicas = Replicas(self.streams, settings, clock, self._entry_of, self._rng)
         self._handling = Handling(
             stage, self.streams, self.replicas, self._by_job, self._heard, settings, clock, self._rng, name
@@ -96,24 +97,19 @@ class Worker:
     async def run(self) -> None:
         """Start the stage, then read and start entries until told to be quiet."""
         await self._start_stage()
-        failures = 0
+        backoff = Backoff(self._settings.redis.reconnect_cap_s, Outage(f"{self.stage.name} read"))
         while not self._quiet:
             try:
                 await self._feed()
             except GroupMissing:
                 log.warning("a consumer group is gone; creating it again", stage=self.stage.name)
-                failures += 1
-                await asyncio.sleep(reconnect_delay_s(failures, self._settings.redis.reconnect_cap_s))
+                await backoff.wait()
                 with suppress(PenstockError):  # refused when memory is full, or Redis away: tried again
                     await self.streams.ensure_groups()
-                continue
             except PenstockError as error:
-                self._outage.begins(error)
-                await asyncio.sleep(reconnect_delay_s(failures, self._settings.redis.reconnect_cap_s))
-                failures += 1
-                continue
-            self._outage.ends()
-            failures = 0
+                await backoff.failed(error)
+            else:
+                backoff.succeeded()
 
     async def _start_stage(self) -> None:
         while not self._quiet:
@@ -262,6 +258,33 @@ class Worker:
         self._seen_unheld = unheld
         return found
 
+    def follow_up(self, missing: Sequence[Entry]) -> None:
+        """Do what a renewal gives occasion for: take up *missing*, and register the replicas.
+
+        Beside the renewal, since it uses the control connection: the lease must not lapse because that one is slow.
+        While an earlier follow-up is still under way nothing is begun; what is missing is found again.
+        """
+        if self._following_up is not None and not self._following_up.done():
+            return
+        if missing or self.stage.placed:
+            self._following_up = asyncio.create_task(self._follow_up(missing), name=f"{self.stage.name} follow-up")
+
+    async def _follow_up(self, missing: Sequence[Entry]) -> None:
+        trouble: PenstockError | None = None
+        try:
+            await self.take_up(missing)
+        except PenstockError as error:
+            trouble = error
+        try:
+            if self.stage.placed:
+                await self.replicas.register()
+        except PenstockError as error:
+            trouble = error
+        if trouble is None:
+            self._follow_up_outage.ends()
+        else:
+            self._follow_up_outage.begins(trouble)
+
     async def take_up(self, missing: Sequence[Entry]) -> None:
         """Start own pending entries that no read delivered; one that is suspected of killing its holders, alone."""
         with self._quarantine.bringing():
@@ -319,6 +342,8 @@ class Worker:
     async def close(self) -> None:
         """Stop the stage and close the connections."""
         tasks = {held.task for held in self.held.values() if held.task is not None}
+        if self._following_up is not None:
+            tasks.add(self._following_up)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

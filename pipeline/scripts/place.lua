@@ -3,20 +3,51 @@
 -- KEYS[1..3] job:llm_in:high, job:llm_in, job:llm_in:low
 -- ARGV[1] group  ARGV[2] consumer  ARGV[3] number of replicas R  ARGV[4] number of orders N
 -- then R times: URL, slots (0: breaker open); then N times: priority owed (1..3), length L, L replica numbers (1..R)
--- Returns: time (us); jobs waiting; R rows {running, leases, us per token, tokens, open_until_ms, seen_ms};
---   then per entry four values: stream number, entry id, fields, URL ('' when the entry is no live job of ours).
+-- Returns: time (us); jobs waiting; R rows {running (-1: a key of a wrong type), leases, us per token, tokens,
+--   open_until_ms, seen_ms}; then per entry four values: stream number, entry id, fields, URL ('' when the entry is no
+--   live job of ours, or holds a lease that cannot be moved).
 -- Invariant: a job starts only in a free slot of its replica, counted here, so slots are exact over all llm processes.
+--   All keys are looked at before the first entry is read: one of a wrong type has no slot, or no entry, and stops no
+--   other; refused is only a call that could read nothing else.
 local now_us = clock_us()
 local group, consumer = ARGV[1], ARGV[2]
 local count, orders = tonumber(ARGV[3]), tonumber(ARGV[4])
-local urls, free, at = {}, {}, 5
+local function size(command, key)
+  local reply = redis.pcall(command, key)
+  return type(reply) == 'number' and reply or nil
+end
+
+local urls, running, free, is_sound, at = {}, {}, {}, {}, 5
 for i = 1, count do
-  urls[i] = ARGV[at]
-  free[i] = tonumber(ARGV[at + 1]) - call('ZCARD', KEY.running .. urls[i])
+  local url = ARGV[at]
+  urls[i] = url
+  running[i] = size('ZCARD', KEY.running .. url)
+  is_sound[url] = running[i] and size('ZCARD', KEY.leases .. url) and true or false
+  free[i] = is_sound[url] and tonumber(ARGV[at + 1]) - running[i] or 0
   at = at + 2
 end
 
+-- Another worker's replica, where this job was leased when it was submitted, may not be in the list.
+local function can_lose_its(url)
+  if url and is_sound[url] == nil then
+    is_sound[url] = has_type(KEY.leases .. url, 'zset') and has_type(KEY.running .. url, 'zset')
+  end
+  return not url or is_sound[url]
+end
+
+local waiting, is_readable, unreadable = 0, {}, nil
+for number = 1, 3 do
+  local length = size('XLEN', KEYS[number])
+  if length then
+    waiting = waiting + length - call('XPENDING', KEYS[number], group)[1]
+    is_readable[number] = true
+  else
+    unreadable = KEYS[number]
+  end
+end
+
 local function read_one(number)
+  if not is_readable[number] then return nil end
   local reply = call('XREADGROUP', 'GROUP', group, consumer, 'COUNT', 1, 'STREAMS', KEYS[number], '>')
   return reply and reply[1][2][1]
 end
@@ -46,11 +77,12 @@ for _ = 1, orders do
   local number, entry = next_entry(owed)
   if not entry then break end
   local id = id_of(field_of(entry[2], 'data'))
-  local live = id and call('HMGET', KEY.live .. id, 'entry', 'lease')
+  local live = id and redis.pcall('HMGET', KEY.live .. id, 'entry', 'lease')
   local url = ''
-  if live and live[1] == entry[1] then
+  if live and live[1] == entry[1] and can_lose_its(live[2]) then
     url = urls[choice]
     free[choice] = free[choice] - 1
+    running[choice] = running[choice] + 1
     if live[2] ~= url then
       unlease(id, live[2])
       call('HSET', KEY.live .. id, 'lease', url)
@@ -64,15 +96,12 @@ for _ = 1, orders do
   taken[#taken + 1] = url
 end
 
-local waiting = 0
-for number = 1, 3 do
-  waiting = waiting + call('XLEN', KEYS[number]) - call('XPENDING', KEYS[number], group)[1]
-end
-local answer = {digits(now_us), waiting}
+if unreadable and #taken == 0 then error(unreadable .. ' should be a stream') end
+local answer = {digits(now_us), waiting - #taken / 4}
 for i = 1, count do
-  local health = call('HMGET', KEY.health .. urls[i], 'us_per_token', 'tokens', 'open_until_ms', 'seen_ms')
+  local health = redis.pcall('HMGET', KEY.health .. urls[i], 'us_per_token', 'tokens', 'open_until_ms', 'seen_ms')
   answer[#answer + 1] = {
-    call('ZCARD', KEY.running .. urls[i]), call('ZCARD', KEY.leases .. urls[i]),
+    is_sound[urls[i]] and running[i] or -1, is_sound[urls[i]] and call('ZCARD', KEY.leases .. urls[i]) or 0,
     health[1] or '', health[2] or '', health[3] or '0', health[4] or '0',
   }
 end

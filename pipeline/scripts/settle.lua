@@ -71,10 +71,10 @@ local function settle(record)
   else
     unlease(id, live.lease)
     call('HDEL', key, 'lease')
+    call('HSET', key, 'attempts', tonumber(string.match(record.b, '"attempt":(%d+)') or '1') - 1)
     if record.verb == 'retry' then
       local due_ms = math.floor(now_us / 1000) + tonumber(record.a)
       call('HSET', key, 'stream', record.stream, 'entry', '', 'body', record.b, 'vector', record.c)
-      call('HSET', key, 'attempts', tonumber(string.match(record.b, '"attempt":(%d+)') or '1') - 1)
       call('ZADD', KEY.delayed, digits(due_ms), id)
     else
       call('HSET', key, 'entry', add(record.stream, record.b, record.c))

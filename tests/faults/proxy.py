@@ -111,18 +111,18 @@ class Proxy:
         self._flowing.set()
         self._regulate()
 
-    def half_open(self) -> int:
-        """Make every connection dead for ever and return how many; new ones work.
+    def half_open(self, containing: bytes = b"") -> int:
+        """Make every connection dead for ever whose last command contains these bytes; return how many. New ones work.
 
         What the server sends is left unread and the client hears nothing, nor does the server hear of the client,
         even when that has gone: a blocked read is still served by Redis. Ends when the proxy is left.
         """
-        pairs = list(self._alive)
+        pairs = [pair for pair in self._alive if containing in pair.asked_last]
         for pair in pairs:
             pair.is_dead = True
             pair.regulate()
         self._dead.update(pairs)
-        self._alive.clear()
+        self._alive.difference_update(pairs)
         return len(pairs)
 
     def lose_replies(self, containing: bytes, times: int = 1) -> None:
@@ -194,6 +194,7 @@ class _Pair:
         self.is_dead = False
         self.is_broken = False  # one end was reset while nothing could pass
         self.loss: _Loss | None = None  # the reply now due is to be lost
+        self.asked_last = b""  # the last piece that the client sent
         self._asked = b""  # the end of what the client sent last, where the beginning of a pattern may be
         self._dialling: asyncio.Task[None] | None = None
 
@@ -265,6 +266,7 @@ class _Pair:
     def loses(self, end: _End, data: bytes) -> bool:
         """Look at a piece that *end* has read; say whether it is a reply that was lost, and the connection with it."""
         if end is self.client:
+            self.asked_last = data
             asked = self._asked + data
             for loss in self.proxy._losses:
                 if self.loss is None and loss.left and loss.containing in asked:

@@ -155,7 +155,18 @@ def test_completion_survives_its_key(completion: Completion) -> None:
     assert set(body) == {field.name for field in fields(Completion)}
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'"x"', b"null", b'{"id":"a"}'])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"x"',
+        b"null",
+        b'{"id":"a"}',
+        *(b'{"id":"a","status":%s}' % s for s in (b'"done"', b"null", b"[]")),
+    ],
+)
 def test_what_is_no_completion_says_so(data: bytes) -> None:
     """Another program may have written it."""
     with pytest.raises(ValueError):

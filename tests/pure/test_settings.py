@@ -138,11 +138,28 @@ def test_broken_file_is_refused(tmp_path: Path, content: bytes | None) -> None:
         {"PENSTOCK_RETRY__BASE_S": "31"},
         {"PENSTOCK_ENCODER__OVERLAP_TOKENS": "300"},
         {"LLM_URLS": "http://one:80/,HTTP://ONE?slots=2"},
+        {"PENSTOCK_WORKER__LEASE_S": "0.9"},
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(environ: dict[str, str]) -> None:
     """Beside the fields they bind."""
     complaint(environ)
+
+
+def test_lease_is_long_enough_for_owners_to_be_back_first() -> None:
+    """After an outage a claimer waits for a lease at most, and an owner for one back-off before it tries again."""
+    text = complaint({"PENSTOCK_WORKER__LEASE_S": "0.6", "PENSTOCK_REDIS__RECONNECT_CAP_S": "0.4"})
+    assert "PENSTOCK_WORKER__LEASE_S (0.6)" in text
+    assert "PENSTOCK_REDIS__RECONNECT_CAP_S (0.4)" in text
+    load({"PENSTOCK_WORKER__LEASE_S": "0.6", "PENSTOCK_REDIS__RECONNECT_CAP_S": "0.3"})
+
+
+@pytest.mark.parametrize(("reply_s", "waits_s"), [("60", 0.5), ("0.2", 0.2)])
+def test_renewal_waits_a_third_of_a_lease_whatever_the_others_wait(reply_s: str, waits_s: float) -> None:
+    """So no reply_timeout_s can cost a lease; a shorter one holds for the renewal too."""
+    settings = load({"PENSTOCK_WORKER__LEASE_S": "1.5", "PENSTOCK_REDIS__REPLY_TIMEOUT_S": reply_s})
+    assert settings.renew_timeout_s == waits_s
+    assert settings.worker.renew_s + settings.renew_timeout_s < settings.worker.lease_s
 
 
 def test_secrets_are_not_shown() -> None:

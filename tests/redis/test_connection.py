@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from random import Random
 
 import pytest
+from structlog.testing import capture_logs
 
-from pipeline.connection import CommandRefused, GroupMissing, Link
+from pipeline.connection import Backoff, CommandRefused, GroupMissing, Link, Outage, reconnect_delay_s
 from pipeline.errors import BrokerUnavailable, ConfigError
 from pipeline.settings import RedisSettings
 from tests.conftest import wait_until
@@ -155,3 +156,22 @@ async def test_connecting_that_was_cancelled_is_begun_anew(link: Link, own_serve
         await asking
     assert await other.call("ECHO", "second") == b"second"
     await other.close()
+
+
+async def test_backoff_grows_with_failures_in_a_row_and_tells_the_outage_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begun once, ended once; the first failure after a success waits as briefly as the very first."""
+    waits: list[float] = []
+
+    async def note(delay_s: float) -> None:
+        waits.append(delay_s)
+
+    monkeypatch.setattr(asyncio, "sleep", note)
+    backoff = Backoff(0.05, Outage("here"))
+    with capture_logs() as lines:
+        for _ in range(3):
+            await backoff.failed(BrokerUnavailable("gone"))
+        backoff.succeeded()
+        backoff.succeeded()
+        await backoff.wait()
+    assert waits == [reconnect_delay_s(failures, 0.05) for failures in (0, 1, 2, 0)] == [0.02, 0.04, 0.05, 0.02]
+    assert [line["event"] for line in lines] == ["redis is away", "redis is back"]

@@ -239,3 +239,32 @@ async def test_drained_batch_beside_a_burial_is_given_back(link: Link, settings:
 
 async def echo_all(jobs: Sequence[Job]) -> list[Outcome]:
     return [await echo(job) for job in jobs]
+
+
+async def test_what_was_tried_before_the_drain_is_not_forgotten(link: Link, settings: Settings, front: Front) -> None:
+    """Charged calls stay charged and failed replicas avoided; every span is counted once."""
+    settings = changed(settings, worker={"drain_s": 0.05}, llm={"urls": (FIRST,)})
+    gate = Gate()
+
+    async def fail_over(job: Job) -> Done:
+        job.attempt, job.avoid = 3, [FIRST]
+        job.state["half"] = object()  # whatever a handler left behind is not carried on
+        return await gate(job)
+
+    async with working(settings, [Scripted("llm", fail_over, placed=True)]) as (consumer,):
+        job = prompt(front)
+        began_us = front.clock.now_us()
+        await front.submit(job)
+        await wait_until(lambda: gate.waiting)
+        consumer.stop()
+        await consumer.task
+    assert await link.call("HGET", keys.LIVE + job.id, "attempts") == b"2"  # as an outcome without a worker tells them
+    async with Hand(settings, "next", "llm") as following:
+        entry = await following.take_one()
+        again = decode(entry.data or b"")
+        assert (again.attempt, again.avoid, again.state) == (3, [FIRST], {})
+        assert again.timings_ms.keys() == {"llm_wait", "llm"}
+        assert again.at_us > began_us
+        assert sum(again.timings_ms.values()) == pytest.approx((again.at_us - began_us) / 1000, abs=20)
+        assert await following.settle(complete(entry)) == ["settled"]
+    await assert_nothing_is_left(link)

@@ -10,13 +10,18 @@ import pytest
 
 from pipeline import keys, scripts
 from pipeline import quarantine as quarantine_module
-from pipeline.connection import Link
+from pipeline.balancing import Replica
+from pipeline.connection import CommandRefused, Link
 from pipeline.front import Front
-from pipeline.job import Done, Job
+from pipeline.job import Done, Job, Priority
 from pipeline.settings import Settings
 from pipeline.stage import Outcome
+from pipeline.streams import Entry
 from tests.conftest import wait_until
 from tests.rig import (
+    FIRST,
+    SECOND,
+    THIRD,
     Gate,
     Hand,
     Mortal,
@@ -27,7 +32,9 @@ from tests.rig import (
     changed,
     complete,
     echo,
+    everything,
     outcome,
+    prompt,
     query,
     retry,
     still,
@@ -205,6 +212,7 @@ async def test_suspect_in_still_hands_stays_ours(link: Link, settings: Settings,
         (entry,) = (await worker.streams.claim(STREAM, "owner", 1, idle=True)).entries
         await consumer.renew()
         await consumer.renew()
+        await wait_until(lambda: worker._own_suspects)
         assert worker.held == {}
         assert list(worker._own_suspects) == [(STREAM, entry.id)]
 
@@ -279,6 +287,156 @@ async def test_expiry_goes_on_past_a_key_of_a_wrong_type(link: Link, settings: S
     await link.call("DEL", keys.IN_FLIGHT + "bad")
     await link.call("ZADD", keys.LIVE_INDEX, "XX", 1, bad.id)
     assert (await link.run(scripts.EXPIRE, (), (10, 60_000)))[1:] == [1, 0]
+    await assert_nothing_is_left(link)
+
+
+@asynccontextmanager
+async def wrong(link: Link, key: str) -> AsyncIterator[None]:
+    """*key* is a string for a while; what it held is put aside."""
+    held = await link.call("EXISTS", key)
+    if held:
+        await link.call("RENAME", key, "aside")
+    await link.call("SET", key, "x")
+    yield
+    if held:
+        await link.call("RENAME", "aside", key)
+    else:
+        await link.call("DEL", key)
+
+
+@pytest.mark.parametrize("broken", [keys.RUNNING, keys.LEASES])
+async def test_placing_goes_round_a_replica_with_a_broken_key(
+    link: Link, settings: Settings, front: Front, broken: str
+) -> None:
+    """It has no slot as long as that lasts; the others have theirs."""
+    replicas = [Replica(url, slots=2) for url in (FIRST, SECOND)]
+    async with Hand(settings, "owner", "llm", placed=True) as owner:
+        await submit(front, [prompt(front) for _ in range(3)])
+        async with wrong(link, broken + FIRST):
+            placed = await owner.streams.place(replicas, [[FIRST, SECOND]] * 3)
+            assert [entry.replica for entry in placed.entries] == [SECOND, SECOND]
+            assert [standing.running for standing in placed.standings] == [-1, 2]
+            assert placed.waiting == 1
+        placed_later = await owner.streams.place(replicas, [[FIRST, SECOND]])
+        assert [entry.replica for entry in placed_later.entries] == [FIRST]
+        assert [standing.running for standing in placed_later.standings] == [1, 2]
+        await owner.settle(*[complete(entry) for entry in (*placed.entries, *placed_later.entries)])
+    await assert_nothing_is_left(link)
+
+
+async def test_worker_goes_round_a_replica_with_a_broken_key(link: Link, settings: Settings, front: Front) -> None:
+    """And back to it when it is mended."""
+    settings = changed(settings, llm={"urls": (FIRST, SECOND), "slots": 1})
+    gate = Gate()
+    stage = Scripted("llm", gate, placed=True)
+    jobs = [prompt(front) for _ in range(2)]
+    async with working(settings, [stage]):
+        async with wrong(link, keys.RUNNING + FIRST):
+            await submit(front, jobs)
+            await wait_until(lambda: gate.waiting)
+            assert [job.replica for job in stage.seen] == [SECOND]
+        await wait_until(lambda: len(gate.waiting) == 2)
+        assert [job.replica for job in stage.seen] == [SECOND, FIRST]
+        gate.open()
+        assert await statuses(front, jobs) == ["completed"] * 2
+    await assert_nothing_is_left(link)
+
+
+@pytest.mark.parametrize("broken", [keys.RUNNING, keys.LEASES])
+async def test_lease_that_cannot_be_given_back_is_its_own_jobs_trouble(
+    link: Link, settings: Settings, front: Front, broken: str
+) -> None:
+    """Its job is not placed anywhere else, since it would hold two; the next one is."""
+    await link.call("HSET", keys.REPLICAS, FIRST, b'{"slots":1,"seen_ms":99999999999999}')
+    await front._refresh()
+    stuck, free = query(front, route=["llm"]), prompt(front)
+    await submit(front, [stuck, free])
+    async with Hand(settings, "owner", "llm", placed=True) as owner:
+        async with wrong(link, broken + FIRST):
+            placed = await owner.streams.place([Replica(SECOND, slots=2)], [[SECOND]] * 2)
+            assert [entry.replica for entry in placed.entries] == ["", SECOND]
+            assert placed.standings[0].running == 1
+            before = await everything(link)
+            with pytest.raises(CommandRefused):
+                await owner.streams.move(placed.entries[0], stuck.id, [Replica(SECOND, slots=2)])
+            assert await everything(link) == before
+        assert await owner.streams.move(placed.entries[0], stuck.id, [Replica(SECOND, slots=2)]) == SECOND
+        await owner.settle(*[complete(entry) for entry in placed.entries])
+    await assert_nothing_is_left(link)
+
+
+@pytest.mark.parametrize("broken", [keys.RUNNING, keys.LEASES])
+async def test_moving_goes_round_a_replica_with_a_broken_key(
+    link: Link, settings: Settings, front: Front, broken: str
+) -> None:
+    """The job takes the next one of its order."""
+    job = prompt(front)
+    await front.submit(job)
+    async with Hand(settings, "owner", "llm", placed=True) as owner:
+        (entry,) = (await owner.streams.place([Replica(FIRST, slots=1)], [[FIRST]])).entries
+        async with wrong(link, broken + SECOND):
+            order = [Replica(url, slots=1) for url in (SECOND, THIRD)]
+            assert await owner.streams.move(entry, job.id, order) == THIRD
+        assert await link.call("GET", keys.LOAD + FIRST) == b"0"
+        await owner.settle(complete(entry))
+    await assert_nothing_is_left(link)
+
+
+@pytest.mark.parametrize("key", [keys.HEALTH + FIRST, keys.LIVE + "another"])
+async def test_placing_reads_past_what_it_cannot_read(link: Link, settings: Settings, front: Front, key: str) -> None:
+    """A replica's health is an estimate; a live record that is none is a stranger's entry."""
+    another, job = prompt(front), prompt(front)
+    another.id = "another"
+    await submit(front, [another, job])
+    async with Hand(settings, "owner", "llm", placed=True) as owner:
+        async with wrong(link, key):
+            entries = (await owner.streams.place([Replica(FIRST, slots=2)], [[FIRST]] * 2)).entries
+            assert entries[1].replica == FIRST
+        assert len(entries) == 2
+        await owner.settle(*[complete(entry) for entry in entries])
+    await assert_nothing_is_left(link)
+
+
+@pytest.mark.parametrize("placed", [True, False])
+@pytest.mark.parametrize("priority", ["high", "low"])
+async def test_stream_of_a_wrong_type_hides_nothing_that_was_read(
+    link: Link, settings: Settings, front: Front, priority: Priority, *, placed: bool
+) -> None:
+    """What another priority has is delivered and heard of; a call that finds nothing else says what is wrong."""
+    stage = "llm" if placed else "encoder"
+    jobs = [query(front, route=[stage]) for _ in range(3)]
+    await submit(front, jobs)
+    async with Hand(settings, "owner", stage, placed=placed) as owner:
+
+        async def take() -> list[Entry]:
+            if placed:
+                return (await owner.streams.place([Replica(FIRST, slots=9)], [[FIRST]] * 9)).entries
+            return await owner.take(9)
+
+        async with wrong(link, keys.stream(stage, priority)):
+            entries = await take()
+            assert len(entries) == 3
+            with pytest.raises(CommandRefused):
+                await take()
+        assert await take() == []
+        await owner.settle(*[complete(entry) for entry in entries])
+    await assert_nothing_is_left(link)
+
+
+async def test_lease_is_renewed_past_a_list_of_workers_of_a_wrong_type(
+    link: Link, settings: Settings, front: Front
+) -> None:
+    """The list is for people; what this consumer holds is still compared."""
+    async with still(settings, Scripted("encoder", echo)) as consumer:
+        job = query(front, route=["encoder"])
+        await front.submit(job)
+        await link.call("XREADGROUP", "GROUP", "encoder", consumer.name, "COUNT", 1, "STREAMS", STREAM, ">")
+        async with wrong(link, keys.WORKERS):
+            await link.call("PEXPIRE", keys.WORKER + consumer.name, 100)
+            for _ in range(2):
+                await consumer.renew()
+            assert await link.call("PTTL", keys.WORKER + consumer.name) > 100
+            assert await statuses(front, [job]) == ["completed"]
     await assert_nothing_is_left(link)
 
 

@@ -11,7 +11,7 @@ import pytest
 from pipeline import keys, scripts
 from pipeline.connection import CommandRefused, Link, OutOfMemory
 from pipeline.errors import BrokerUnavailable, IdempotencyMismatch, Overloaded
-from pipeline.front import Front, Idempotency
+from pipeline.front import Accepted, Front, Idempotency
 from pipeline.job import decode
 from pipeline.settings import Settings
 from tests.rig import (
@@ -29,6 +29,8 @@ from tests.rig import (
     retry,
     working,
 )
+from tests.servers import RedisServer
+from tests.wire import Wire
 
 
 async def register(link: Link, front: Front, urls: tuple[str, ...] = REPLICAS) -> None:
@@ -63,10 +65,10 @@ async def test_reply_lost_after_the_script_ran_leaves_one_job(
     run = front._submitter.run
     sent = 0
 
-    async def deaf_once(*args: object) -> object:
+    async def deaf_once(*args: object, **more: object) -> object:
         nonlocal sent
         sent += 1
-        reply = await run(*args)  # type: ignore[arg-type]  # passes on what it was given
+        reply = await run(*args, **more)  # type: ignore[arg-type]  # passes on what it was given
         if sent == 1:
             raise BrokerUnavailable("the reply was lost", unknown=True)
         return reply
@@ -77,6 +79,49 @@ async def test_reply_lost_after_the_script_ran_leaves_one_job(
     assert sent == 2
     assert await link.call("XLEN", keys.stream("encoder")) == 1
     assert await link.call("ZCARD", keys.LIVE_INDEX) == 1
+
+
+async def test_submit_that_was_given_up_is_not_sent_again(
+    link: Link, settings: Settings, redis_server: RedisServer
+) -> None:
+    """Its client has heard 503 by the time the dead connection is noticed: the job would run for nobody."""
+    async with Wire(redis_server) as wire:
+        settings = changed(settings, redis={"url": wire.url, "reply_timeout_s": 1.2})
+        async with Front(settings, "cut off") as front:
+            await front.submit(query(front), wait=False)
+            wire.kill("submit")
+            ghost, job = query(front), query(front)
+            with pytest.raises(BrokerUnavailable) as caught:
+                await front.submit(ghost)
+            assert caught.value.unknown
+            await front.submit(job)
+            assert await link.call("EXISTS", keys.LIVE + job.id) == 1
+            assert await link.call("EXISTS", keys.LIVE + ghost.id) == 0
+
+
+async def test_after_an_unknown_reply_only_what_is_waited_for_is_sent_again(
+    link: Link, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two jobs in one call one client hung up: the other's job is accepted, and gets its own answer."""
+    hung_up, patient = query(front), query(front)
+    run = front._submitter.run
+    sent = 0
+
+    async def cut_once(*args: object, **more: object) -> object:
+        nonlocal sent
+        sent += 1
+        if sent > 1:
+            return await run(*args, **more)  # type: ignore[arg-type]  # passes on what it was given
+        asking[0].cancel()
+        raise BrokerUnavailable("cut before it arrived", unknown=True)
+
+    monkeypatch.setattr(front._submitter, "run", cut_once)
+    asking = [asyncio.create_task(front.submit(job)) for job in (hung_up, patient)]
+    results = await asyncio.gather(*asking, return_exceptions=True)
+    assert isinstance(results[0], asyncio.CancelledError)
+    assert results[1] == Accepted(patient.id)
+    assert sent == 2
+    assert await link.call("KEYS", keys.LIVE + "*") == [(keys.LIVE + patient.id).encode()]
 
 
 async def test_hundred_submits_under_one_key_are_one_job(link: Link, settings: Settings, front: Front) -> None:
