@@ -158,7 +158,7 @@ async def redis_stalls(cell: Cell) -> None:
 
 async def _runs(cluster: Cluster, count: int) -> bool:
     running = [await cluster.redis.zcard(keys.RUNNING + url) for url in cluster.replica_urls]
-    return sum(running) >= count
+    return bool(sum(running) >= count)
 
 
 @scenario(19, jobs=12, in_slice=6)
