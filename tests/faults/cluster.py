@@ -392,6 +392,15 @@ class Cluster:
         """Return how many jobs are accepted and not ended."""
         return int(await self.redis.zcard(keys.LIVE_INDEX))
 
+    async def call_of(self, number: int) -> dict[str, Any] | None:
+        """Return the call that a replica has at work for request *number*, as its record has it; None without any."""
+        for url in self.replica_urls:
+            async with self.http.get(f"{url}/mock/requests") as answer:
+                for call in (await answer.json())["requests"]:
+                    if call["status"] == "running" and f"Request {number}." in str(call.get("messages")):
+                        return dict(call)
+        return None
+
     async def behave(self, *names: str, **patch: Any) -> None:
         """Change how mock replicas behave, all of them where none is named."""
         for name in names or [part.name for part in self.of("replica")]:

@@ -8,6 +8,7 @@ clients:
     {"at_s", "event": "refused", "n", "code"}                      the client heard no: nothing may come of it
     {"at_s", "event": "unknown", "n", "code"}                      the client heard nothing: it may have been accepted
     {"at_s", "event": "outcome", "n", "id", "outcome": {...}}      what the client was told; seen again: once more
+    {"at_s", "event": "spans", "n", "spans": {...}}                `timings_ms` as a gateway answered them
 
 Events of faults: {"at_s", "event": "fault", "fault", "victim", "held", ...}. `at_s` is seconds on the monotonic clock.
 """

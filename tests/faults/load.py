@@ -108,23 +108,57 @@ class Load:
             self.send(self._rng.choices(self._kinds, self._weights)[0])
 
     def send(self, kind: str, suffix: str = "", **fields: Any) -> int:
-        """Send one request of a kind now, its question followed by *suffix*; return its number."""
+        """Send one request of a kind now, its question followed by *suffix*; return its number.
+
+        Args:
+            fields: of the query's body; `key` is the Idempotency-Key of an `ask`.
+        """
         self.sent += 1
         number = self.sent
         subject = self._rng.choice(list(KEPT_BY))
         self._writer.write("submitted", n=number, kind=kind, subject=subject)
         work = {"ask": self._ask, "background": self._background, "keyed": self._keyed}.get(kind, self._add)
         text = question(number, subject) + suffix
-        self._spawn(work(number, kind, text, self._fields | fields))
+        self._spawn(work(number, kind, text, self._fields | fields), f"client {number}")
         return number
 
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.create_task(work)
+    def _spawn(self, work: Any, name: str = "sender") -> None:
+        task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def chorus(self, voices: int, key: str, heard: list[Json]) -> int:
+        """Ask one question *voices* times at once under one Idempotency-Key, each voice until it hears an answer.
+
+        Args:
+            heard: every answer is put there as it comes.
+        Returns:
+            The number of all of it: in the history it is one request.
+        """
+        self.sent += 1
+        number, subject = self.sent, self._rng.choice(list(KEPT_BY))
+        self._writer.write("submitted", n=number, kind="chorus", subject=subject)
+        body = {"query": question(number, subject), **self._fields}
+
+        async def voice() -> None:
+            while not await self._post(number, body, key, heard):
+                await asyncio.sleep(self._rng.uniform(0.1, 0.5))
+
+        for _ in range(voices):
+            self._spawn(voice())
+        return number
+
+    def leave(self, number: int, job_id: str) -> None:
+        """Have the client of a request hang up; its outcome is looked for under *job_id*, which it never heard."""
+        for task in self._tasks:
+            if task.get_name() == f"client {number}":
+                task.cancel()
+        self._writer.write("accepted", n=number, id=job_id)
+        self._open[job_id] = number
+
     async def _ask(self, number: int, kind: str, text: str, fields: Json) -> None:
-        await self._post(number, {"query": text, **fields})
+        key = fields.pop("key", "")
+        await self._post(number, {"query": text, **fields}, key)
 
     async def _background(self, number: int, kind: str, text: str, fields: Json) -> None:
         await self._post(number, {"query": text, "background": True, **fields})
@@ -135,8 +169,8 @@ class Load:
         while not await self._post(number, body, key=f"request-{number}") and time.monotonic() < give_up_s:
             await asyncio.sleep(self._rng.uniform(0.1, 0.5))
 
-    async def _post(self, number: int, body: Json, key: str = "") -> bool:
-        """Send a query; note what was heard, and say whether the gateway has decided."""
+    async def _post(self, number: int, body: Json, key: str = "", heard: list[Json] | None = None) -> bool:
+        """Send a query; note what was heard (in *heard*, too), and say whether the gateway has decided."""
         headers = {"idempotency-key": key} if key else {}
         urls = self._cluster.gateway_urls
         self._turn += 1
@@ -144,7 +178,11 @@ class Load:
             url = urls[(self._turn + attempt) % len(urls)]
             try:
                 async with self._cluster.http.post(f"{url}/query", json=body, headers=headers) as answer:
-                    return self._heard(number, answer.status, orjson.loads(await answer.read()))
+                    reply = orjson.loads(await answer.read())
+                    is_decided = self._heard(number, answer.status, reply)
+                    if is_decided and heard is not None:
+                        heard.append(reply)
+                    return is_decided
             except aiohttp.ClientConnectorError as error:
                 if attempt == len(urls) - 1:
                     self._writer.write("refused", n=number, code=type(error).__name__)
@@ -161,6 +199,7 @@ class Load:
             if status == 200:
                 outcome = {name: body[name] for name in ("worker", "replica", "answer")}
                 self._ended(number, job_id, "ask", {"status": "completed", **outcome})
+                self._writer.write("spans", n=number, spans=body["timings_ms"])
             elif code == "job_lost":
                 self._ended(number, job_id, "ask", {"status": "lost", "code": code})
             else:  # accepted, or ended otherwise than well: the completion says how
@@ -271,5 +310,6 @@ def distil(completion: Json) -> Json:
         outcome["answer"] = completion["result"].get("answer")
     if completion.get("error"):
         outcome["code"] = completion["error"]["code"]
-    outcome["shortest_ms"] = min(completion.get("timings_ms", {}).values(), default=0.0)
+    spans_ms = completion.get("timings_ms", {}).values()
+    outcome["shortest_ms"], outcome["longest_ms"] = min(spans_ms, default=0.0), max(spans_ms, default=0.0)
     return outcome

@@ -1,0 +1,74 @@
+"""A stage process with payloads that are its trouble: `python -m tests.faults.troubled NAME`.
+
+The real stage of that name in the real program, but for two words in a query. `KILL-YOUR-WORKER` ends the process as a
+crash in native code would (SIGKILL, no clean-up); `BLOCK-FOR <seconds>` stops its event loop for that long.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from pipeline.job import Done, Job
+from pipeline.settings import Settings
+from pipeline.stage import Context, Outcome, Stage
+from stages import __main__ as program
+
+KILL: Final = "KILL-YOUR-WORKER"
+BLOCK: Final = "BLOCK-FOR"
+_BLOCK = re.compile(BLOCK + r" ([0-9]+(?:\.[0-9]+)?)")
+
+
+class Troubled(Stage):
+    """A stage that does what another does, unless a payload stops it."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.name, self.slots, self.batch, self.placed = stage.name, stage.slots, stage.batch, stage.placed
+        self._stage = stage
+
+    async def start(self, context: Context) -> None:
+        """Start the other."""
+        await self._stage.start(context)
+
+    async def handle(self, job: Job) -> Done:
+        """Do one job."""
+        _meet(job)
+        return await self._stage.handle(job)
+
+    async def handle_batch(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
+        """Do several."""
+        for job in jobs:
+            _meet(job)
+        return await self._stage.handle_batch(jobs)
+
+    async def stop(self) -> None:
+        """Stop the other."""
+        await self._stage.stop()
+
+
+def _meet(job: Job) -> None:
+    text = str(job.payload.get("query", ""))
+    if KILL in text:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if found := _BLOCK.search(text):
+        time.sleep(float(found[1]))
+
+
+def main() -> int:
+    """Run as `python -m stages` does."""
+    build = program.build
+
+    def build_troubled(name: str, settings: Settings) -> Stage:
+        return Troubled(build(name, settings))
+
+    program.build = build_troubled
+    return program.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
