@@ -11,7 +11,7 @@ import platform
 import sys
 from typing import Final
 
-BENCHES: Final = ("hops", "query")
+BENCHES: Final = ("hops", "query", "backlog", "tail", "start")
 
 
 def main(arguments: list[str]) -> int:

@@ -85,10 +85,10 @@ def _measure(
         for child in processes.children.values():
             child.line()
         pids = {**processes.pids(*hops), "redis": redis.pid}
-        closed = driver.ask(do="closed", in_flight=in_flight, warm_s=warm, seconds=seconds, pids=pids)
+        closed = driver.window(do="closed", in_flight=in_flight, warm_s=warm, seconds=seconds, pids=pids)
         offsets = loads.steady(rate, warm / 2 + open_seconds)
-        opened = driver.ask(do="open", offsets=offsets, warm_s=warm / 2, pids=pids)
-        return Window.from_json(closed), Window.from_json(opened)
+        opened = driver.window(do="open", offsets=offsets, warm_s=warm / 2, pids=pids)
+        return closed, opened
 
 
 def _fill(

@@ -16,11 +16,13 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from pipeline import leash
+from tests.bench.figures import Window
 
 Json = dict[str, Any]
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 READY_S: Final = 60.0
+MEASURE_S: Final = 600.0
 END_S: Final = 20.0
 
 
@@ -91,6 +93,17 @@ class Child:
         self.process.stdin.flush()
         answer: Json = json.loads(self.line(within_s))
         return answer
+
+    def window(self, **command: Any) -> Window:
+        """Have it measure one window.
+
+        Raises:
+            Broken: nothing succeeded in it.
+        """
+        window = Window.from_json(self.ask(MEASURE_S, **command))
+        if not window.ended:
+            raise Broken(f"{self.name}: no call succeeded: {window.errors}")
+        return window
 
     def last_words(self) -> str:
         """Return the end of what it wrote on standard error."""

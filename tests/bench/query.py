@@ -26,7 +26,7 @@ OURS: Final = ("gateway", *STAGES, "redis")
 """Whose CPU time is a question's; the replicas' and the load generator's stand beside it."""
 MOCKS: Final = 3
 SLOTS: Final = 64  # of each replica: none of the questions in flight waits for a slot
-CHUNK_CHARS: Final = 900  # below the encoder's 300 tokens: one chunk per document
+CHUNK_CHARS: Final = 600  # below the encoder's 300 tokens: one chunk per document
 READY_S: Final = 60.0
 
 
@@ -64,10 +64,9 @@ def run(
         pids = {**counted, **processes.pids(*(f"replica{n}" for n in range(MOCKS)))}
         offsets = loads.steady(rate, warm + open_seconds)
         for number in range(rounds):
-            answer = asker.ask(do="closed", in_flight=in_flight, warm_s=warm, seconds=seconds, pids=pids)
-            closed.append(Window.from_json(answer))
-            opened.append(Window.from_json(asker.ask(do="open", offsets=offsets, warm_s=warm, pids=pids)))
-            alone.append(Window.from_json(caller.ask(do="open", offsets=offsets, warm_s=warm, pids={})))
+            closed.append(asker.window(do="closed", in_flight=in_flight, warm_s=warm, seconds=seconds, pids=pids))
+            opened.append(asker.window(do="open", offsets=offsets, warm_s=warm, pids=pids))
+            alone.append(caller.window(do="open", offsets=offsets, warm_s=warm, pids={}))
             sys.stderr.write(f"round {number + 1}: {closed[-1].cpu_per_call(OURS):.0f} us\n")
     report.notes.append(f"{found} chunks were indexed; Redis keeps an append-only file, synced every second, as `up` has it")
     _fill(report, closed, opened, alone)
