@@ -32,6 +32,10 @@ stage +names:
 loadtest *arguments:
     {{ python }} -m penstock loadtest {{ arguments }}
 
+# measure what a job costs and how long it takes: hops, query, backlog, tail or start; see docs/PERFORMANCE.md
+bench *arguments:
+    {{ python }} -m tests.bench {{ arguments }}
+
 # show what runs and how deep each queue is
 status *arguments:
     {{ python }} -m penstock status {{ arguments }}

@@ -1,4 +1,4 @@
-"""`python -m tests.bench NAME [options]`: run one benchmark and print its figures."""
+"""`python -m tests.bench [NAME] [options]`: run one benchmark, or all, and print the figures."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ BENCHES: Final = ("hops", "query", "backlog", "tail", "start")
 
 def main(arguments: list[str]) -> int:
     """Read the command line: the options of a benchmark are the parameters of its `run`."""
-    parser = argparse.ArgumentParser(prog="just bench", description=__doc__)
-    names = parser.add_subparsers(dest="name", required=True)
+    parser = argparse.ArgumentParser(prog="just bench", description="Without a name: all of them, one after the other.")
+    names = parser.add_subparsers(dest="name", metavar="NAME")
     for name in BENCHES:
         module = importlib.import_module(f"tests.bench.{name}")
         about = names.add_parser(name, help=module.__doc__, description=module.__doc__)
@@ -29,15 +29,17 @@ def main(arguments: list[str]) -> int:
             else:
                 about.add_argument(flag, type=type(option.default), default=option.default, help=f"{option.default}")
     options = vars(parser.parse_args(arguments))
-    module = importlib.import_module(f"tests.bench.{options.pop('name')}")
-    as_json = options.pop("json")
-    report = module.run(**options)
-    report.about |= {
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-    }
-    sys.stdout.write(report.as_json() + "\n" if as_json else report.as_text())
+    chosen = options.pop("name")
+    as_json = options.pop("json", False)
+    for name in [chosen] if chosen else BENCHES:
+        report = importlib.import_module(f"tests.bench.{name}").run(**options)
+        report.about |= {
+            "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+        }
+        sys.stdout.write(report.as_json() + "\n" if as_json else report.as_text() + "\n")
+        sys.stdout.flush()
     return 0
 
 

@@ -69,7 +69,8 @@ def run(
                 stage = processes.start("stage", "tests.bench.driver", *words, talks=True)
                 stage.line()
                 pids = {"stage": stage.pid, "redis": redis.pid}
-                windows[depth].append(feeder.window(do="hold", depth=depth + BUSY, warm_s=warm, seconds=seconds, pids=pids))
+                held = {"depth": depth + BUSY, "warm_s": warm, "seconds": seconds}
+                windows[depth].append(feeder.window(do="hold", pids=pids, **held))
                 processes.end("stage")
                 sys.stderr.write(f"round {number + 1}: {depth} queued: {windows[depth][-1].rate:.0f}/s\n")
     rates = {depth: [window.rate for window in found] for depth, found in windows.items()}

@@ -120,11 +120,8 @@ class Report:
 
     def as_json(self) -> str:
         """Return everything for programs."""
-        tables = {
-            title: {name: {c: asdict(v) if isinstance(v, Spread) else v for c, v in row.items()} for name, row in rows.items()}
-            for title, rows in self.tables.items()
-        }  # fmt: skip
-        return json.dumps({"bench": self.name, **self.about, "tables": tables, "notes": self.notes}, indent=1)
+        body = {"bench": self.name, **self.about, "tables": self.tables, "notes": self.notes}
+        return json.dumps(body, indent=1, default=asdict)
 
     def as_text(self) -> str:
         """Return everything for people: median [least .. greatest] of the rounds."""

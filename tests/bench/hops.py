@@ -49,10 +49,8 @@ def run(
     appendonly: bool = False,
 ) -> Report:
     """Measure each system in each round, on processes and a Redis of its own, in turns."""
-    report = Report(
-        "hops",
-        {"rounds": rounds, "payload_bytes": PAYLOAD_BYTES, "in_flight": in_flight, "rate": rate, "appendonly": appendonly},
-    )
+    about = {"rounds": rounds, "payload_bytes": PAYLOAD_BYTES, "in_flight": in_flight, "rate": rate}
+    report = Report("hops", about | {"appendonly": appendonly})
     chosen = []
     for name in systems.split(","):
         if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
@@ -79,7 +77,7 @@ def _measure(
         hops = [f"hop{hop + 1}" for hop in range(HOPS)]
         for number, hop in enumerate(hops):
             words = ("--work", module, redis.url, str(number))
-            processes.start(hop, "tests.bench.driver", *words, talks=True, **environ)
+            processes.start(hop, "tests.bench.driver", *words, talks=True, environ=environ)
         options = json.dumps({"url": redis.url, "payload": payload()})
         driver = processes.start("submitter", "tests.bench.driver", module, options, talks=True)
         for child in processes.children.values():

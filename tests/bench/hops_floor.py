@@ -111,7 +111,9 @@ async def submitting(url: str, payload: Json) -> AsyncIterator[Call]:
         last: bytes = b"0"
         while True:
             reply = await reader.call("XREAD", "COUNT", 1000, "BLOCK", BLOCK_MS, "STREAMS", LAST, last)
-            for last, fields in reply[0][1] if reply else ():
+            entries = reply[0][1] if reply else ()
+            last = entries[-1][0] if entries else last
+            for _, fields in entries:
                 future = waiting.pop(fields[1].decode(), None)
                 if future is not None and not future.done():
                     future.set_result(None)

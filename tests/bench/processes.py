@@ -137,10 +137,10 @@ class Processes:
         self.folder = Path(self._folder.name)
         self.children: dict[str, Child] = {}
 
-    def start(self, name: str, *module: str, talks: bool = False, **environ: str) -> Child:
+    def start(self, name: str, *module: str, talks: bool = False, environ: Mapping[str, str] | None = None) -> Child:
         """Start `python -m MODULE...` under *name*."""
         log = self.folder / f"{name}.log"
-        child = self.children[name] = Child(name, list(module), environ, log, talks=talks)
+        child = self.children[name] = Child(name, list(module), environ or {}, log, talks=talks)
         return child
 
     def end(self, *names: str) -> None:

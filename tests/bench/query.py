@@ -68,7 +68,7 @@ def run(
             opened.append(asker.window(do="open", offsets=offsets, warm_s=warm, pids=pids))
             alone.append(caller.window(do="open", offsets=offsets, warm_s=warm, pids={}))
             sys.stderr.write(f"round {number + 1}: {closed[-1].cpu_per_call(OURS):.0f} us\n")
-    report.notes.append(f"{found} chunks were indexed; Redis keeps an append-only file, synced every second, as `up` has it")
+    report.notes.append(f"{found} chunks were indexed; Redis keeps an append-only file, as under `up`")
     _fill(report, closed, opened, alone)
     return report
 
@@ -90,8 +90,8 @@ def start(processes: Processes, redis: RedisServer, mock_s: float) -> tuple[str,
         "PENSTOCK_GATEWAY__PORT": str(port),
     }
     for stage in STAGES:
-        processes.start(stage, "stages", stage, **environ)
-    gateway = processes.start("gateway", "gateway", **environ)
+        processes.start(stage, "stages", stage, environ=environ)
+    gateway = processes.start("gateway", "gateway", environ=environ)
     url = f"http://127.0.0.1:{port}"
     give_up = time.monotonic() + READY_S
     while not _is_ready(url):
@@ -116,18 +116,18 @@ async def index(url: str, chunks: int) -> int:
 
 
 def pieces(count: int) -> list[str]:
-    """Return *count* texts of some paragraphs each."""
-    found: list[str] = []
+    """Return *count* different texts of some paragraphs each."""
+    found: dict[str, None] = {}
     for module, text in documents():
         piece = ""
         for paragraph in text.split("\n\n"):
             if len(piece) + len(paragraph) > CHUNK_CHARS and len(piece) > CHUNK_CHARS // 3:
-                found.append(f"{module}\n\n{piece[:CHUNK_CHARS]}")
+                found[f"{module}\n\n{piece[:CHUNK_CHARS]}"] = None
                 piece = ""
                 if len(found) == count:
-                    return found
+                    return list(found)
             piece += paragraph + "\n\n"
-    return found
+    return list(found)
 
 
 def _is_ready(url: str) -> bool:

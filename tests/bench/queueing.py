@@ -3,8 +3,8 @@
 A job that needs s seconds takes s x factor on a replica that is slower by that factor. Each replica runs `slots` jobs
 at once. All policies here take the jobs in the order of their arrival.
 
-- `central_queue`: one line for all; who is first goes to a free slot at once, the fastest one. No policy that must start
-  a job wherever a slot is free does better on equal replicas without knowing service times.
+- `central_queue`: one line for all; who is first goes to a free slot at once, the fastest one. On equal replicas no
+  policy that knows no service times does better.
 - `fast_only`: the same, without the replicas that are slower than the fastest.
 - `at_arrival`: each replica has a line of its own, and a job joins one when it arrives: by fewest jobs there (what
   "least connections" does), by turns, or by lot.

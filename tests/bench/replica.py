@@ -25,7 +25,8 @@ ANSWER: Final = json.dumps(
         "usage": {"prompt_tokens": 1, "completion_tokens": TOKENS, "total_tokens": TOKENS + 1},
     }
 ).encode()
-REPLY: Final = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(ANSWER), ANSWER)
+HEAD: Final = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+REPLY: Final = HEAD % len(ANSWER) + ANSWER
 
 
 class Slots:

@@ -105,7 +105,7 @@ def _measure(
             "PENSTOCK_LLM__SLOTS": str(SLOTS),
             "PENSTOCK_BALANCING__POLICY": policy,
         }
-        processes.start("llm", "stages", "llm", **environ)
+        processes.start("llm", "stages", "llm", environ=environ)
         options = json.dumps({"url": redis.url, "seed": seed, "count": len(arrivals), "mean_s": mean_s})
         driver = processes.start("submitter", "tests.bench.driver", "tail", options, talks=True)
         driver.line()
