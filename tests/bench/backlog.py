@@ -19,7 +19,7 @@ from pipeline.connection import Link, parse_info
 from pipeline.front import Front, _Submission
 from pipeline.job import Json
 from tests.bench import cpu
-from tests.bench.figures import Report, Window, ratios, spread
+from tests.bench.figures import Report, Window, in_turns, ratios, spread
 from tests.bench.hops import PAYLOAD_BYTES, payload
 from tests.bench.hops_penstock import HOPS, job_of, settings
 from tests.bench.processes import Child, Processes
@@ -63,7 +63,7 @@ def run(
                     "memory of Redis per queued job", f"{depth:,}", **{n: spread([v]) for n, v in columns.items()}
                 )
         for number in range(rounds):
-            for depth in chosen[number % len(chosen) :] + chosen[: number % len(chosen)]:
+            for depth in in_turns(chosen, number):
                 redis, feeder = places[depth]
                 words = ("--work", "hops_penstock", redis.url, "0")
                 stage = processes.start("stage", "tests.bench.driver", *words, talks=True)

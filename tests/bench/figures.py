@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from loadtest.report import percentile
 
 Json = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,20 @@ def spread(values: Sequence[float]) -> Spread:
 def ratios(those: Sequence[float], these: Sequence[float]) -> Spread:
     """Return how many times *those* are *these*, round by round."""
     return spread([that / this for that, this in zip(those, these, strict=True)])
+
+
+def errors_of(windows: Iterable[Window]) -> str:
+    """Return how many calls failed, and in which ways."""
+    kinds: Counter[str] = Counter()
+    for window in windows:
+        kinds.update(window.errors)
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "0"
+
+
+def in_turns(rivals: Sequence[T], round_number: int) -> list[T]:
+    """Return the order of one round: each rival is first in some round, so that none always follows the same one."""
+    first = round_number % max(1, len(rivals))
+    return [*rivals[first:], *rivals[:first]]
 
 
 def number(value: float) -> str:

@@ -10,7 +10,7 @@ import sys
 from typing import Any, Final
 
 from tests.bench import loads
-from tests.bench.figures import Report, Window, ratios, spread
+from tests.bench.figures import Report, Window, errors_of, in_turns, ratios, spread
 from tests.bench.processes import Processes
 from tests.servers import RedisServer
 
@@ -60,7 +60,7 @@ def run(
     closed: dict[str, list[Window]] = {name: [] for name in chosen}
     opened: dict[str, list[Window]] = {name: [] for name in chosen}
     for number in range(rounds):
-        for name in chosen[number % len(chosen) :] + chosen[: number % len(chosen)]:
+        for name in in_turns(chosen, number):
             one, other = _measure(name, seconds, open_seconds, warm, in_flight, rate, appendonly)
             closed[name].append(one)
             opened[name].append(other)
@@ -101,7 +101,7 @@ def _fill(
             jobs_per_s=spread([window.rate for window in windows]),
             P50_ms=spread([window.quantile_ms(500) for window in windows]),
             P99_ms=spread([window.quantile_ms(990) for window in windows]),
-            errors=str(sum(sum(window.errors.values()) for window in windows)),
+            errors=errors_of(windows),
         )
         parts = {part: spread([window.cpu_per_call([part]) for window in windows]) for part in windows[0].cpu_us}
         report.tables.setdefault("CPU us per job by process, closed loop", {})[name] = parts
@@ -113,7 +113,7 @@ def _fill(
             P99_ms=spread([window.quantile_ms(990) for window in windows]),
             CPU_us_per_job=spread([window.cpu_per_call() for window in windows]),
             lag_P99_ms=spread([window.lag_ms(990) for window in windows]),
-            errors=str(sum(sum(window.errors.values()) for window in windows)),
+            errors=errors_of(windows),
         )
     for name in closed:
         if name != "penstock" and "penstock" in closed:

@@ -100,7 +100,7 @@ class Peer:
         if connection.is_open:
             self._idle.append(connection)
         if status != 200:
-            raise RuntimeError(f"http {status}")
+            raise RuntimeError(f"http {status} {answer[:200]!r}")
         return answer
 
     def close(self) -> None:

@@ -154,4 +154,4 @@ def _keep_time(started_at: float, offsets: Sequence[float], write_end: int) -> N
 
 
 def _kind(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:80].rstrip(": ")
+    return f"{type(error).__name__}: {error}"[:200].rstrip(": ")

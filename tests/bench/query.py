@@ -14,7 +14,7 @@ from gateway.client import Client
 from loadtest.questions import BUILT_IN
 from pipeline.local import free_port
 from tests.bench import loads
-from tests.bench.figures import Report, Window, spread
+from tests.bench.figures import Report, Window, errors_of, spread
 from tests.bench.processes import Broken, Processes
 from tests.retrieval.stdlib_docs import documents
 from tests.servers import RedisServer
@@ -24,8 +24,7 @@ Json = dict[str, Any]
 STAGES: Final = ("encoder", "retriever", "llm")
 OURS: Final = ("gateway", *STAGES, "redis")
 """Whose CPU time is a question's; the replicas' and the load generator's stand beside it."""
-MOCKS: Final = 3
-SLOTS: Final = 64  # of each replica: none of the questions in flight waits for a slot
+SLOTS: Final = 20  # of each of three replicas: none of 50 questions in flight waits for a slot
 CHUNK_CHARS: Final = 600  # below the encoder's 300 tokens: one chunk per document
 READY_S: Final = 60.0
 
@@ -40,6 +39,7 @@ def run(
     rate: float = 100.0,
     chunks: int = 1000,
     mock_s: float = 0.05,
+    replicas: int = 3,
 ) -> Report:
     """Start the parts that `penstock up` starts, index, and measure in each round: closed, open, the replicas alone."""
     report = Report(
@@ -50,7 +50,7 @@ def run(
     opened: list[Window] = []
     alone: list[Window] = []
     with RedisServer(appendonly=True) as redis, Processes() as processes:
-        url, mocks = start(processes, redis, mock_s)
+        url, mocks = start(processes, redis, mock_s, replicas)
         found = asyncio.run(index(url, chunks))
         questions = [{"query": question} for question in BUILT_IN]
         asking = json.dumps({"urls": [url], "path": "/query", "bodies": questions})
@@ -61,7 +61,7 @@ def run(
         for child in (asker, caller):
             child.line()
         counted = {**processes.pids("gateway", *STAGES), "redis": redis.pid}
-        pids = {**counted, **processes.pids(*(f"replica{n}" for n in range(MOCKS)))}
+        pids = {**counted, **processes.pids(*(f"replica{n}" for n in range(replicas)))}
         offsets = loads.steady(rate, warm + open_seconds)
         for number in range(rounds):
             closed.append(asker.window(do="closed", in_flight=in_flight, warm_s=warm, seconds=seconds, pids=pids))
@@ -73,10 +73,10 @@ def run(
     return report
 
 
-def start(processes: Processes, redis: RedisServer, mock_s: float) -> tuple[str, list[str]]:
+def start(processes: Processes, redis: RedisServer, mock_s: float, replicas: int) -> tuple[str, list[str]]:
     """Start replicas, stages and gateway; return the gateway's address and the replicas', when all are ready."""
     mocks = []
-    for number in range(MOCKS):
+    for number in range(replicas):
         port = free_port("127.0.0.1", 0)
         options = ("--port", str(port), "--latency", f"fixed:{mock_s:g}", "--slots", str(SLOTS))
         processes.start(f"replica{number}", "penstock", "mock-llm", *options)
@@ -146,7 +146,7 @@ def _fill(report: Report, closed: list[Window], opened: list[Window], alone: lis
         queries_per_s=spread([window.rate for window in closed]),
         P50_ms=spread([window.quantile_ms(500) for window in closed]),
         P99_ms=spread([window.quantile_ms(990) for window in closed]),
-        errors=str(sum(sum(window.errors.values()) for window in closed)),
+        errors=errors_of(closed),
     )
     for windows, title in ((closed, "CPU us per query by process, closed loop"), (opened, "... and in the open loop")):
         for part in OURS:
@@ -163,7 +163,7 @@ def _fill(report: Report, closed: list[Window], opened: list[Window], alone: lis
             P99_ms=spread([window.quantile_ms(990) for window in windows]),
             lag_P50_ms=spread([window.lag_ms(500) for window in windows]),
             lag_P99_ms=spread([window.lag_ms(990) for window in windows]),
-            errors=str(sum(sum(window.errors.values()) for window in windows)),
+            errors=errors_of(windows),
         )
     pairs = list(zip(opened, alone, strict=True))
     added = {f"P{p // 10}_ms": spread([o.quantile_ms(p) - a.quantile_ms(p) for o, a in pairs]) for p in (500, 990)}

@@ -13,14 +13,17 @@ from tests.bench.figures import Report, spread
 from tests.bench.processes import Processes
 
 
-def run(*, rounds: int = 5, cold: bool = False) -> Report:
+def run(*, rounds: int = 5, once: bool = False) -> Report:
     """Start with a new data directory (it indexes the documentation first), then again with the same one.
 
-    One start that is not counted comes first, unless *cold*: it compiles what was not compiled yet.
+    A round that is not counted comes first: it compiles what was not compiled yet. With *once* there is one start only,
+    and it counts.
     """
     report = Report("start", {"rounds": rounds})
-    found: dict[str, list[tuple[float, float]]] = {"new data directory": [], "once more, same directory": []}
-    for number in range(1 if cold else 0, rounds + 1):
+    found: dict[str, list[tuple[float, float]]] = {"new data directory": []}
+    if not once:
+        found["once more, same directory"] = []
+    for number in [1] if once else range(rounds + 1):
         with tempfile.TemporaryDirectory(prefix="penstock-start-", dir="/tmp") as folder:
             for name, times in found.items():
                 took = first_answer_s(Path(folder) / "data")

@@ -12,7 +12,7 @@ from typing import Final
 
 from pipeline.front import Front
 from tests.bench import loads
-from tests.bench.figures import Report, quantile, ratios, spread
+from tests.bench.figures import Report, in_turns, quantile, ratios, spread
 from tests.bench.hops_penstock import job_of, settings
 from tests.bench.loads import Call
 from tests.bench.processes import Processes
@@ -83,7 +83,7 @@ def _cell(
     for number in range(rounds):
         arrivals = loads.poisson(rate, warm + seconds, Random(f"{number}:arrivals"))
         spans = service_times(number, len(arrivals), mean_s)
-        for policy in policies[number % len(policies) :] + policies[: number % len(policies)]:
+        for policy in in_turns(policies, number):
             row = _measure(policy, servers, arrivals, number, warm, mean_s)
             found.setdefault(policy, []).append(row)
             sys.stderr.write(f"round {number + 1}: {policy}: P99 {row[1]:.2f}\n")

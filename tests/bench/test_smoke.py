@@ -35,7 +35,9 @@ def test_hops_are_measured(system: str) -> None:
 
 def test_questions_are_measured() -> None:
     """The answers come through every process."""
-    report = query.run(rounds=1, seconds=0.3, open_seconds=0.3, warm=0.1, in_flight=5, rate=20, chunks=20, mock_s=0.01)
+    report = query.run(
+        rounds=1, seconds=0.3, open_seconds=0.3, warm=0.1, in_flight=5, rate=20, chunks=20, mock_s=0.01, replicas=1
+    )
     assert figure(report, "closed loop", "/query", "CPU us per query") > 0
     for process in query.OURS:
         assert figure(report, "CPU us per query by process", process, "counted") > 0
@@ -60,5 +62,5 @@ def test_a_tail_is_measured_beside_its_ideal() -> None:
 
 def test_a_start_is_measured() -> None:
     """`up` comes up and answers."""
-    report = start.run(rounds=1, cold=True)
+    report = start.run(once=True)
     assert figure(report, "seconds", "new data directory", "first answer") > 0
