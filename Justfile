@@ -36,6 +36,10 @@ loadtest *arguments:
 faults *arguments:
     {{ python }} -m tests.faults {{ arguments }}
 
+# measure what a job costs and how long it takes: hops, query, backlog, tail or start; see docs/PERFORMANCE.md
+bench *arguments:
+    {{ python }} -m tests.bench {{ arguments }}
+
 # show what runs and how deep each queue is
 status *arguments:
     {{ python }} -m penstock status {{ arguments }}

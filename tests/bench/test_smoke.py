@@ -1,0 +1,66 @@
+"""Each benchmark still runs: tiny numbers, real processes, a real Redis. What it measures is nobody's business here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+
+from tests.bench import backlog, hops, query, start, tail
+from tests.bench.figures import Report
+
+
+def figure(report: Report, table: str, row: str, column: str) -> float:
+    """Return the median of one figure, as programs read it."""
+    tables = json.loads(report.as_json())["tables"]
+    found = next(rows for title, rows in tables.items() if title.startswith(table))
+    return float(found[row][column]["median"])
+
+
+@pytest.mark.parametrize("system", ["penstock", "floor", "faststream"])
+def test_hops_are_measured(system: str) -> None:
+    """Every process takes its part."""
+    if system == "faststream" and importlib.util.find_spec("faststream") is None:
+        report = hops.run(rounds=1, systems=system)
+        assert "not installed" in report.notes[0]
+        return
+    report = hops.run(rounds=1, seconds=0.3, open_seconds=0.3, warm=0.1, in_flight=5, rate=50, systems=system)
+    assert figure(report, "closed loop", system, "CPU us per job") > 0
+    assert figure(report, "open loop", system, "P99 ms") > 0
+    for process in ("hop1", "hop2", "hop3", "redis", "submitter"):
+        assert figure(report, "CPU us per job by process", system, process) > 0
+    assert report.tables["closed loop, 5 in flight"][system]["errors"] == "0"
+
+
+def test_questions_are_measured() -> None:
+    """The answers come through every process."""
+    report = query.run(
+        rounds=1, seconds=0.3, open_seconds=0.3, warm=0.1, in_flight=5, rate=20, chunks=20, mock_s=0.01, replicas=1
+    )
+    assert figure(report, "closed loop", "/query", "CPU us per query") > 0
+    for process in query.OURS:
+        assert figure(report, "CPU us per query by process", process, "counted") > 0
+    assert report.tables["closed loop"]["/query"]["errors"] == "0"
+
+
+def test_a_backlog_is_measured() -> None:
+    """Both depths are held, and a queued job takes more memory than its payload."""
+    report = backlog.run(rounds=1, seconds=0.3, warm=0.1, depths="0,500")
+    assert figure(report, "memory", "500", "times the payload") > 1
+    assert figure(report, "throughput", "500 queued", "jobs per s") > 0
+
+
+def test_a_tail_is_measured_beside_its_ideal() -> None:
+    """No job is faster than an ideal that has the same jobs."""
+    report = tail.run(
+        rounds=1, seconds=0.5, warm=0.1, mean_ms=20, cases="one-slow", utilisation="50", policies="random"
+    )
+    assert figure(report, "one-slow", "random", "P99") > 0
+    assert figure(report, "one-slow", "random", "P50") >= figure(report, "one-slow", "(fast replicas only)", "P50")
+
+
+def test_a_start_is_measured() -> None:
+    """`up` comes up and answers."""
+    report = start.run(once=True)
+    assert figure(report, "seconds", "new data directory", "first answer") > 0
