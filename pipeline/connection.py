@@ -175,7 +175,7 @@ class Link:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._connection.send_packed_command(self._connection.pack_command(*args), check_health=False)
-        except (redis_errors.RedisError, OSError) as error:
+        except (redis_errors.RedisError, OSError, RuntimeError) as error:  # RuntimeError: uvloop, on a closed transport
             await self.close()
             raise BrokerUnavailable(f"Redis went away: {str(error) or 'sending timed out'}", unknown=True) from error
         except BaseException:

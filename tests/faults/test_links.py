@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 
 import pytest
+import uvloop
 
 from pipeline.connection import CommandRefused, Link
 from pipeline.errors import BrokerUnavailable
@@ -75,3 +76,22 @@ async def test_refusal_of_another_kind_stays_one(through: Link) -> None:
     """Waiting would not help."""
     with pytest.raises(CommandRefused):
         await through.call("EVAL", "return redis.error_reply('NEVER this')", 0)
+
+
+def test_connection_that_was_reset_while_idle_is_an_outage_on_uvloop_too() -> None:
+    """uvloop answers a write to a closed transport with RuntimeError: that must end no process."""
+
+    async def use_a_dead_connection() -> None:
+        with RedisServer() as server:
+            async with Proxy(server.socket) as proxy:
+                one = Link(RedisSettings(url=proxy.redis_url), "through")
+                for _ in range(20):
+                    await one.call("PING")
+                    proxy.cut()
+                    await asyncio.sleep(0.005)
+                    with suppress(BrokerUnavailable):
+                        await one.call("PING")
+                assert await one.call("ECHO", "again") == b"again"
+                await one.close()
+
+    uvloop.run(use_a_dead_connection())
