@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+import hiredis
 import structlog
 from redis import exceptions as redis_errors
 from redis.asyncio.connection import Connection, UnixDomainSocketConnection, parse_url
@@ -20,6 +21,7 @@ from redis.backoff import NoBackoff
 
 from pipeline.clock import monotonic_us
 from pipeline.errors import BrokerUnavailable, ConfigError, PenstockError
+from pipeline.limit import Limit
 
 if TYPE_CHECKING:
     from redis.asyncio.connection import AbstractConnection
@@ -73,6 +75,7 @@ class Link:
         self.client_id = 0
         self._settings = settings
         self._turn = asyncio.Lock()
+        self._limit = Limit()
         self._connection = _make_connection(settings, name)
 
     async def open(self, timeout_s: float) -> None:
@@ -82,7 +85,8 @@ class Link:
             BrokerUnavailable: no connection was made in time.
         """
         async with self._turn:
-            await self._connect(timeout_s)
+            if not self._is_connected():
+                await self._connect(timeout_s)
 
     async def call(self, *args: Argument, timeout_s: float | None = None) -> Any:
         """Run one command and return its reply, bytes as bytes.
@@ -128,36 +132,27 @@ class Link:
             try:
                 await self._call(("SUBSCRIBE", *channels), self._settings.reply_timeout_s)
                 yield "", b""
-                probed = False
                 while True:
-                    message = await self._read(self._settings.reply_timeout_s if probed else _PING_EVERY_S)
+                    message = await self._exchange(None, _PING_EVERY_S)
                     if message is _NOTHING:
-                        if probed:
+                        message = await self._exchange(("PING",), self._settings.reply_timeout_s)
+                        if message is _NOTHING:
                             raise BrokerUnavailable("the subscription's connection is dead")
-                        probed = True
-                        await self._send(("PING",), self._settings.reply_timeout_s)
-                        continue
-                    probed = False
                     if message[0] == b"message":
                         yield message[1].decode(), message[2]
             finally:
                 await self.close()  # it hears what nobody waits for, and the next caller would take that for a reply
 
     async def _call(self, args: Sequence[Argument], timeout_s: float) -> Any:
-        await self._connect(timeout_s)
-        await self._send(args, timeout_s)
-        return await self._reply(args[0], timeout_s)
-
-    async def _reply(self, command: Argument, timeout_s: float) -> Any:
-        reply = await self._read(timeout_s)
+        if not self._is_connected():
+            await self._connect(timeout_s)
+        reply = await self._exchange(args, timeout_s)
         if reply is _NOTHING:
             await self.close()
-            raise BrokerUnavailable(f"no reply to {command!s} within {timeout_s} s", unknown=True)
+            raise BrokerUnavailable(f"{args[0]!s} timed out after {timeout_s} s", unknown=True)
         return reply
 
     async def _connect(self, at_most_s: float) -> None:
-        if self._connection.is_connected and self.connected_at_us is not None:
-            return
         try:
             async with asyncio.timeout(min(self._settings.connect_timeout_s, at_most_s)):
                 await self._connection.connect()  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
@@ -167,38 +162,34 @@ class Link:
             await self.close()
             raise BrokerUnavailable(f"no connection to Redis: {error or 'timed out'}") from error
         self.connected_at_us = monotonic_us()
-        await self._send(("CLIENT", "ID"), min(self._settings.reply_timeout_s, at_most_s))
-        self.client_id = await self._reply("CLIENT ID", min(self._settings.reply_timeout_s, at_most_s))
+        self.client_id = await self._call(("CLIENT", "ID"), min(self._settings.reply_timeout_s, at_most_s))
 
-    async def _send(self, args: Sequence[Argument], timeout_s: float) -> None:
-        """Send one command, which waits for Redis where it is longer than the buffers between."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._connection.send_packed_command(self._connection.pack_command(*args), check_health=False)
-        except (redis_errors.RedisError, OSError, RuntimeError) as error:  # RuntimeError: uvloop, on a closed transport
-            await self.close()
-            raise BrokerUnavailable(f"Redis went away: {str(error) or 'sending timed out'}", unknown=True) from error
-        except BaseException:
-            # Cancelled half-way through a command: nothing else may follow it.
-            await self.close()
-            raise
+    def _is_connected(self) -> bool:
+        return self.connected_at_us is not None and self._connection.is_connected
 
-    async def _read(self, timeout_s: float) -> Any:
-        """Return one reply; `_NOTHING` when none came in time, with the connection still open."""
+    async def _exchange(self, args: Sequence[Argument] | None, timeout_s: float) -> Any:
+        """Send one command (None: none) and return the next reply, both in time.
+
+        A long command waits for Redis where it is longer than the buffers between.
+        Returns `_NOTHING` when time was over, with the connection still open.
+        """
         try:
-            async with asyncio.timeout(timeout_s) as bound:
+            with self._limit.of(timeout_s):
+                if args is not None:
+                    packed = hiredis.pack_command(tuple(args))  # type: ignore[arg-type]  # its stub: a tuple of one
+                    await self._connection.send_packed_command(packed, check_health=False)
                 return await self._connection.read_response(disconnect_on_error=False)
         except (redis_errors.ResponseError, redis_errors.BusyLoadingError) as error:
             if isinstance(error, (redis_errors.ReadOnlyError, redis_errors.BusyLoadingError)):
                 await self.close()  # after a failover the address may lead to the new primary by now
             raise _translate(error) from error
-        except (redis_errors.RedisError, OSError) as error:
-            if isinstance(error, TimeoutError) and bound.expired():
+        except (redis_errors.RedisError, OSError, RuntimeError) as error:  # RuntimeError: uvloop, on a closed transport
+            if isinstance(error, TimeoutError) and self._limit.expired:
                 return _NOTHING
             await self.close()
             raise BrokerUnavailable(f"Redis went away: {error}", unknown=True) from error
         except BaseException:
-            # Cancelled while a reply is due: the next caller must never get it.
+            # Cancelled half-way through a command, or while a reply is due: the next caller must never get it.
             await self.close()
             raise
 
