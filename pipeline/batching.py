@@ -6,16 +6,39 @@ At rest a record leaves at once; under load one call carries many. This is what 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Final, Generic, TypeVar
+
+from pipeline.limit import Limit
 
 MOST: Final = 64
 """Records in one call: Redis serves nobody else meanwhile, and 64 settles take it about a millisecond."""
 
 R = TypeVar("R")
 A = TypeVar("A")
+
+
+class _Caller(Generic[A]):
+    """Who waits for the answers to some records; they may come with more than one call."""
+
+    __slots__ = ("_answers", "_left", "future")
+
+    def __init__(self, records: int) -> None:
+        self.future: asyncio.Future[list[A]] = asyncio.get_running_loop().create_future()
+        self._answers: dict[int, A] = {}
+        self._left = records
+
+    def answer(self, number: int, answer: A) -> None:
+        self._answers[number] = answer
+        self._left -= 1
+        if not self._left and not self.future.done():
+            self.future.set_result([self._answers[n] for n in range(len(self._answers))])
+
+    def fail(self, error: Exception) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
 
 
 class Batcher(Generic[R, A]):
@@ -27,52 +50,71 @@ class Batcher(Generic[R, A]):
 
     def __init__(self, send: Callable[[Sequence[R]], Awaitable[Sequence[A]]]) -> None:
         self._send = send
-        self._waiting: deque[tuple[R, asyncio.Future[A]]] = deque()
+        self._waiting: deque[tuple[R, int, _Caller[A]]] = deque()
         self._sender: asyncio.Task[None] | None = None
+        self._answered = asyncio.Event()  # set at the end of each call
+        self._limit = Limit()
 
     async def add(self, record: R) -> A:
         """Send *record* with the next batch and return its answer."""
-        answer: asyncio.Future[A] = asyncio.get_running_loop().create_future()
-        self._waiting.append((record, answer))
+        return (await self.add_all((record,)))[0]
+
+    async def add_all(self, records: Sequence[R]) -> list[A]:
+        """Send *records* with the next batches and return their answers, in order."""
+        if not records:
+            return []
+        caller: _Caller[A] = _Caller(len(records))
+        self._waiting.extend([(record, number, caller) for number, record in enumerate(records)])
         if self._sender is None:
             self._sender = asyncio.create_task(self._drain(), name="batcher")
-        return await answer
+        return await caller.future
+
+    async def pause(self, at_most_s: float) -> None:
+        """Wait for the call that is under way, if any, for a while at most: what is made then travels together."""
+        if self._sender is None:
+            return
+        self._answered.clear()
+        with suppress(TimeoutError), self._limit.of(at_most_s):
+            await self._answered.wait()
 
     async def close(self) -> None:
         """Stop sending; whoever still waits is cancelled."""
         if self._sender is not None:
             self._sender.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+            with suppress(asyncio.CancelledError):
                 await self._sender
         while self._waiting:
-            self._waiting.popleft()[1].cancel()
+            self._waiting.popleft()[2].future.cancel()
 
     async def _drain(self) -> None:
         try:
-            while self._waiting:
-                batch = [pair for pair in self._next() if not pair[1].done()]
-                if not batch:
-                    continue
+            while batch := self._next():
                 try:
-                    answers = await self._send([record for record, _ in batch])
+                    answers = await self._send([record for record, _, _ in batch])
                     pairs = list(zip(batch, answers, strict=True))
                 except asyncio.CancelledError:
-                    for _, future in batch:
-                        future.cancel()
+                    for _, _, caller in batch:
+                        caller.future.cancel()
                     raise
                 except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to those who wait
-                    for _, future in batch:
-                        if not future.done():
-                            future.set_exception(error)
-                    continue
-                for (_, future), answer in pairs:
-                    if not future.done():
-                        future.set_result(answer)
+                    for _, _, caller in batch:
+                        caller.fail(error)
+                else:
+                    for (_, number, caller), answer in pairs:
+                        caller.answer(number, answer)
+                self._answered.set()
         finally:
             self._sender = None
+            self._answered.set()
 
-    def _next(self) -> list[tuple[R, asyncio.Future[A]]]:
-        return [self._waiting.popleft() for _ in range(min(MOST, len(self._waiting)))]
+    def _next(self) -> list[tuple[R, int, _Caller[A]]]:
+        """Return what is to travel now, without what was taken back."""
+        batch: list[tuple[R, int, _Caller[A]]] = []
+        while self._waiting and len(batch) < MOST:
+            item = self._waiting.popleft()
+            if not item[2].future.done():
+                batch.append(item)
+        return batch
 
     def __repr__(self) -> str:
         return f"<Batcher waiting={len(self._waiting)} sending={self._sender is not None}>"

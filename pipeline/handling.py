@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Container, Sequence
-from dataclasses import replace
 from random import Random
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import orjson
 import structlog
@@ -19,11 +18,12 @@ import structlog
 from pipeline import flows, keys, metrics
 from pipeline.clock import Clock
 from pipeline.connection import Argument, Backoff, Outage
+from pipeline.deadlines import Deadlines
 from pipeline.errors import BrokerUnavailable, DeadlineExceeded, MalformedEntry, PenstockError, RetryLater
 from pipeline.job import OURS, Completion, Done, Job, decode, decode_foreign, error_body
 from pipeline.outcomes import Bury, Complete, Forward, Retry, decide, ended
 from pipeline.replicas import Replicas
-from pipeline.streams import Entry, Settlement, Streams, start_arguments
+from pipeline.streams import Answer, Entry, Settlement, Streams, start_arguments
 
 if TYPE_CHECKING:
     from pipeline.settings import Settings
@@ -61,6 +61,14 @@ class Held:
         return f"<Held {self.entry.stream} {self.entry.id.decode()} reason={self.reason} settling={self.settling}>"
 
 
+class Parting(NamedTuple):
+    """An entry that is let go of: what becomes of it, and the word that metrics have for it."""
+
+    held: Held
+    settlement: Settlement
+    word: str
+
+
 class Handling:
     """What a worker does with the entries it holds.
 
@@ -90,6 +98,7 @@ class Handling:
         self._clock = clock
         self._rng = rng
         self._outage = Outage(f"{stage.name} handling")
+        self._metrics = metrics.OfStage(stage.name)
 
     async def live(self, chunk: Sequence[Held]) -> None:
         """Take entries from being read to being settled: one, or a batch that is handled together."""
@@ -98,10 +107,9 @@ class Handling:
             outcomes = await self._handle_batch(jobs)
         else:
             outcomes = [await self._handle(held, job) for held, job in jobs]
-        left = [(held, job, outcome) for (held, job), outcome in zip(jobs, outcomes, strict=True) if not held.settling]
-        for held, _, _ in left:
-            held.settling = True
-        await asyncio.gather(*(self._let_go(held, job, outcome) for held, job, outcome in left))
+        triples = zip(jobs, outcomes, strict=True)
+        partings = [self._part(held, job, outcome) for (held, job), outcome in triples if not held.settling]
+        await self._settle([parting for parting in partings if parting is not None])
 
     async def _prepare(self, held: Held) -> Job | None:
         """Return the job to be handled; None when the entry was settled (or lost) instead."""
@@ -121,11 +129,11 @@ class Handling:
             wait_ms = max(0.0, (held.read_us - job.at_us) / 1000)
             name = f"{self.stage.name}_wait"
             job.timings_ms[name] = round(job.timings_ms.get(name, 0.0) + wait_ms, 3)
-            metrics.WAIT_S.labels(self.stage.name).observe(wait_ms / 1000)
+            self._metrics.wait_s.observe(wait_ms / 1000)
         if entry.deliveries > self._settings.worker.max_deliveries:
             message = f"{entry.deliveries - 1} consumers died with this entry in hand"
             completion = ended(job, self.name, "failed", "poison", message)
-            await self._settle(held, self._burial(held, completion, "poison"), "poison")
+            await self._settle([Parting(held, self._burial(held, completion, "poison"), "poison")])
             return None
         if job.deadline_ms <= self._clock.now_ms():
             await self._let_go(held, job, DeadlineExceeded())
@@ -160,7 +168,7 @@ class Handling:
             held.settling = False
             raise MalformedEntry("a living job has this id already", code="duplicate_id", job_id=job.id)
         held.is_settled = True
-        metrics.JOBS.labels(self.stage.name, answer).inc()
+        self._metrics.jobs(answer).inc()
         return None
 
     async def _handle(self, held: Held, job: Job) -> Outcome:
@@ -199,12 +207,12 @@ class Handling:
 
     async def _handle_batch(self, jobs: Sequence[tuple[Held, Job]]) -> Sequence[Outcome]:
         """Run the batch; a job whose deadline comes meanwhile is let go at once, and its mates go on."""
-        if all(held.reason is not None for held, _ in jobs):  # none is left, or all were stopped before their turn
+        if all(held.reason is not None or held.settling for held, _ in jobs):  # none is left, or wanted any more
             return [PenstockError("stopped") for _ in jobs]
-        call = asyncio.get_running_loop().create_task(self._call_batch([job for _, job in jobs]), name="batch")
+        deadlines = Deadlines(jobs, self._clock, self._let_go)
         try:
-            await self._expire_meanwhile(call, jobs)
-            return call.result() if call.done() else [DeadlineExceeded() for _ in jobs]
+            async with deadlines:
+                return await self._call_batch([job for _, job in jobs])
         except asyncio.CancelledError:
             if any(held.reason is None and not held.settling for held, _ in jobs):
                 error = _own_cancellation()
@@ -212,28 +220,10 @@ class Handling:
             _swallow_cancellation()
             return [PenstockError("stopped") for _ in jobs]
         except Exception as error:
-            if len(jobs) == 1:
-                return [error]
+            if deadlines.are_over or len(jobs) == 1:
+                return [error for _ in jobs]
             log.warning("a batch failed; handling its jobs one by one", stage=self.stage.name, exc_info=True)
             return [outcome for pair in jobs for outcome in await self._handle_batch([pair])]
-        finally:
-            call.cancel()
-            await asyncio.gather(call, return_exceptions=True)
-
-    async def _expire_meanwhile(self, call: asyncio.Task[Sequence[Outcome]], jobs: Sequence[tuple[Held, Job]]) -> None:
-        """Wait for the call, at most until none of its jobs has time left."""
-        left = [(held, job) for held, job in jobs if not held.settling]
-        while left and not call.done():
-            next_ms = min(job.deadline_ms for _, job in left)
-            await asyncio.wait([call], timeout=max(0.0, (next_ms - self._clock.now_ms()) / 1000))
-            if call.done():
-                return
-            now_ms = self._clock.now_ms()
-            for held, job in left:
-                if job.deadline_ms <= now_ms:
-                    held.settling = True
-                    await self._let_go(held, job, DeadlineExceeded())
-            left = [(held, job) for held, job in left if not held.settling]
 
     async def _call_batch(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
         outcomes = await self.stage.handle_batch(jobs)
@@ -243,27 +233,30 @@ class Handling:
 
     async def _let_go(self, held: Held, job: Job, outcome: Outcome) -> None:
         """Decide what follows, and settle it."""
+        parting = self._part(held, job, outcome)
+        if parting is not None:
+            await self._settle([parting])
+
+    def _part(self, held: Held, job: Job, outcome: Outcome) -> Parting | None:
+        """Decide what follows; None where the entry is another's."""
+        held.settling = True
         if held.reason == "lost":
-            metrics.JOBS.labels(self.stage.name, "lost").inc()
-            return
-        if held.reason == "drain":
-            self._stamp(held, job)
-            await self._settle(held, self._release(held, job), "released")
-            return
+            self._metrics.jobs("lost").inc()
+            return None
         self._stamp(held, job)
+        if held.reason == "drain":
+            return Parting(held, self._release(held, job), "released")
         if held.reason == "cancelled":
             completion = ended(job, self.name, "cancelled", "cancelled", "the job was cancelled")
-            await self._settle(held, self._end(held, completion), "cancelled")
-            return
+            return Parting(held, self._end(held, completion), "cancelled")
         try:
-            settlement, word = self._decide(held, job, outcome)
-        except orjson.JSONEncodeError as error:
-            # The handler's answer is no JSON: a failed attempt of the job as it came.
+            return Parting(held, *self._decide(held, job, outcome))
+        except (TypeError, ValueError) as error:
+            # The handler's answer is no JSON object: a failed attempt of the job as it came, and no matter of its mates.
             self._log(held).warning("the handler's answer cannot be written", error=str(error))
             job = decode(held.entry.data or b"", held.entry.vector)
             self._stamp(held, job)
-            settlement, word = self._decide(held, job, error)
-        await self._settle(held, settlement, word)
+            return Parting(held, *self._decide(held, job, error))
 
     def _decide(self, held: Held, job: Job, outcome: Outcome) -> tuple[Settlement, str]:
         """Return what is to become of the entry, and the word that metrics have for it."""
@@ -295,7 +288,8 @@ class Handling:
     # --- settling --------------------------------------------------------------------------------
 
     def _end(self, held: Held, completion: Completion, start: Sequence[Sequence[Argument]] = ()) -> Settlement:
-        text = replace(completion, finished_us=self._clock.now_us()).encode()
+        completion.finished_us = self._clock.now_us()
+        text = completion.encode()
         return Settlement(held.entry, completion.id, "complete", text, start=start)
 
     def _release(self, held: Held, job: Job) -> Settlement:
@@ -320,35 +314,47 @@ class Handling:
             "at_ms": self._clock.now_ms(),
             "original": entry.data.decode(errors="replace") if entry.data is not None else None,
         }
-        text = replace(completion, finished_us=self._clock.now_us()).encode() if completion.id else b""
+        completion.finished_us = self._clock.now_us()
+        text = completion.encode() if completion.id else b""
         return Settlement(entry, completion.id, "bury", text, orjson.dumps(letter), reason)
 
     async def _bury_malformed(self, held: Held, error: MalformedEntry) -> None:
         log.warning("burying a malformed entry", stage=self.stage.name, code=error.code, reason=str(error))
         body = error_body("failed", error.code, str(error))
         completion = Completion(error.job_id or "", "failed", error=body, worker=self.name)
-        await self._settle(held, self._burial(held, completion, error.code), "malformed")
+        await self._settle([Parting(held, self._burial(held, completion, error.code), "malformed")])
 
-    async def _settle(self, held: Held, settlement: Settlement, outcome: str) -> None:
-        held.settling = True
-        answer = await self.streams.settle(settlement)
-        if answer == "orphan":
-            # Nobody waits for it and no record names it (Redis was flushed, or a stranger wrote it): its story is kept.
-            job_id = settlement.job_id
-            completion = Completion(
-                job_id, "failed", error=error_body("failed", "orphan", "no live record names this entry")
-            )
-            settlement, outcome = self._burial(held, completion, "orphan"), "orphan"
-            answer = await self.streams.settle(settlement)
+    async def _settle(self, partings: Sequence[Parting]) -> None:
+        """Send what becomes of entries; returns when Redis has answered for all of them."""
+        for parting in partings:
+            parting.held.settling = True
+        answers = await self.streams.settle([parting.settlement for parting in partings])
+        orphans: list[Parting] = []
+        for parting, answer in zip(partings, answers, strict=True):
+            if answer == "orphan":
+                orphans.append(self._orphaned(parting))
+            else:
+                self._note(parting, answer)
+        if orphans:
+            await self._settle(orphans)
+
+    def _orphaned(self, parting: Parting) -> Parting:
+        """Nobody waits for it and no record names it (Redis was flushed, or a stranger wrote it): its story is kept."""
+        error = error_body("failed", "orphan", "no live record names this entry")
+        completion = Completion(parting.settlement.job_id, "failed", error=error)
+        return Parting(parting.held, self._burial(parting.held, completion, "orphan"), "orphan")
+
+    def _note(self, parting: Parting, answer: Answer) -> None:
+        """Count what became of an entry."""
+        held, settlement, word = parting
         held.is_settled = True
         if answer == "settled" and settlement.verb == "bury":
             metrics.DEAD_LETTERS.labels(self.stage.name, settlement.c).inc()
         if answer == "lost":
             metrics.STALE_WRITES.labels(self.stage.name).inc()
             self._log(held).warning("refused: the entry belongs to another delivery by now")
-        word = answer if answer != "settled" else outcome
-        metrics.JOBS.labels(self.stage.name, word).inc()
-        metrics.SERVICE_S.labels(self.stage.name).observe(max(0, self._clock.now_us() - held.read_us) / 1e6)
+        self._metrics.jobs(answer if answer != "settled" else word).inc()
+        self._metrics.service_s.observe(max(0, self._clock.now_us() - held.read_us) / 1e6)
         if self.streams.dropped_letters:
             metrics.DEAD_DROPPED.labels(self.stage.name).inc(self.streams.dropped_letters)
             self.streams.dropped_letters = 0

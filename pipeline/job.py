@@ -187,7 +187,7 @@ class Done:
     start: tuple[Job, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Completion:
     """The one outcome of a job, as it stands in `job:completion:<id>`.
 
@@ -196,6 +196,7 @@ class Completion:
         worker: who ended the job; None when it ended while waiting.
         replica: URL of the LLM replica that answered, where one did.
         timings_ms: `<stage>_wait` and `<stage>` per hop; the gateway adds its own when it answers.
+        finished_us: when it was let go of, on Redis' clock.
     """
 
     id: str

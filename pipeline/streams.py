@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import structlog
 
@@ -31,13 +31,14 @@ BLOCK_MS: Final = 1_000
 """A blocked read is never cut off, since it may just have been served; it ends by itself so often."""
 
 REFUSED_AGAIN_S: Final = 1.0
+GATHER_S: Final = 0.02
+"""How long a read waits, at most, for outcomes on their way: what comes meanwhile travels together from here on."""
 
 Verb = Literal["forward", "complete", "retry", "release", "bury"]
 Answer = Literal["settled", "cancelled", "lost", "orphan"]
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One entry in this consumer's hands.
 
     Attributes:
@@ -105,6 +106,7 @@ class Streams:
         self._clock = clock
         self._placed = placed
         self._shares = Shares()
+        self._more_waits = True  # than the last read could bring
         self._outbox: Batcher[Settlement, Answer | CommandRefused] = Batcher(self._send)
         self._outage = Outage(f"{stage} settle")
         self.dropped_letters = 0
@@ -127,6 +129,16 @@ class Streams:
                 if "BUSYGROUP" not in str(error):
                     raise
 
+    async def read(self, most: int) -> list[Entry]:
+        """Return up to *most* entries that wait now, or the first to come; nothing when none comes for a while.
+
+        The script that keeps the shares is called while more waits than a read may bring. Else one plain read, which
+        costs Redis a tenth of it, blocks until something comes and brings all of that.
+        """
+        await self._outbox.pause(GATHER_S)
+        entries = await self.take(most) if self._more_waits else []
+        return entries or await self.wait(most)
+
     async def take(self, most: int) -> list[Entry]:
         """Return up to *most* entries that wait now, by the shares of the priorities."""
         sent_us = monotonic_us()
@@ -138,16 +150,22 @@ class Streams:
             for number, entry_id, fields in zip(reply[1::3], reply[2::3], reply[3::3], strict=True)
         ]
         self._shares.took(len(entries))
+        self._more_waits = len(entries) == most
         return entries
 
-    async def wait(self) -> list[Entry]:
-        """Return the first entry to come (seldom up to three), nothing when none comes for a while."""
+    async def wait(self, most: int = 1) -> list[Entry]:
+        """Return the first entries to come, nothing when none come for a while.
+
+        Redis counts by stream, so each may bring a third of *most*; where that is less than one, up to three come.
+        """
+        count = max(1, most // len(self.names))
         reply = await self._reader.call(
-            "XREADGROUP", "GROUP", self.stage, self._consumer, "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", *self.names,
-            ">", ">", ">", timeout_s=self._settings.redis.reply_timeout_s + BLOCK_MS / 1000,
+            "XREADGROUP", "GROUP", self.stage, self._consumer, "COUNT", count, "BLOCK", BLOCK_MS, "STREAMS",
+            *self.names, ">", ">", ">", timeout_s=self._settings.redis.reply_timeout_s + BLOCK_MS / 1000,
         )  # fmt: skip
         entries = [_entry(name.decode(), *found, deliveries=1) for name, rows in reply or () for found in rows]
         self._shares.took(len(entries))
+        self._more_waits = any(len(rows) >= count for _, rows in reply or ())
         return entries
 
     async def stop_waiting(self) -> None:
@@ -217,17 +235,22 @@ class Streams:
 
     # --- letting go ------------------------------------------------------------------------------
 
-    async def settle(self, settlement: Settlement) -> Answer:
-        """Let go of an entry; returns only when Redis has answered.
+    async def settle(self, settlements: Sequence[Settlement]) -> list[Answer]:
+        """Let go of entries, together with others'; returns only when Redis has answered for each.
 
         Returns:
             "lost" only when another consumer, or a later delivery, owns the entry; "settled" also when an earlier
             sending, whose reply was lost, may have done it.
         """
-        while isinstance(answer := await self._outbox.add(settlement), CommandRefused):
+        answers = await self._outbox.add_all(settlements)
+        return [await self._final(*pair) for pair in zip(settlements, answers, strict=True)]
+
+    async def _final(self, settlement: Settlement, answer: Answer | CommandRefused) -> Answer:
+        while isinstance(answer, CommandRefused):
             # A key of the wrong type, say: an operator must act. The outcome is kept, and others pass by.
             log.error("redis refuses to settle an entry; trying again", stage=self.stage, error=str(answer))
             await asyncio.sleep(REFUSED_AGAIN_S)
+            answer = await self._outbox.add(settlement)
         return "settled" if answer == "lost" and settlement.unknown else answer
 
     async def adopt(self, entry: Entry, job: Job) -> Literal["adopted", "lost", "duplicate"]:
@@ -336,9 +359,16 @@ def _entry(
     replica: str = "",
     resumed: bool = False,
 ) -> Entry:
-    pairs = dict(zip(fields[::2], fields[1::2], strict=True)) if fields else {}
-    data, vector = pairs.pop(b"data", None), pairs.pop(b"vector", None)
-    return Entry(stream, entry_id, deliveries, data, vector, replica, resumed, tuple(pairs))
+    data = vector = None
+    extra: tuple[bytes, ...] = ()
+    for name, value in zip(fields[::2], fields[1::2], strict=True) if fields else ():
+        if name == b"data":
+            data = value
+        elif name == b"vector":
+            vector = value
+        else:
+            extra += (name,)
+    return Entry(stream, entry_id, deliveries, data, vector, replica, resumed, extra)
 
 
 def number(value: Any) -> float | None:

@@ -136,13 +136,15 @@ class Worker:
             await wait_at_most(self._changed, WAKE_POLL_S)
             return
         with self._quarantine.bringing():
-            if not self.stage.placed:
-                self.start(await self.streams.take(free) or await self.streams.wait())
-                return
-            self._wake.clear()
-            if self.start(await self.replicas.take(free)):
-                return
-        await wait_at_most(self._wake, WAKE_POLL_S)
+            if self.stage.placed:
+                self._wake.clear()
+                started = self.start(await self.replicas.take(free))
+            else:
+                started = self.start(await self.streams.read(free))
+        if started:
+            await asyncio.sleep(0)  # what needs no time is on its way back after this, and the next read waits for it
+        elif self.stage.placed:
+            await wait_at_most(self._wake, WAKE_POLL_S)
 
     async def _run_suspect(self) -> None:
         """Wait for empty hands, then take one suspected entry and start it alone."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from prometheus_client import Counter
 
 from pipeline import keys, metrics
@@ -74,7 +72,7 @@ async def test_late_delivery_of_what_was_taken_up_is_not_run_again(
         gate.open()
         await wait_until(lambda: outcome(link, second.id))
         await wait_until(lambda: not worker.held)
-        assert worker.start([replace(held.entry, resumed=False)]) == 0
+        assert worker.start([held.entry._replace(resumed=False)]) == 0
         assert worker.held == {}
         assert stage.runs(second.id) == 1
 
