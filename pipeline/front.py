@@ -325,8 +325,8 @@ class Front:
                     if reply:
                         entries = reply[0][1]
                         self._last_reply = entries[-1][0]
-                        wanted = [fields[1].decode() for _, fields in entries]
-                        wanted = [job_id for job_id in wanted if job_id in self._waiting]
+                        ended = [job_id.decode() for _, fields in entries for job_id in fields[1::2]]
+                        wanted = [job_id for job_id in ended if job_id in self._waiting]
                         if wanted:
                             await self._find(wanted)
             except PenstockError as error:

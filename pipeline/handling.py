@@ -252,7 +252,7 @@ class Handling:
         try:
             return Parting(held, *self._decide(held, job, outcome))
         except (TypeError, ValueError) as error:
-            # The handler's answer is no JSON object: a failed attempt of the job as it came, and no matter of its mates.
+            # The handler's answer is no JSON object: a failed attempt of the job as it came, and its mates go on.
             self._log(held).warning("the handler's answer cannot be written", error=str(error))
             job = decode(held.entry.data or b"", held.entry.vector)
             self._stamp(held, job)

@@ -302,12 +302,13 @@ class Streams:
             settings.dead.max_letters,
             int(settings.dead.max_age_s * 1000),
             "placed" if self._placed else "",
+            self.stage,
         ]
         for settlement in batch:
             entry = settlement.entry
             args += [
-                entry.stream, self.stage, entry.id, entry.deliveries, settlement.job_id, settlement.verb,
-                settlement.a, settlement.b, settlement.c, len(settlement.start),
+                entry.stream, entry.id, entry.deliveries, settlement.job_id, settlement.verb, settlement.a, settlement.b,
+                settlement.c, len(settlement.start),
             ]  # fmt: skip
             for new_job in settlement.start:
                 args += new_job

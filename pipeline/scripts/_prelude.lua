@@ -27,10 +27,13 @@ local function field_of(fields, name)
   return nil
 end
 
--- One wake-up per script call, when an entry was added to a placed stage or one of its slots was freed.
-local wake = false
-local function tell_wake()
+-- What is said once per script call, at its end: a wake-up, when an entry was added to a placed stage or one of its slots
+-- was freed; to each gateway the jobs of its that have ended; the stamp that was given last.
+local wake, told, last_stamp = false, {}, nil
+local function conclude()
   if wake then call('PUBLISH', KEY.wake_channel, '') end
+  for reply, ids in pairs(told) do call('XADD', reply, 'NOMKSTREAM', 'MAXLEN', '~', 10000, '*', unpack(ids)) end
+  if last_stamp then call('SET', KEY.stamp, digits(last_stamp)) end
 end
 
 local function add(stream, data, vector)
@@ -41,9 +44,15 @@ local function add(stream, data, vector)
   return call('XADD', stream, '*', 'data', data)
 end
 
--- Stop before the first write when a key is of another type than the script is going to need.
+-- Stop before the first write when a key is of another type than the script is going to need. Each key is asked once:
+-- what a script makes of a key that was missing is what it asked for.
+local types = {}
 local function has_type(key, wanted)
-  local found = call('TYPE', key).ok
+  local found = types[key]
+  if not found then
+    found = call('TYPE', key).ok
+    types[key] = found
+  end
   return found == wanted or found == 'none', found
 end
 local function check_type(key, wanted)
@@ -92,9 +101,9 @@ local function pending(stream, group, entry)
   return rows[1][2], rows[1][4]
 end
 
-local function remove(stream, group, entry)
-  call('XACK', stream, group, entry)
-  call('XDEL', stream, entry)
+local function remove(stream, group, ...)
+  call('XACK', stream, group, ...)
+  call('XDEL', stream, ...)
 end
 
 -- The group of a stream: the stage's name.
@@ -118,15 +127,19 @@ local function finish(id, live, completion, ttl_ms)
   unlease(id, live.lease)
   if live.in_flight then call('SREM', live.in_flight, id) end
   if live.idem and call('EXISTS', live.idem) == 1 then call('HSET', live.idem, 'outcome', completion) end
-  if live.reply then call('XADD', live.reply, 'NOMKSTREAM', 'MAXLEN', '~', 10000, '*', 'id', id) end
+  if live.reply then
+    local ids = told[live.reply] or {}
+    ids[#ids + 1] = 'id'
+    ids[#ids + 1] = id
+    told[live.reply] = ids
+  end
 end
 
 -- A stamp that rises with every accepted job, also when Redis' clock is set back: the larger of clock and last + 1.
 local function next_stamp(now_us)
-  local last = tonumber(call('GET', KEY.stamp) or '0')
-  local stamp = math.max(now_us, last + 1)
-  call('SET', KEY.stamp, digits(stamp))
-  return stamp
+  last_stamp = last_stamp or tonumber(call('GET', KEY.stamp) or '0')
+  last_stamp = math.max(now_us, last_stamp + 1)
+  return last_stamp
 end
 
 -- Before the first write of a script that accepts jobs, besides the type of their streams.

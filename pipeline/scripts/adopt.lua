@@ -13,5 +13,5 @@ check_accept()
 check_type(ARGV[10], 'stream')
 remove(ARGV[1], ARGV[2], ARGV[3])
 accept(id, ARGV[7], ARGV[10], ARGV[8], ARGV[9], 0, now_us, {'deadline', ARGV[9]})
-tell_wake()
+conclude()
 return {digits(now_us), 'adopted'}

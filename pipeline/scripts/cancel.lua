@@ -14,7 +14,7 @@ local text = ended(id, live, 'cancelled', 'cancelled', 'the job was cancelled', 
 if live.entry == '' then
   call('ZREM', KEY.delayed, id)
   finish(id, live, text, ARGV[3])
-  tell_wake()
+  conclude()
   return 'cancelled'
 end
 if pending(live.stream, group_of(live.stream), live.entry) then
@@ -24,5 +24,5 @@ if pending(live.stream, group_of(live.stream), live.entry) then
 end
 call('XDEL', live.stream, live.entry)
 finish(id, live, text, ARGV[3])
-tell_wake()
+conclude()
 return 'cancelled'

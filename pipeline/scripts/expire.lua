@@ -35,5 +35,5 @@ for _, id in ipairs(call('ZRANGEBYSCORE', KEY.live_index, '-inf', digits(now_ms)
     end
   end
 end
-tell_wake()
+conclude()
 return {digits(now_us), expired, lost}

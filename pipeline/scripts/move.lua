@@ -21,10 +21,10 @@ for i = 7, #ARGV, 2 do
     call('HSET', KEY.live .. id, 'lease', url)
     lease(id, url, now_us)
     call('ZADD', KEY.running .. url, digits(now_us), id)
-    tell_wake()
+    conclude()
     return url
   end
 end
 call('HDEL', KEY.live .. id, 'lease')
-tell_wake()
+conclude()
 return 'none'

@@ -45,5 +45,5 @@ for i = 4, #ARGV, 4 do
   end
   call('PEXPIRE', key, 3600000)
 end
-tell_wake()
+conclude()
 return answer

@@ -21,5 +21,5 @@ for _, id in ipairs(call('ZRANGEBYSCORE', KEY.delayed, '-inf', digits(now_ms), '
     call('ZREM', KEY.delayed, id)
   end
 end
-tell_wake()
+conclude()
 return {digits(now_us), moved, put_off}

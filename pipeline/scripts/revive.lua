@@ -9,5 +9,5 @@ check_accept()
 check_type(ARGV[4], 'stream')
 if call('XDEL', KEY.dead, ARGV[1]) == 0 then return 'unknown' end
 accept(ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], 0, clock_us(), {'deadline', ARGV[6]})
-tell_wake()
+conclude()
 return 'revived'

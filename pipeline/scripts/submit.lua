@@ -13,6 +13,7 @@ local max_jobs = tonumber(ARGV[1])
 local candidates = {}
 for i = 1, tonumber(ARGV[2]) do candidates[i] = ARGV[2 + i] end
 local SIZE = 13
+local jobs -- alive now
 local answers = {digits(now_us)}
 
 local function least_leased()
@@ -33,7 +34,7 @@ local function submit(id, tail, stream, tenant, deadline_ms, due_ms, reply, set,
     end
   end
   if call('EXISTS', KEY.live .. id, KEY.completion .. id) > 0 then return 'accepted', id end
-  if call('ZCARD', KEY.live_index) >= max_jobs then return 'overloaded', id end
+  if jobs >= max_jobs then return 'overloaded', id end
   if set ~= '' and call('SCARD', set) >= tonumber(limit) then return 'in_flight', id end
 
   local url = leases == 'lease' and least_leased()
@@ -58,10 +59,12 @@ local function submit(id, tail, stream, tenant, deadline_ms, due_ms, reply, set,
     lease(id, url, now_us)
   end
   accept(id, tail, stream, tenant, deadline_ms, due_ms, now_us, more)
+  jobs = jobs + 1
   return 'accepted', id
 end
 
 check_accept()
+jobs = call('ZCARD', KEY.live_index)
 for _, url in ipairs(candidates) do check_type(KEY.leases .. url, 'zset') end
 for i = 3 + #candidates, #ARGV, SIZE do
   check_type(ARGV[i + 2], 'stream')
@@ -73,5 +76,5 @@ for i = 3 + #candidates, #ARGV, SIZE do
   answers[#answers + 1] = word
   answers[#answers + 1] = id
 end
-tell_wake()
+conclude()
 return answers
