@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+SPARE_ORDERS: Final = 2
+"""Orders of preference made beyond the jobs that waited at the last look: making one costs more than taking its job."""
 STALE_AFTER_S: Final = 30.0
 """A replica unheard of for so long may be faster than it was: one job tries it, and its measure replaces the old."""
 HANGS: Final = 3.0
@@ -70,6 +72,9 @@ class Replicas:
     """The configured replicas and what is known of them.
 
     `held` finds the entry of a job in this worker's hands; only its owner may move its lease.
+
+    Attributes:
+        more_wait: whether the last taking may have left jobs behind.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class Replicas:
             self._slots[url] = slots or settings.llm.slots
         self._standings = dict.fromkeys(self._slots, Standing(0, 0, None, None, 0, 0))
         self._waiting = 0
+        self.more_wait = True
         self._turn = 0
         self._calls: Batcher[_Call, str] = Batcher(self._share)
         self._sharing: set[asyncio.Task[None]] = set()
@@ -101,14 +107,16 @@ class Replicas:
         return placed.entries
 
     async def _place(self, most: int) -> Placed:
-        orders = plan(self._policy, self._snapshot(), most, self._rng)
-        placed = await self._streams.place(self._replicas(), orders)
+        snapshot = self._snapshot()
+        orders = plan(self._policy, snapshot, min(most, self._waiting + SPARE_ORDERS), self._rng)
+        placed = await self._streams.place(snapshot.replicas, orders)
         for (url, before), after in zip(self._standings.items(), placed.standings, strict=True):
             if after.running < 0 <= before.running:
                 log.error("a replica gets no jobs: its places or leases are a key of a wrong type", replica=url)
         self._standings = dict(zip(self._slots, placed.standings, strict=True))
-        self._waiting = placed.waiting
+        self._waiting = max(0, placed.waiting)
         self._turn += len(placed.entries)
+        self.more_wait = placed.waiting > 0 or len(placed.entries) == len(orders)
         return placed
 
     async def move(self, job: Job) -> str | None:

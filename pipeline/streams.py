@@ -307,8 +307,8 @@ class Streams:
         for settlement in batch:
             entry = settlement.entry
             args += [
-                entry.stream, entry.id, entry.deliveries, settlement.job_id, settlement.verb, settlement.a, settlement.b,
-                settlement.c, len(settlement.start),
+                entry.stream, entry.id, entry.deliveries, settlement.job_id, settlement.verb, settlement.a,
+                settlement.b, settlement.c, len(settlement.start),
             ]  # fmt: skip
             for new_job in settlement.start:
                 args += new_job

@@ -141,10 +141,10 @@ class Worker:
                 started = self.start(await self.replicas.take(free))
             else:
                 started = self.start(await self.streams.read(free))
-        if started:
-            await asyncio.sleep(0)  # what needs no time is on its way back after this, and the next read waits for it
-        elif self.stage.placed:
+        if self.stage.placed and not (started and self.replicas.more_wait):
             await wait_at_most(self._wake, WAKE_POLL_S)
+        elif started:
+            await asyncio.sleep(0)  # what needs no time is on its way back after this, and the next read waits for it
 
     async def _run_suspect(self) -> None:
         """Wait for empty hands, then take one suspected entry and start it alone."""
