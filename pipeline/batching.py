@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Final, Generic, TypeVar
 
-from pipeline.limit import Limit
+from pipeline.limit import Limit, within
 
 MOST: Final = 64
 """Records in one call: Redis serves nobody else meanwhile, and 64 settles take it about a millisecond."""
@@ -55,11 +55,11 @@ class Batcher(Generic[R, A]):
         self._answered = asyncio.Event()  # set at the end of each call
         self._limit = Limit()
 
-    async def add(self, record: R) -> A:
-        """Send *record* with the next batch and return its answer."""
-        return (await self.add_all((record,)))[0]
+    async def add(self, record: R, *, within_s: float | None = None) -> A:
+        """Send *record* with the next batch and return its answer; `TimeoutError` when that takes longer than told."""
+        return (await self.add_all((record,), within_s=within_s))[0]
 
-    async def add_all(self, records: Sequence[R]) -> list[A]:
+    async def add_all(self, records: Sequence[R], *, within_s: float | None = None) -> list[A]:
         """Send *records* with the next batches and return their answers, in order."""
         if not records:
             return []
@@ -67,7 +67,7 @@ class Batcher(Generic[R, A]):
         self._waiting.extend([(record, number, caller) for number, record in enumerate(records)])
         if self._sender is None:
             self._sender = asyncio.create_task(self._drain(), name="batcher")
-        return await caller.future
+        return await (caller.future if within_s is None else within(caller.future, within_s))
 
     async def pause(self, at_most_s: float) -> None:
         """Wait for the call that is under way, if any, for a while at most: what is made then travels together."""

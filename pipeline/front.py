@@ -31,6 +31,7 @@ from pipeline.errors import (
     PenstockError,
 )
 from pipeline.job import Completion, Job
+from pipeline.limit import within
 from pipeline.replicas import read_registry
 from pipeline.streams import number
 
@@ -188,8 +189,7 @@ class Front:
             self._waiting[job.id] = _Waiting()
         word = answering_id = ""
         try:
-            async with asyncio.timeout(ANSWER_WITHIN_S):
-                word, answering_id = await self._outbox.add(submission)
+            word, answering_id = await self._outbox.add(submission, within_s=ANSWER_WITHIN_S)
         except TimeoutError as error:
             raise BrokerUnavailable("Redis does not answer", unknown=True) from error
         except OutOfMemory as error:
@@ -269,13 +269,15 @@ class Front:
             waiting = self._waiting[job_id] = _Waiting()
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         waiting.futures.append(future)
-        left_s = (deadline_ms - self.clock.now_ms()) / 1000 + GRACE_S
+        left_s = max(GRACE_S, (deadline_ms - self.clock.now_ms()) / 1000 + GRACE_S)
         try:
-            async with asyncio.timeout(max(left_s, GRACE_S)):
-                if not known:  # it may have ended before anybody here was interested
-                    with suppress(PenstockError):
+            if not known:  # it may have ended before anybody here was interested
+                with suppress(PenstockError):
+                    async with asyncio.timeout(left_s):
                         await self._find([job_id])
-                completion = waiting.completion or await future
+            completion = waiting.completion
+            if completion is None:
+                completion = await within(future, left_s)
         except TimeoutError as error:
             raise DeadlineExceeded from error
         finally:

@@ -30,6 +30,8 @@ OURS: Final = b'{"v":1,"id":"'
 DEFAULT_TENANT: Final = "default"
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_STRING: Final = frozenset({str})
+_NUMBERS: Final = frozenset({float, int})
 _ID_SOMEWHERE = re.compile(rb'"id"\s*:\s*"([A-Za-z0-9._:-]{1,128})"')
 
 
@@ -142,8 +144,8 @@ def _is_sound(job: Job) -> bool:
         and type(job.deadline_ms) is type(job.attempt) is type(job.accepted_us) is type(job.at_us) is int
         and job.priority in PRIORITIES
         and (job.replica is None or type(job.replica) is str)
-        and all(type(stage) is str for stage in job.route)
-        and all(type(span_ms) in {float, int} for span_ms in job.timings_ms.values())
+        and _STRING.issuperset(map(type, job.route))
+        and _NUMBERS.issuperset(map(type, job.timings_ms.values()))
     )
 
 
@@ -223,12 +225,17 @@ class Completion:
         """
         try:
             body = orjson.loads(data)
-            completion = cls(**{name: body[name] for name in cls.__slots__ if name in body})
-        except TypeError as error:
+            if not body.keys() <= _COMPLETION:
+                body = {name: body[name] for name in cls.__slots__ if name in body}
+            completion = cls(**body)
+        except (TypeError, AttributeError) as error:
             raise ValueError(f"not a completion: {error}") from error
         if completion.status not in STATUSES:
             raise ValueError(f"not a completion: its status is {completion.status!r}")
         return completion
+
+
+_COMPLETION: Final = frozenset(Completion.__slots__)
 
 
 def error_body(kind: str, code: str, message: str) -> dict[str, str]:
