@@ -109,3 +109,49 @@ async def test_wrong_number_of_answers_leaves_nobody_waiting() -> None:
         with pytest.raises(ValueError):
             await batcher.add(1)
     await batcher.close()
+
+
+async def test_records_of_one_caller_get_their_answers_in_order() -> None:
+    """Also when they are more than one call carries; nothing is sent for none."""
+    sender = Sender()
+    batcher: Batcher[int, int] = Batcher(sender)
+    assert await batcher.add_all(range(2 * MOST + 1)) == [2 * number for number in range(2 * MOST + 1)]
+    assert [len(batch) for batch in sender.batches] == [MOST, MOST, 1]
+    assert await batcher.add_all([]) == []
+    assert len(sender.batches) == 3
+    await batcher.close()
+
+
+async def test_caller_with_a_bound_takes_its_record_back_in_time() -> None:
+    """What was not sent until then is not sent later."""
+    sender = Sender(held=True)
+    batcher: Batcher[int, int] = Batcher(sender)
+    first = asyncio.create_task(batcher.add(1))
+    while not sender.batches:
+        await asyncio.sleep(0)
+    with pytest.raises(TimeoutError):
+        await batcher.add(2, within_s=0.01)
+    sender.go.set()
+    assert await first == 2
+    assert await batcher.add(3) == 6
+    assert sender.batches == [[1], [3]]
+    await batcher.close()
+
+
+async def test_pause_ends_with_the_call_under_way_or_its_bound() -> None:
+    """And is none where nothing is under way."""
+    sender = Sender(held=True)
+    batcher: Batcher[int, int] = Batcher(sender)
+    async with asyncio.timeout(5):
+        await batcher.pause(60)
+        sending = asyncio.create_task(batcher.add(1))
+        while not sender.batches:
+            await asyncio.sleep(0)
+        await batcher.pause(0.01)
+        assert not sending.done()
+        pause = asyncio.create_task(batcher.pause(60))
+        await asyncio.sleep(0)
+        sender.go.set()
+        await pause
+    assert await sending == 2
+    await batcher.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from itertools import cycle, islice
 
@@ -14,9 +15,11 @@ from pipeline.front import Front
 from pipeline.job import PRIORITIES
 from pipeline.priorities import CYCLE
 from pipeline.settings import Settings
+from tests.conftest import wait_until
 from tests.rig import FIRST, Hand, Scripted, complete, echo, prompt, query, working
 
 FILL = "for i = 1, 60 do redis.call('XADD', KEYS[1], '*', 'data', '{}') end"
+FILL_SOME = "for i = 1, ARGV[1] do redis.call('XADD', KEYS[1], '*', 'data', '{}') end"
 
 
 async def fill(link: Link, stage: str) -> None:
@@ -62,6 +65,36 @@ async def test_what_one_priority_does_not_use_goes_to_the_others(link: Link, set
         taken = [entry.stream for entry in await owner.take(20)]
         assert len(taken) == 20
         assert taken.count(keys.stream("encoder", "low")) == 2
+
+
+async def test_blocked_read_brings_all_that_came_at_once(link: Link, settings: Settings) -> None:
+    """One read, not one per entry."""
+    async with Hand(settings, "owner") as owner:
+        assert await owner.take(30) == []  # from now on it knows that nothing waits
+        reading = asyncio.create_task(owner.streams.read(30))
+        await wait_until(lambda: _is_blocked(link))
+        await link.call("EVAL", FILL_SOME, 1, keys.stream("encoder", "normal"), 9)
+        assert len(await reading) == 9
+
+
+@pytest.mark.parametrize("slots", [3, 7, 30])
+async def test_reading_holds_slots_and_shares_while_much_waits(link: Link, settings: Settings, slots: int) -> None:
+    """A read that could not bring all is followed by takes, which keep the shares; no read brings more than asked."""
+    async with Hand(settings, "owner") as owner:
+        assert await owner.take(slots) == []
+        await fill(link, "encoder")
+        taken: list[str] = []
+        while len(taken) < 80:
+            entries = await owner.streams.read(slots)
+            assert len(entries) <= slots
+            taken += [entry.stream for entry in entries]
+        share = Counter(taken[slots:])  # the first read blocked, and brought as many of each
+        assert share[keys.stream("encoder", "high")] > share[keys.stream("encoder", "normal")]
+        assert share[keys.stream("encoder", "normal")] > share[keys.stream("encoder", "low")] > 0
+
+
+async def _is_blocked(link: Link) -> bool:
+    return b"blocked_clients:1" in await link.call("INFO", "clients")
 
 
 async def test_priority_is_kept_along_the_route(link: Link, settings: Settings, front: Front) -> None:

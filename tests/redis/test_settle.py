@@ -252,6 +252,24 @@ async def test_key_of_a_wrong_type_is_refused_before_the_first_write(
         await link.call("DEL", key)
 
 
+async def test_batch_whose_entries_lie_apart_is_settled_whole(link: Link, settings: Settings, front: Front) -> None:
+    """In any order, of several streams, with entries of this consumer and of others between them."""
+    async with Hand(settings, "owner") as owner, Hand(settings, "other") as other:
+        jobs = [query(front, priority="high" if number % 4 == 0 else "normal") for number in range(12)]
+        for job in jobs:
+            await front.submit(job)
+        entries = [entry for _ in range(6) for entry in (await owner.take_one(), await other.take_one())]
+        ours, theirs = entries[::2], entries[1::2]
+        picked = [ours[3], ours[0], ours[5]]
+        stale = ours[4]._replace(deliveries=2)
+        batch = [complete(entry) for entry in (*picked, theirs[2], stale)]
+        assert await owner.settle(*batch) == ["settled"] * 3 + ["lost"] * 2
+        for entry in picked:
+            assert await link.call("XRANGE", entry.stream, entry.id, entry.id) == []
+        assert await owner.settle(*[complete(entry) for entry in (ours[1], ours[2], ours[4])]) == ["settled"] * 3
+        assert await other.settle(*[complete(entry) for entry in theirs]) == ["settled"] * 6
+
+
 async def test_scripts_are_loaded_again_after_a_flush(link: Link, settings: Settings, front: Front) -> None:
     """NOSCRIPT is no failure: the text follows the hash."""
     async with Hand(settings, "owner") as owner:
