@@ -42,6 +42,8 @@ def main() -> int:
         if options.json:
             with options.json.open("ab") as file:
                 file.write(orjson.dumps(verdict.as_json(), option=orjson.OPT_APPEND_NEWLINE))
+        if options.until_red and not verdict.is_green:
+            break
     print(summary(verdicts))
     return 0 if all(verdict.is_green for verdict in verdicts) else 1
 
@@ -96,6 +98,7 @@ def _parser(scenarios: dict[int, Scenario]) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="of every choice; printed, so that a run can be repeated")
     parser.add_argument("--jobs", type=int, help="requests of each cell")
     parser.add_argument("--slice", action="store_true", help="the cells that continuous integration runs")
+    parser.add_argument("--until-red", action="store_true", help="stop at the first cell that is not green")
     parser.add_argument("--json", type=Path, help="append the verdicts to this file, one line each")
     parser.add_argument("--keep", action="store_true", help="keep the files of green cells, too")
     return parser

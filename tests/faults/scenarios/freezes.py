@@ -180,7 +180,7 @@ async def half_open(cell: Cell) -> None:
             await wait_until(lambda: _is_begun(cluster, f"foreign-{number}"), timeout_s=30, every_s=0.005)  # noqa: B023
             spans_s.append(time.monotonic() - began_s)
             nemesis.note("half-open read", part.worker, held=1)
-            await load.quiet()
+            await wait_until(lambda: not load.open, timeout_s=30)
         taken_up = await cluster.metric("penstock_entries_taken_up_total")
     cell.verdict.figures |= {"worked_on_after_max_s": round(max(spans_s), 2), "taken_up": taken_up}
     cell.require(f"worked on within two renewals, not {max(spans_s):.2f} s", max(spans_s) <= 2 * RENEW_S + 0.5)
