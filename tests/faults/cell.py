@@ -111,6 +111,7 @@ class Cell:
         self.folder = folder
         self.may_lose = False
         self.verdict = Verdict(number, title, seed)
+        self._background: list[asyncio.Task[None]] = []
         self._clients = folder / "clients.jsonl"
         self._faults = folder / "faults.jsonl"
 
@@ -137,8 +138,10 @@ class Cell:
         return calls.check(self.requests(), sorted(self.folder.glob("replica-*.jsonl")))
 
     def background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run something beside the scenario; await it before the scenario ends."""
-        return asyncio.create_task(work)
+        """Run something beside the scenario, at most as long as it; await it before the scenario ends."""
+        task = asyncio.create_task(work)
+        self._background.append(task)
+        return task
 
     @asynccontextmanager
     async def running(
@@ -158,8 +161,9 @@ class Cell:
                     await self._read_redis()
                     self.verdict.refusals += round(await self.cluster.metric("penstock_stale_writes_refused_total"))
                 finally:
-                    looking.cancel()
-                    await asyncio.gather(looking, return_exceptions=True)
+                    for task in (looking, *self._background):
+                        task.cancel()
+                    await asyncio.gather(looking, *self._background, return_exceptions=True)
                     await self.load.close()
 
     async def _read_redis(self) -> None:

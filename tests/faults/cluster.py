@@ -327,6 +327,14 @@ class Cluster:
         for part in self.workers:
             await self.until_works(part)
 
+    async def listens(self, part: Part) -> bool:
+        """Say whether a gateway or a replica answers HTTP."""
+        try:
+            async with self.http.get(f"http://127.0.0.1:{self.ports[part.name]}/livez") as answer:
+                return answer.status == 200
+        except aiohttp.ClientError:
+            return False
+
     async def _is_ready(self, url: str) -> bool:
         try:
             async with self.http.get(f"{url}/readyz") as answer:

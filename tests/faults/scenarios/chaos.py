@@ -10,8 +10,9 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from pipeline import scripts
+from tests.conftest import wait_until
 from tests.faults.cell import Cell
-from tests.faults.cluster import LEASE_S, Cluster, Layout, Part
+from tests.faults.cluster import LEASE_S, READY_S, Cluster, Layout, Part
 from tests.faults.load import Load
 from tests.faults.nemesis import Nemesis
 from tests.faults.scenarios import scenario
@@ -187,6 +188,7 @@ class Chaos:
                 self._nemesis.note("replica killed", part.name, held=max(1, len(self._cell.load.open)))
                 await asyncio.sleep(self._cell.rng.uniform(0.0, 2.0))
                 await part.start()
+                await wait_until(lambda: self._cluster.listens(part), timeout_s=READY_S)
                 self.done["replica"] += 1
 
 
