@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from random import Random
 from typing import Any, Final
@@ -56,6 +56,13 @@ class Load:
         mix: kinds of clients and how many of each there are, in proportion.
         again: share of foreign entries that are sent once more after their outcome.
         fields: further fields of every query (`priority`, `timeout_s`).
+        first: how many requests the same file holds already.
+        padding: characters by which every question is longer than it need be.
+
+    Attributes:
+        sent, answered: requests so far, and outcomes heard.
+        lost: outcomes that were a loss, by the code with which the clients heard of it.
+        refused: refusals, by their code; one client may hear several.
     """
 
     def __init__(
@@ -67,9 +74,15 @@ class Load:
         *,
         again: float = 0.1,
         fields: Mapping[str, Any] | None = None,
+        first: int = 0,
+        padding: int = 0,
     ) -> None:
-        self.sent = 0
+        self.sent = first
         self.answered = 0
+        self.lost: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
+        self._first = first
+        self._padding = " Please." * (padding // 8)
         self._cluster = cluster
         self._writer = writer
         self._rng = rng
@@ -80,6 +93,11 @@ class Load:
         self._once_more: deque[tuple[float, str, int, str]] = deque()  # due, id, number, kind
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn = 0
+
+    @property
+    def numbers(self) -> range:
+        """The requests sent so far."""
+        return range(self._first + 1, self.sent + 1)
 
     @property
     def open(self) -> frozenset[str]:
@@ -123,13 +141,13 @@ class Load:
         task.add_done_callback(self._tasks.discard)
 
     async def _ask(self, number: int, kind: str, subject: str, fields: Json) -> None:
-        await self._post(number, {"query": question(number, subject), **fields})
+        await self._post(number, {"query": self._question(number, subject), **fields})
 
     async def _background(self, number: int, kind: str, subject: str, fields: Json) -> None:
-        await self._post(number, {"query": question(number, subject), "background": True, **fields})
+        await self._post(number, {"query": self._question(number, subject), "background": True, **fields})
 
     async def _keyed(self, number: int, kind: str, subject: str, fields: Json) -> None:
-        body = {"query": question(number, subject), "background": True, **fields}
+        body = {"query": self._question(number, subject), "background": True, **fields}
         give_up_s = time.monotonic() + PATIENCE_S
         while not await self._post(number, body, key=f"request-{number}") and time.monotonic() < give_up_s:
             await asyncio.sleep(self._rng.uniform(0.1, 0.5))
@@ -168,13 +186,14 @@ class Load:
         if code == "redis_unavailable":
             self._writer.write("unknown", n=number, code=code)
             return False
+        self.refused[code] += 1
         self._writer.write("refused", n=number, code=code)
         return status not in {429, 503}
 
     async def _add(self, number: int, kind: str, subject: str, fields: Json) -> None:
         job_id = f"{kind}-{number}"
         stage, name = ("llm", "prompt") if kind == "prompt" else ("encoder", "query")
-        body = {name: question(number, subject)}
+        body = {name: self._question(number, subject)}
         wish = {name: fields[name] for name in ("priority", "timeout_s") if name in fields}
         entry = {"data": orjson.dumps({"id": job_id, **body, **wish})}
         try:
@@ -184,6 +203,9 @@ class Load:
             return
         self._writer.write("accepted", n=number, id=job_id)
         self._open[job_id] = number
+
+    def _question(self, number: int, subject: str) -> str:
+        return question(number, subject) + self._padding
 
     # --- looking ---------------------------------------------------------------------------------
 
@@ -218,7 +240,9 @@ class Load:
         if seen_by == "again":
             return
         self.answered += 1
-        if outcome["status"] != "lost":
+        if outcome["status"] == "lost":
+            self.lost[outcome["code"]] += 1
+        else:
             self._once_more.append((time.monotonic() + AGAIN_AFTER_S, job_id, number, "again"))
         is_foreign = job_id.startswith(("foreign-", "prompt-"))
         if is_foreign and self._rng.random() < self._again:
@@ -232,6 +256,24 @@ class Load:
             await self._cluster.redis.xadd(keys.stream(stage), {"data": orjson.dumps({"id": job_id, **body})})
         except RedisError:
             return  # one sender less that repeats itself: nothing was promised
+
+    async def ask_after(self) -> int:
+        """Ask the gateway after every open job, as a client that waits in the background; note and count the unknown.
+
+        To be called when nothing is on its way: a foreign job is unknown until the first worker has read it.
+        """
+        unknown = 0
+        for job_id, number in list(self._open.items()):
+            async with self._cluster.http.get(f"{self._cluster.gateway_urls[0]}/jobs/{job_id}") as answer:
+                body = await answer.json()
+            if answer.status == 404 and job_id in self._open:
+                unknown += 1
+                self._ended(number, job_id, "ask", {"status": "lost", "code": body["error"]["code"]})
+        return unknown
+
+    def forget(self) -> None:
+        """Read no outcome seen so far a second time: none of them is there any more."""
+        self._once_more.clear()
 
     async def quiet(self, patience_s: float = PATIENCE_S) -> None:
         """Wait until every accepted job has its outcome, at most for *patience_s*, and each was read twice."""
