@@ -96,6 +96,7 @@ class Cell:
         jobs: how many requests the scenario is to send.
         rng: every choice of the scenario comes from it; the seed is printed.
         cluster, load, nemesis: as long as `running` lasts.
+        clients, faults: the files of the history.
         may_lose: requests whose records a scenario has destroyed: what became of them is reported, not judged.
     """
 
@@ -112,8 +113,8 @@ class Cell:
         self._runs = 0
         self._sent = 0
         self._alive: frozenset[str] = frozenset()
-        self._clients = folder / "clients.jsonl"
-        self._faults = folder / "faults.jsonl"
+        self.clients = folder / "clients.jsonl"
+        self.faults = folder / "faults.jsonl"
 
     def require(self, claim: str, held: bool) -> None:
         """Note a promise of this scenario that does not hold."""
@@ -140,7 +141,7 @@ class Cell:
         self._runs += 1
         folder = self.folder / f"run-{self._runs}"
         folder.mkdir()
-        with Writer(self._clients) as clients, Writer(self._faults) as faults:
+        with Writer(self.clients) as clients, Writer(self.faults) as faults:
             async with Cluster(folder, layout or Layout()) as self.cluster:
                 self.load = Load(self.cluster, clients, self.rng, mix, first=self._sent, **load)
                 self.nemesis = Nemesis(self.cluster, faults)
@@ -181,8 +182,8 @@ class Cell:
     def judge(self) -> Verdict:
         """Read the files and give the verdict."""
         verdict = self.verdict
-        requests = piece_together(self._clients)
-        faults = [line for line in read(self._faults) if "held" in line]
+        requests = piece_together(self.clients)
+        faults = [line for line in read(self.faults) if "held" in line]
         found = outcomes.check(requests, self._alive)
         called = calls.check(requests, sorted(self.folder.glob("run-*/replica-*.jsonl")))
         verdict.jobs = len(requests)
@@ -206,8 +207,8 @@ class Cell:
             verdict.recovered_max_s = round(max(recoveries), 3)
         for name in ("lost", "unseen", "duplicated", "wrong", "stale", "out_of_order"):
             count = getattr(verdict, name)
-            numbers = judged.get(name) or getattr(found, name, ())
-            self.require(f"{name}: {count} (requests {list(numbers)[:5]})", count == 0)
+            numbers: list[int] = judged.get(name) or getattr(found, name, [])
+            self.require(f"{name}: {count} (requests {numbers[:5]})", count == 0)
         self.require(f"{verdict.hits} of {verdict.faults} faults met work in hand", verdict.hit_share >= HIT_SHARE)
         return verdict
 
