@@ -98,7 +98,8 @@ class Cell:
         jobs: how many requests the scenario is to send.
         rng: every choice of the scenario comes from it; the seed is printed.
         cluster, load, nemesis: as long as `running` lasts.
-        may_lose: set by scenarios that destroy what Redis holds: losses are then reported, not judged.
+        clients, faults: the files of the history.
+        may_lose: requests whose records a scenario has destroyed: what became of them is reported, not judged.
     """
 
     cluster: Cluster
@@ -109,11 +110,14 @@ class Cell:
         self.jobs = jobs
         self.rng = Random(f"{number}:{seed}")
         self.folder = folder
-        self.may_lose = False
+        self.may_lose: set[int] = set()
         self.verdict = Verdict(number, title, seed)
         self._background: list[asyncio.Task[None]] = []
-        self._clients = folder / "clients.jsonl"
-        self._faults = folder / "faults.jsonl"
+        self._runs = 0
+        self._sent = 0
+        self._alive: frozenset[str] = frozenset()
+        self.clients = folder / "clients.jsonl"
+        self.faults = folder / "faults.jsonl"
 
     def require(self, claim: str, held: bool) -> None:
         """Note a promise of this scenario that does not hold."""
@@ -127,7 +131,7 @@ class Cell:
 
     def requests(self) -> list[Told]:
         """Return what the clients know so far."""
-        return piece_together(self._clients)
+        return piece_together(self.clients)
 
     def statuses(self) -> Counter[str]:
         """Return how many requests ended how, as the clients first heard it."""
@@ -135,7 +139,7 @@ class Cell:
 
     def calls(self) -> Calls:
         """Return what the replicas have written down so far."""
-        return calls.check(self.requests(), sorted(self.folder.glob("replica-*.jsonl")))
+        return calls.check(self.requests(), sorted(self.folder.glob("run-*/replica-*.jsonl")))
 
     def background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run something beside the scenario, at most as long as it; await it before the scenario ends."""
@@ -147,10 +151,16 @@ class Cell:
     async def running(
         self, layout: Layout | None = None, mix: Mix = EVERYBODY, **load: Any
     ) -> AsyncIterator[tuple[Cluster, Load, Nemesis]]:
-        """Have a cluster, its clients and its nemesis; on leaving all becomes quiet, and what is left is read."""
-        with Writer(self._clients) as clients, Writer(self._faults) as faults:
-            async with Cluster(self.folder, layout or Layout()) as self.cluster:
-                self.load = Load(self.cluster, clients, self.rng, mix, **load)
+        """Have a cluster, its clients and its nemesis; on leaving all becomes quiet, and what is left is read.
+
+        A scenario may do so again: another cluster, the same files of clients and faults, requests numbered on.
+        """
+        self._runs += 1
+        folder = self.folder / f"run-{self._runs}"
+        folder.mkdir()
+        with Writer(self.clients) as clients, Writer(self.faults) as faults:
+            async with Cluster(folder, layout or Layout()) as self.cluster:
+                self.load = Load(self.cluster, clients, self.rng, mix, first=self._sent, **load)
                 self.nemesis = Nemesis(self.cluster, faults)
                 await self.load.prepare()
                 looking = asyncio.create_task(self.load.look_forever(), name="look")
@@ -161,6 +171,7 @@ class Cell:
                     await self._read_redis()
                     self.verdict.refusals += round(await self.cluster.metric("penstock_stale_writes_refused_total"))
                 finally:
+                    self._sent = self.load.sent
                     for task in (looking, *self._background):
                         task.cancel()
                     await asyncio.gather(looking, *self._background, return_exceptions=True)
@@ -182,7 +193,7 @@ class Cell:
         self.verdict.load_left += len(left.load)
         self.verdict.endless_keys += len(left.endless)
         self.verdict.work_left += len(left.work)
-        self._alive = frozenset(
+        self._alive |= frozenset(
             [job_id for job_id in self.load.open if await self.cluster.redis.exists(f"live:{job_id}")]
         )
 
@@ -190,14 +201,21 @@ class Cell:
         """Read the files and give the verdict."""
         verdict = self.verdict
         requests = self.requests()
-        faults = [line for line in read(self._faults) if "held" in line]
-        found = outcomes.check(requests, getattr(self, "_alive", frozenset()))
+        faults = [line for line in read(self.faults) if "held" in line]
+        found = outcomes.check(requests, self._alive)
         called = self.calls()
         verdict.jobs = len(requests)
         verdict.accepted, verdict.refused, verdict.unknown = found.accepted, found.refused, found.unknown
         verdict.by_status = dict(found.by_status)
-        verdict.lost, verdict.unseen = len(found.lost), len(found.unseen)
-        verdict.duplicated, verdict.wrong = len(found.duplicated), len(found.wrong) + len(called.crossed)
+        judged = {
+            name: [n for n in getattr(found, name) if n not in self.may_lose]
+            for name in ("lost", "unseen", "duplicated")
+        }
+        if self.may_lose:
+            verdict.figures["destroyed"] = len(self.may_lose.intersection(found.lost))
+            verdict.figures["done twice after that"] = len(self.may_lose.intersection(found.duplicated))
+        verdict.lost, verdict.unseen = len(judged["lost"]), len(judged["unseen"])
+        verdict.duplicated, verdict.wrong = len(judged["duplicated"]), len(found.wrong) + len(called.crossed)
         verdict.stale = len(fencing.check(requests, faults))
         verdict.calls_repeated = called.repeated
         verdict.faults, verdict.hits = len(faults), sum(line["held"] > 0 for line in faults)
@@ -207,9 +225,8 @@ class Cell:
             verdict.recovered_max_s = round(max(recoveries), 3)
         for name in ("lost", "unseen", "duplicated", "wrong", "stale", "out_of_order"):
             count = getattr(verdict, name)
-            if not (self.may_lose and name in {"lost", "unseen"}):
-                numbers = getattr(found, name, ())
-                self.require(f"{name}: {count} (requests {list(numbers)[:5]})", count == 0)
+            numbers: list[int] = judged.get(name) or getattr(found, name, [])
+            self.require(f"{name}: {count} (requests {numbers[:5]})", count == 0)
         self.require(f"{verdict.hits} of {verdict.faults} faults met work in hand", verdict.hit_share >= HIT_SHARE)
         return verdict
 

@@ -163,7 +163,13 @@ class Part:
 
 
 class RedisPart(Part):
-    """Redis itself: it is there when it answers."""
+    """Redis itself: it is there when it answers.
+
+    Attributes:
+        rewrites: whether it writes its append-only file anew after every start but the first (docs/OPERATIONS.md).
+    """
+
+    rewrites = True
 
     def __init__(self, folder: Path, fsync: str, options: Mapping[str, str]) -> None:
         self.socket = folder / "redis.sock"
@@ -183,11 +189,11 @@ class RedisPart(Part):
         super().__init__("redis", [server_binary(), *words], clean_environment(), folder / "redis.log")
 
     async def start(self) -> None:
-        """Start it, wait until it answers, and have it write its file anew (see docs/OPERATIONS.md)."""
+        """Start it and wait until it answers."""
         await super().start()
         async with asyncio.timeout(READY_S):
             await wait_until_ready(self.socket)
-        if self.generation > 1:
+        if self.generation > 1 and self.rewrites:
             async with Redis(unix_socket_path=str(self.socket)) as redis:
                 await redis.bgrewriteaof()
 
@@ -352,6 +358,22 @@ class Cluster:
 
         await wait_until(works, timeout_s=READY_S, every_s=0.05)
         return time.monotonic() - began_s
+
+    async def until_answered(self, within_s: float = READY_S) -> float:
+        """Ask one question over and over until it is answered; return how long that took, in seconds.
+
+        Raises:
+            TimeoutError: it was not answered in time.
+        """
+        began_s = time.monotonic()
+        body = {"query": "Which key does the heron keep?", "timeout_s": within_s}
+        async with asyncio.timeout(within_s):
+            while True:
+                with suppress(aiohttp.ClientError):
+                    async with self.http.post(f"{self.gateway_urls[0]}/query", json=body) as answer:
+                        if answer.status == 200:
+                            return time.monotonic() - began_s
+                await asyncio.sleep(0.02)
 
     async def metrics(self, part: Part) -> dict[str, float]:
         """Return what a process says of itself, by metric with its labels; nothing while nobody listens."""

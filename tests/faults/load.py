@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from random import Random
 from typing import Any, Final
@@ -56,6 +56,13 @@ class Load:
         mix: kinds of clients and how many of each there are, in proportion.
         again: share of foreign entries that are sent once more after their outcome.
         fields: further fields of every query (`priority`, `timeout_s`).
+        first: how many requests the same file holds already.
+        padding: characters by which every question is longer than it need be.
+
+    Attributes:
+        sent, answered: requests so far, and outcomes heard.
+        lost: outcomes that were a loss, by the code with which the clients heard of it.
+        refused: refusals, by their code; one client may hear several.
     """
 
     def __init__(
@@ -67,9 +74,15 @@ class Load:
         *,
         again: float = 0.1,
         fields: Mapping[str, Any] | None = None,
+        first: int = 0,
+        padding: int = 0,
     ) -> None:
-        self.sent = 0
+        self.sent = first
         self.answered = 0
+        self.lost: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
+        self._first = first
+        self._padding = " Please." * (padding // 8)
         self._cluster = cluster
         self._writer = writer
         self._rng = rng
@@ -80,6 +93,11 @@ class Load:
         self._once_more: deque[tuple[float, str, int, str]] = deque()  # due, id, number, kind
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn = 0
+
+    @property
+    def numbers(self) -> range:
+        """The requests sent so far."""
+        return range(self._first + 1, self.sent + 1)
 
     @property
     def open(self) -> frozenset[str]:
@@ -118,7 +136,7 @@ class Load:
         subject = self._rng.choice(list(KEPT_BY))
         self._writer.write("submitted", n=number, kind=kind, subject=subject)
         work = {"ask": self._ask, "background": self._background, "keyed": self._keyed}.get(kind, self._add)
-        text = question(number, subject) + suffix
+        text = question(number, subject) + self._padding + suffix
         self._spawn(work(number, kind, text, self._fields | fields), f"client {number}")
         return number
 
@@ -208,6 +226,7 @@ class Load:
         if code == "redis_unavailable":
             self._writer.write("unknown", n=number, code=code)
             return False
+        self.refused[code] += 1
         self._writer.write("refused", n=number, code=code)
         return status not in {429, 503}
 
@@ -258,7 +277,9 @@ class Load:
         if seen_by == "again":
             return
         self.answered += 1
-        if outcome["status"] != "lost":
+        if outcome["status"] == "lost":
+            self.lost[outcome["code"]] += 1
+        else:
             self._once_more.append((time.monotonic() + AGAIN_AFTER_S, job_id, number, "again"))
         is_foreign = job_id.startswith(("foreign-", "prompt-"))
         if is_foreign and self._rng.random() < self._again:
@@ -272,6 +293,24 @@ class Load:
             await self._cluster.redis.xadd(keys.stream(stage), {"data": orjson.dumps({"id": job_id, **body})})
         except RedisError:
             return  # one sender less that repeats itself: nothing was promised
+
+    async def ask_after(self) -> int:
+        """Ask the gateway after every open job, as a client that waits in the background; note and count the unknown.
+
+        To be called when nothing is on its way: a foreign job is unknown until the first worker has read it.
+        """
+        unknown = 0
+        for job_id, number in list(self._open.items()):
+            async with self._cluster.http.get(f"{self._cluster.gateway_urls[0]}/jobs/{job_id}") as answer:
+                body = await answer.json()
+            if answer.status == 404 and job_id in self._open:
+                unknown += 1
+                self._ended(number, job_id, "ask", {"status": "lost", "code": body["error"]["code"]})
+        return unknown
+
+    def forget(self) -> None:
+        """Read no outcome seen so far a second time: none of them is there any more."""
+        self._once_more.clear()
 
     async def quiet(self, patience_s: float = PATIENCE_S) -> None:
         """Wait until every accepted job has its outcome, at most for *patience_s*, and each was read twice."""

@@ -98,7 +98,7 @@ async def _off_s(cluster: Cluster, part: Part) -> float:
 def _extremes_ms(cell: Cell) -> tuple[float, float]:
     """Return the shortest and the longest span that any client was told of."""
     shortest_ms, longest_ms = [], []
-    for line in read(cell.folder / "clients.jsonl"):
+    for line in read(cell.clients):
         if line["event"] == "spans":
             shortest_ms.append(min(line["spans"].values()))
             longest_ms.append(max(line["spans"].values()))

@@ -129,7 +129,7 @@ def p99(requests: Iterable[Told]) -> float:
 
 
 def _judge(cell: Cell, illness: _Illness, told: dict[int, Told], usual_s: float) -> None:
-    asked = {line["request_id"] for line in read(cell.folder / f"{illness.victim}.jsonl")}
+    asked = {line["request_id"] for line in read(cell.cluster.folder / f"{illness.victim}.jsonl")}
     everybody = [told[n] for n in range(illness.first, illness.last + 1)]
     rest = [one for one in everybody if not asked & set(one.ids)]
     met, p99_s = len(everybody) - len(rest), p99(rest)
