@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Coroutine, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import orjson
@@ -199,6 +200,7 @@ class Machine(RuleBasedStateMachine):
     def _holds(self, stage: str | None = None) -> bool:
         return any(player.held for player in self.players if stage in {None, player.stage})
 
+    @precondition(lambda self: len(self.players) < 2 * MOST_HANDS)
     @rule(stage=strategies.sampled_from(STAGES))
     def hire(self, stage: str) -> None:
         """A new process, where there is room for one."""
@@ -206,32 +208,49 @@ class Machine(RuleBasedStateMachine):
             self._hire(stage)
             self.look()
 
-    @rule(data=some)
-    def crash(self, data: strategies.DataObject) -> None:
-        """A process ends: its lease lapses, and what it knew is forgotten; its replacement has another name."""
-        player = self._player(data, holding=self._holds() and data.draw(booleans, "with work"))
+    @rule(data=some, well=booleans)
+    def end(self, data: strategies.DataObject, well: bool) -> None:
+        """A process crashes: its lease lapses, and what it knew is forgotten; its replacement has another name.
+
+        One that ends *well* also leaves the groups where it holds nothing.
+        """
+        player = self._player(data, holding=self._holds())
         self._lapse(player)
+        for stream in STREAMS[player.stage]:
+            if well and player.stage in self.model.groups:
+                args = (player.stage, player.name, player.name, 0, "", 1)  # a claim of nothing
+                self.do(self.link.run(scripts.CLAIM, (stream,), args))
         self._replace(player)
         self.look()
 
+    @precondition(lambda self: self._holds())
     @rule(data=some)
     def pause(self, data: strategies.DataObject) -> None:
         """A process freezes, or is cut off: its lease lapses, yet it believes to hold what it held."""
-        player = self._player(data, holding=self._holds())
-        self._lapse(player)
+        self._lapse(self._player(data, holding=True))
         self.look()
 
+    @precondition(
+        lambda self: any(player.name not in self.model.alive for player in self.players) or self._is_missing()
+    )
     @rule(data=some)
     def renew(self, data: strategies.DataObject) -> None:
         """A process renews its lease, or takes it again, and hears what it holds: missing entries are taken up."""
-        asleep = [player for player in self.players if player.name not in self.model.alive]
+        asleep = [p for p in self.players if p.name not in self.model.alive or self._missing(p)]
         player = data.draw(strategies.sampled_from(asleep or self.players), "player")
         had_lease = self._renew(player)
+        if had_lease:
+            for stream, entry, count in self._missing(player):
+                self._take_up(player, stream, entry, count)
+
+    def _missing(self, player: Player) -> list[tuple[str, bytes, int]]:
+        """Return what is a player's own and no read brought it."""
         known = {(entry.stream, entry.id, entry.deliveries) for entry in player.held}
-        for stream in STREAMS[player.stage]:
-            for entry, count in self.model.in_hand(player.name, stream).items():
-                if had_lease and (stream, entry, count) not in known:
-                    self._take_up(player, stream, entry, count)
+        pending = [(s, *row) for s in STREAMS[player.stage] for row in self.model.in_hand(player.name, s).items()]
+        return [row for row in pending if row not in known]
+
+    def _is_missing(self) -> bool:
+        return any(self._missing(player) for player in self.players)
 
     def _renew(self, player: Player) -> bool:
         args: list[Argument] = [player.name, LONG_MS, "{}", ""]
@@ -258,18 +277,6 @@ class Machine(RuleBasedStateMachine):
             self.model.remove(stream, item)
         else:
             player.held.append(entry)
-        self.look()
-
-    @rule(data=some)
-    def leave(self, data: strategies.DataObject) -> None:
-        """A process that ends well gives up its lease, and leaves the groups where it holds nothing."""
-        player = self._player(data)
-        self._lapse(player)
-        for stream in STREAMS[player.stage]:
-            if player.stage in self.model.groups:
-                args = (player.stage, player.name, player.name, 0, "", 1)  # a claim of nothing
-                self.do(self.link.run(scripts.CLAIM, (stream,), args))
-        self._replace(player)
         self.look()
 
     # --- accepting -------------------------------------------------------------------------------
@@ -359,10 +366,14 @@ class Machine(RuleBasedStateMachine):
 
     # --- reading ---------------------------------------------------------------------------------
 
+    @precondition(lambda self: self._waiting("encoder"))
     @rule(data=some, most=strategies.integers(1, 5), is_lost=seldom)
     def take(self, data: strategies.DataObject, most: int, is_lost: bool) -> None:
         """A consumer reads by the shares of the priorities; *is_lost*: the reply went over a dead connection."""
         self._take(self._player(data, "encoder"), most, is_lost=is_lost)
+
+    def _waiting(self, stage: str) -> bool:
+        return any(not item.owner for stream in STREAMS[stage] for item in self.model.streams[stream])
 
     def _take(self, player: Player, most: int, *, is_lost: bool = False) -> None:
         owed = player.hand.streams._shares.owed(most)
@@ -387,7 +398,8 @@ class Machine(RuleBasedStateMachine):
         self.model.groups.add(player.stage)
         self.look()
 
-    @rule(data=some, most=strategies.integers(1, 3), is_lost=seldom)
+    @precondition(lambda self: self._waiting("llm"))
+    @rule(data=some, most=strategies.integers(1, 4), is_lost=seldom)
     def place(self, data: strategies.DataObject, most: int, is_lost: bool) -> None:
         """An llm consumer takes entries with places, in an order of replicas; some breakers may be open."""
         orders = [data.draw(strategies.permutations(list(SLOTS)), "order") for _ in range(most)]
@@ -434,20 +446,27 @@ class Machine(RuleBasedStateMachine):
 
     # --- taking over -----------------------------------------------------------------------------
 
+    @precondition(lambda self: any(self.model.lapsed(stage) for stage in self.model.groups))
     @rule(data=some, most=strategies.integers(1, 4), idle=booleans)
     def claim(self, data: strategies.DataObject, most: int, idle: bool) -> None:
-        """A consumer takes over from another, which may well live."""
-        heir = self._player(data)
-        lapsed = self.model.lapsed(heir.stage)
-        told = set(self.do(heir.hand.streams.lapsed())) if heir.stage in self.model.groups else set()
+        """A consumer takes over from one that has no lease."""
+        stage = data.draw(strategies.sampled_from([s for s in STAGES if self.model.lapsed(s)]), "stage")
+        heir = self._player(data, stage)
+        lapsed = self.model.lapsed(stage)
+        told = set(self.do(heir.hand.streams.lapsed()))
         assert lapsed <= told
         assert not {name for _, name in told} & self.model.alive
-        if lapsed and not data.draw(seldom, "from anybody"):
-            stream, name = data.draw(strategies.sampled_from(sorted(lapsed)), "lapsed")
-        else:
-            stream = data.draw(strategies.sampled_from(STREAMS[heir.stage]), "stream")
-            name = self._player(data, heir.stage).name
+        stream, name = data.draw(strategies.sampled_from(sorted(lapsed)), "lapsed")
         self._claim(heir, stream, name, most, idle=idle)
+
+    @precondition(lambda self: any(player.held for player in self.players if player.name in self.model.alive))
+    @rule(data=some, idle=booleans)
+    def claim_from_the_living(self, data: strategies.DataObject, idle: bool) -> None:
+        """A consumer with a lease is left alone."""
+        living = [player for player in self.players if player.held and player.name in self.model.alive]
+        owner = data.draw(strategies.sampled_from(living), "owner")
+        entry = data.draw(strategies.sampled_from(owner.held), "entry")
+        self._claim(self._player(data, owner.stage), entry.stream, owner.name, 100, idle=idle)
 
     def _claim(self, heir: Player, stream: str, lapsed: str, most: int, *, idle: bool) -> list[Entry]:
         call = heir.hand.streams.claim(stream, lapsed, most, idle=idle)
@@ -467,18 +486,28 @@ class Machine(RuleBasedStateMachine):
         return claimed.entries
 
     @precondition(lambda self: self._holds())
-    @rule(data=some)
-    def there_and_back(self, data: strategies.DataObject) -> None:
-        """An entry is claimed and claimed back: its first owner owns it again, in another delivery."""
+    @rule(data=some, times=strategies.integers(1, 3))
+    def change_hands(self, data: strategies.DataObject, times: int) -> None:
+        """An entry is claimed, and claimed back; each earlier holder, in each earlier delivery, tries to settle it.
+
+        The first owner may own it again, in another delivery.
+        """
         owner = self._player(data, holding=True)
         entry = data.draw(strategies.sampled_from(owner.held), "entry")
         others = [player for player in self.players if player.stage == owner.stage and player is not owner]
         other = data.draw(strategies.sampled_from(others), "other") if others else self._hire(owner.stage)
-        for one, heir in ((owner, other), (other, owner)):
-            self._lapse(one)
+        holders = [owner, other, owner, other]
+        late: list[tuple[Player, Entry]] = []
+        for holder, heir in pairwise(holders[: times + 1]):
+            late += [(holder, one) for one in holder.held if (one.stream, one.id) == (entry.stream, entry.id)]
+            self._lapse(holder)
             self.look()
-            self._claim(heir, entry.stream, one.name, 100, idle=True)
             self._renew(heir)
+            self._claim(
+                heir, entry.stream, holder.name, data.draw(strategies.sampled_from([1, 100]), "most"), idle=True
+            )
+        for holder, one in late:
+            self._settle(data, holder, [one])
 
     # --- letting go ------------------------------------------------------------------------------
 
@@ -490,17 +519,19 @@ class Machine(RuleBasedStateMachine):
         chosen = data.draw(strategies.permutations(player.held), "entries")[:size]
         self._settle(data, player, chosen, twice=twice)
 
-    @precondition(lambda self: any(player.held or player.spent for player in [*self.players, *self.gone]))
-    @rule(data=some, size=strategies.integers(1, 2))
-    def settle_what_is_not_ones_own(self, data: strategies.DataObject, size: int) -> None:
-        """Entries of others, of the dead, or let go of before, alone or among one's own."""
+    @precondition(lambda self: any(player.held or player.spent for player in [*self.players, *self.gone[-3:]]))
+    @rule(data=some, size=strategies.integers(1, 2), own=booleans)
+    def settle_what_is_not_ones_own(self, data: strategies.DataObject, size: int, own: bool) -> None:
+        """Entries of others, of the dead, or let go of before; alone, or together with one of one's *own*."""
         player = self._player(data)
         everybody = [one for one in [*self.players, *self.gone[-3:]] if one.stage == player.stage]
-        known = [entry for one in everybody for entry in [*one.spent, *one.held]]
-        if not known:
-            return
-        chosen = data.draw(strategies.lists(strategies.sampled_from(known), min_size=1, max_size=size, unique_by=id))
-        self._settle(data, player, chosen)
+        known = [entry for one in everybody for entry in [*one.spent, *(one.held if one is not player else [])]]
+        if known:
+            wrong = strategies.lists(strategies.sampled_from(known), min_size=1, max_size=size, unique_by=id)
+            chosen = data.draw(wrong, "wrong")
+            there = {(entry.stream, entry.id) for entry in chosen}
+            mates = [entry for entry in player.held if (entry.stream, entry.id) not in there]
+            self._settle(data, player, chosen + mates[:1] * own)
 
     def _settle(
         self, data: strategies.DataObject, player: Player, entries: Sequence[Entry], *, twice: bool = False
@@ -557,17 +588,15 @@ class Machine(RuleBasedStateMachine):
                 return Settlement(entry, job.id, "release", "", text, vector), start
         return _burial(entry, job.id, job.tenant), start
 
+    @precondition(lambda self: any(map(_is_foreign, [entry for player in self.players for entry in player.held])))
     @rule(data=some, twice=seldom)
     def adopt(self, data: strategies.DataObject, twice: bool) -> None:
         """Whoever holds a foreign entry puts a job of ours in its place; others try to, and some try too late."""
-        player = self._player(data)
-        everybody = [player] * 3 + self.players
-        foreign = [entry for one in everybody for entry in [*one.held, *one.spent] if _is_foreign(entry)]
-        foreign = [entry for entry in foreign if entry.stream in STREAMS[player.stage]]
-        if foreign:
-            entry = data.draw(strategies.sampled_from(foreign), "entry")
-            for _ in range(1 + twice):
-                self._adopt(player, entry)
+        pairs = [(one, entry) for one in self.players for entry in [*one.held, *one.spent] if _is_foreign(entry)]
+        owner, entry = data.draw(strategies.sampled_from(pairs), "entry")
+        player = self._player(data, owner.stage) if data.draw(seldom, "by another") else owner
+        for _ in range(1 + twice):
+            self._adopt(player, entry)
 
     def _adopt(self, player: Player, entry: Entry) -> str:
         body = orjson.loads(entry.data or b"")
@@ -587,7 +616,8 @@ class Machine(RuleBasedStateMachine):
     @rule(data=some, tenant=strategies.sampled_from([None, None, None, "default", "acme"]))
     def cancel(self, data: strategies.DataObject, tenant: str | None) -> None:
         """A client cancels a job, its own or another tenant's, at any time of its life; then it looks."""
-        job_id = data.draw(strategies.sampled_from([*self.model.jobs, *self.ids]), "job")
+        running = [job.id for job in self.model.jobs.values() if job.item is not None and job.item.owner]
+        job_id = data.draw(strategies.sampled_from([*running * 2, *self.model.jobs, *self.ids]), "job")
         tenant = tenant or ("acme" if job_id.startswith("acme") else "default")
         self.is_sound = False
         word = self.model.cancel(job_id, tenant)
@@ -623,10 +653,11 @@ class Machine(RuleBasedStateMachine):
         assert self.do(self.link.run(scripts.PROMOTE, (), (100,)))[1:] == [moved, 0]
         self.look(unchanged=not moved)
 
+    @precondition(lambda self: self.model.jobs)
     @rule(data=some, passes=booleans)
     def expire(self, data: strategies.DataObject, passes: bool) -> None:
         """What is over and in nobody's living hands ends; with *passes*, time passes for one job first."""
-        if passes and self.model.jobs:
+        if passes:
             self._let_end(data.draw(strategies.sampled_from(list(self.model.jobs)), "job"))
         self._expire()
 
