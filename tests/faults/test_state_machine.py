@@ -319,7 +319,7 @@ class Machine(RuleBasedStateMachine):
         else:
             self.count += 1
             job_id = data.draw(strategies.sampled_from(["", "", "acme:"]), "tenant") + f"j{self.count}"
-            self.ids = [*self.ids, job_id][-12:]
+            self.ids = [*self.ids, job_id][-8:]
         flow = data.draw(strategies.sampled_from(["query", "message"]), "flow")
         payload = flows.QueryPayload(query="?") if flow == "query" else flows.PromptPayload(prompt="?")
         job = flows.new_job(
@@ -514,7 +514,7 @@ class Machine(RuleBasedStateMachine):
 
     @step(3, lambda self: self._holds(), times=strategies.integers(1, 3))
     def change_hands(self, data: strategies.DataObject, times: int) -> None:
-        """An entry is claimed, and claimed back; each earlier holder, in each earlier delivery, tries to settle it.
+        """An entry is claimed, and claimed back; each earlier holder, in each delivery, tries to settle it.
 
         The first owner may own it again, in another delivery.
         """
@@ -533,6 +533,8 @@ class Machine(RuleBasedStateMachine):
                 heir, entry.stream, holder.name, data.draw(strategies.sampled_from([1, 100]), "most"), idle=True
             )
         for holder, one in late:
+            if holder.stage == "llm":
+                self._move(holder, one, list(SLOTS))
             self._settle(data, holder, [one])
 
     # --- letting go ------------------------------------------------------------------------------
