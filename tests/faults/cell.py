@@ -19,7 +19,7 @@ from random import Random
 from typing import Any, Final
 
 from tests.conftest import wait_until
-from tests.faults.checkers import calls, fencing, leftovers, outcomes
+from tests.faults.checkers import calls, fencing, leftovers, order, outcomes
 from tests.faults.checkers.calls import Calls
 from tests.faults.checkers.leftovers import Leftovers
 from tests.faults.cluster import LEASE_S, Cluster, Layout
@@ -217,6 +217,7 @@ class Cell:
         verdict.lost, verdict.unseen = len(judged["lost"]), len(judged["unseen"])
         verdict.duplicated, verdict.wrong = len(judged["duplicated"]), len(found.wrong) + len(called.crossed)
         verdict.stale = len(fencing.check(requests, faults))
+        verdict.out_of_order = len(order.check(requests))
         verdict.calls_repeated = called.repeated
         verdict.faults, verdict.hits = len(faults), sum(line["held"] > 0 for line in faults)
         verdict.kills = sum(line["fault"] == "kill" for line in faults)

@@ -1,12 +1,13 @@
 """Clients in open loop: each request is sent at its planned instant, however the earlier ones fare.
 
-Five kinds of clients, since each learns of its job in another way:
+Several kinds of clients, since each learns of its job in another way:
 
 - `ask` waits for its answer on the open connection;
 - `background` takes a job id and looks for the outcome later;
 - `keyed` does so too, with an Idempotency-Key: whenever it hears nothing it sends again, and so always learns the id;
 - `foreign` is another program: it puts a question on `job:encoder_in` under an id of its own;
-- `prompt` likewise, on `job:llm_in`.
+- `prompt` likewise, on `job:llm_in`;
+- `edit` sends the next version of one document, each after the one before was accepted; `consult` asks what it says.
 
 A `foreign` or `prompt` client may also send an entry once more under an id that has had its outcome (`again`), as a
 sender that crashed would: nothing may come of it.
@@ -18,6 +19,7 @@ an outcome never changes. Every question has one right answer, so one that went 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -46,7 +48,7 @@ KEPT_BY: Final = {
 """What the documents say: `The heron keeps the amber key.`"""
 
 Mix = Mapping[str, float]
-EVERYBODY: Final[Mix] = {"ask": 3, "background": 2, "keyed": 2, "foreign": 2, "prompt": 1}
+EVERYBODY: Final[Mix] = {"ask": 3, "background": 2, "keyed": 2, "foreign": 2, "prompt": 1, "edit": 0.2, "consult": 0.4}
 
 
 class Load:
@@ -93,6 +95,9 @@ class Load:
         self._once_more: deque[tuple[float, str, int, str]] = deque()  # due, id, number, kind
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn = 0
+        self._editing = asyncio.Lock()
+        self._edits: dict[str, int] = {}  # versions under way: job id and page
+        self._page = 0  # of the newest version that is done
 
     @property
     def numbers(self) -> range:
@@ -133,9 +138,13 @@ class Load:
         """
         self.sent += 1
         number = self.sent
-        subject = self._rng.choice(list(KEPT_BY))
+        subject = str(self._page) if kind in {"edit", "consult"} else self._rng.choice(list(KEPT_BY))
         self._writer.write("submitted", n=number, kind=kind, subject=subject)
-        work = {"ask": self._ask, "background": self._background, "keyed": self._keyed}.get(kind, self._add)
+        kinds = {
+            "ask": self._ask, "background": self._background, "keyed": self._keyed, "consult": self._ask,
+            "edit": self._edit,
+        }  # fmt: skip
+        work = kinds.get(kind, self._add)
         text = question(number, subject) + self._padding + suffix
         self._spawn(work(number, kind, text, self._fields | fields), f"client {number}")
         return number
@@ -187,15 +196,26 @@ class Load:
         while not await self._post(number, body, key=f"request-{number}") and time.monotonic() < give_up_s:
             await asyncio.sleep(self._rng.uniform(0.1, 0.5))
 
-    async def _post(self, number: int, body: Json, key: str = "", heard: list[Json] | None = None) -> bool:
-        """Send a query; note what was heard (in *heard*, too), and say whether the gateway has decided."""
+    async def _edit(self, number: int, kind: str, text: str, fields: Json) -> None:
+        body = {"id": "ledger", "text": f"The ledger stands at page {number}."}
+        async with self._editing:
+            give_up_s = time.monotonic() + PATIENCE_S
+            while not await self._post(number, body, key=f"edit-{number}", path="/documents"):
+                if time.monotonic() > give_up_s:
+                    return
+                await asyncio.sleep(self._rng.uniform(0.1, 0.5))
+
+    async def _post(
+        self, number: int, body: Json, key: str = "", heard: list[Json] | None = None, path: str = "/query"
+    ) -> bool:
+        """Send a query or a document, note what was heard (in *heard*, too), and say whether that was a decision."""
         headers = {"idempotency-key": key} if key else {}
         urls = self._cluster.gateway_urls
         self._turn += 1
         for attempt in range(len(urls)):  # as a load balancer would: the next one, when nobody listens here
             url = urls[(self._turn + attempt) % len(urls)]
             try:
-                async with self._cluster.http.post(f"{url}/query", json=body, headers=headers) as answer:
+                async with self._cluster.http.post(url + path, json=body, headers=headers) as answer:
                     reply = orjson.loads(await answer.read())
                     is_decided = self._heard(number, answer.status, reply)
                     if is_decided and heard is not None:
@@ -221,6 +241,8 @@ class Load:
             elif code == "job_lost":
                 self._ended(number, job_id, "ask", {"status": "lost", "code": code})
             else:  # accepted, or ended otherwise than well: the completion says how
+                if "id" in body:
+                    self._edits[job_id] = number
                 self._open[job_id] = number
             return True
         if code == "redis_unavailable":
@@ -274,6 +296,9 @@ class Load:
     def _ended(self, number: int, job_id: str, seen_by: str, outcome: Json) -> None:
         self._writer.write("outcome", n=number, id=job_id, outcome=outcome)
         self._open.pop(job_id, None)
+        page = self._edits.pop(job_id, 0)
+        if outcome["status"] == "completed":
+            self._page = max(self._page, page)
         if seen_by == "again":
             return
         self.answered += 1
@@ -331,7 +356,9 @@ class Load:
 
 
 def question(number: int, subject: str) -> str:
-    """Return what client *number* asks."""
+    """Return what client *number* asks; a number as subject is the page that the ledger stands at or beyond."""
+    if subject.isdecimal():
+        return f"At which page does the ledger stand? Request {number}."
     return f"Which key does the {subject} keep? Request {number}."
 
 
@@ -339,7 +366,15 @@ def is_right(kind: str, number: int, subject: str, answer: str) -> bool:
     """Say whether *answer* is the one to that question."""
     if kind == "prompt":
         return question(number, subject) in answer
+    if kind == "consult":
+        return page_in(answer) >= 0 or subject == "0"  # before the first version there is nothing to tell
     return f"the {KEPT_BY[subject]} key" in answer
+
+
+def page_in(answer: str) -> int:
+    """Return the page that an answer says the ledger stands at, -1 when it says none."""
+    found = re.search(r"The ledger stands at page (\d+)\.", answer)
+    return int(found[1]) if found else -1
 
 
 def distil(completion: Json) -> Json:

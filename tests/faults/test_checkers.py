@@ -11,7 +11,7 @@ import pytest
 from pipeline import keys
 from pipeline.connection import Link
 from tests.faults import report
-from tests.faults.checkers import calls, fencing, leftovers, outcomes
+from tests.faults.checkers import calls, fencing, leftovers, order, outcomes
 from tests.faults.history import Told, Writer, piece_together, read
 from tests.faults.load import question
 from tests.servers import RedisServer
@@ -81,6 +81,12 @@ def test_outcome_by_a_worker_that_had_lost_the_entry_is_stale() -> None:
     fault = {"victim": "llm-1.1", "ids": ["a"]}
     assert fencing.check([told(GOOD)], [fault]) == [1]
     assert fencing.check([told(GOOD)], [fault | {"victim": "llm-2.1"}]) == []
+
+
+@pytest.mark.parametrize(("page", "found"), [(7, []), (8, []), (6, [1])])
+def test_consulted_version_is_never_older_than_one_that_was_done(page: int, found: list[int]) -> None:
+    request = Told(1, "consult", "7", 0.0, ids=["a"], outcomes=[{"answer": f"The ledger stands at page {page}. [1]"}])
+    assert order.check([request]) == found
 
 
 def test_calls_are_told_apart_by_what_the_replicas_wrote(tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ async def long_run(cell: Cell) -> None:
     `appendfsync always`. Memory of Redis and of every process at the end of each half differs by at most 2 %.
     """
     layout = Layout(latency="lognormal:0.05,0.5", fsync="always", environ={"PENSTOCK_LLM__SLOTS": "64"})
-    mix = {"ask": 3, "background": 3, "foreign": 3, "prompt": 1}
+    mix = {"ask": 3, "background": 3, "foreign": 3, "prompt": 1, "edit": 0.05, "consult": 0.1}
     halves: list[dict[str, float]] = []
     async with cell.running(layout, mix, again=0.02) as (cluster, load, nemesis):
         chaos = Chaos(cell, cluster, nemesis)
