@@ -98,6 +98,7 @@ class Cell:
         jobs: how many requests the scenario is to send.
         rng: every choice of the scenario comes from it; the seed is printed.
         cluster, load, nemesis: as long as `running` lasts.
+        recoveries_s: see `Nemesis`.
         clients, faults: the files of the history.
         may_lose: requests whose records a scenario has destroyed: what became of them is reported, not judged.
     """
@@ -113,6 +114,7 @@ class Cell:
         self.may_lose: set[int] = set()
         self.verdict = Verdict(number, title, seed)
         self._background: list[asyncio.Task[None]] = []
+        self.recoveries_s: list[float] = []
         self._runs = 0
         self._sent = 0
         self._alive: frozenset[str] = frozenset()
@@ -126,7 +128,7 @@ class Cell:
 
     def require_recovery(self, within_s: float) -> None:
         """Demand that the work of killed workers was in other hands in time."""
-        slowest_s = max(self.nemesis.recoveries_s, default=0.0)
+        slowest_s = max(self.recoveries_s, default=0.0)
         self.require(f"recovered within {within_s:g} s, not {slowest_s:.2f}", slowest_s <= within_s)
 
     def requests(self) -> list[Told]:
@@ -161,7 +163,7 @@ class Cell:
         with Writer(self.clients) as clients, Writer(self.faults) as faults:
             async with Cluster(folder, layout or Layout()) as self.cluster:
                 self.load = Load(self.cluster, clients, self.rng, mix, first=self._sent, **load)
-                self.nemesis = Nemesis(self.cluster, faults)
+                self.nemesis = Nemesis(self.cluster, faults, self.recoveries_s)
                 await self.load.prepare()
                 looking = asyncio.create_task(self.load.look_forever(), name="look")
                 try:
@@ -200,35 +202,33 @@ class Cell:
     def judge(self) -> Verdict:
         """Read the files and give the verdict."""
         verdict = self.verdict
-        requests = self.requests()
+        requests, called = self.requests(), self.calls()
         faults = [line for line in read(self.faults) if "held" in line]
         found = outcomes.check(requests, self._alive)
-        called = self.calls()
         verdict.jobs = len(requests)
         verdict.accepted, verdict.refused, verdict.unknown = found.accepted, found.refused, found.unknown
         verdict.by_status = dict(found.by_status)
-        judged = {
-            name: [n for n in getattr(found, name) if n not in self.may_lose]
-            for name in ("lost", "unseen", "duplicated")
-        }
         if self.may_lose:
             verdict.figures["destroyed"] = len(self.may_lose.intersection(found.lost))
             verdict.figures["done twice after that"] = len(self.may_lose.intersection(found.duplicated))
-        verdict.lost, verdict.unseen = len(judged["lost"]), len(judged["unseen"])
-        verdict.duplicated, verdict.wrong = len(judged["duplicated"]), len(found.wrong) + len(called.crossed)
-        verdict.stale = len(fencing.check(requests, faults))
-        verdict.out_of_order = len(order.check(requests))
+        broken: dict[str, list[Any]] = {
+            "lost": [n for n in found.lost if n not in self.may_lose],
+            "unseen": [n for n in found.unseen if n not in self.may_lose],
+            "duplicated": [n for n in found.duplicated if n not in self.may_lose],
+            "wrong": [*found.wrong, *called.crossed],
+            "stale": fencing.check(requests, faults),
+            "out_of_order": order.check(requests),
+        }
+        for name, numbers in broken.items():
+            setattr(verdict, name, len(numbers))
+            self.require(f"{name}: {len(numbers)}, among them requests {numbers[:5]}", not numbers)
         verdict.calls_repeated = called.repeated
         verdict.faults, verdict.hits = len(faults), sum(line["held"] > 0 for line in faults)
         verdict.kills = sum(line["fault"] == "kill" for line in faults)
-        if recoveries := getattr(getattr(self, "nemesis", None), "recoveries_s", None):
-            verdict.recovered_p50_s = round(statistics.median(recoveries), 3)
-            verdict.recovered_max_s = round(max(recoveries), 3)
-        for name in ("lost", "unseen", "duplicated", "wrong", "stale", "out_of_order"):
-            count = getattr(verdict, name)
-            numbers: list[int] = judged.get(name) or getattr(found, name, [])
-            self.require(f"{name}: {count} (requests {numbers[:5]})", count == 0)
         self.require(f"{verdict.hits} of {verdict.faults} faults met work in hand", verdict.hit_share >= HIT_SHARE)
+        if self.recoveries_s:
+            verdict.recovered_p50_s = round(statistics.median(self.recoveries_s), 3)
+            verdict.recovered_max_s = round(max(self.recoveries_s), 3)
         return verdict
 
 

@@ -410,6 +410,12 @@ class Cluster:
         rows = await self.redis.xpending_range(stream, group, entry, entry, 1)
         return rows[0]["consumer"].decode().partition(":")[0] if rows else None
 
+    async def deliveries(self, stream: str, entry: bytes) -> int:
+        """Return how often an entry was delivered; 0 when it is in nobody's hands."""
+        group = stream.removeprefix("job:").split("_in")[0]
+        rows = await self.redis.xpending_range(stream, group, entry, entry, 1)
+        return int(rows[0]["times_delivered"]) if rows else 0
+
     async def job_ids(self, held: Sequence[tuple[str, bytes]]) -> list[str]:
         """Return the ids of the jobs in some entries that are still there."""
         found = []

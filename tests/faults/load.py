@@ -367,14 +367,14 @@ def is_right(kind: str, number: int, subject: str, answer: str) -> bool:
     if kind == "prompt":
         return question(number, subject) in answer
     if kind == "consult":
-        return page_in(answer) >= 0 or subject == "0"  # before the first version there is nothing to tell
+        return page_in(answer) > 0 or subject == "0"  # before the first version there is nothing to tell
     return f"the {KEPT_BY[subject]} key" in answer
 
 
 def page_in(answer: str) -> int:
-    """Return the page that an answer says the ledger stands at, -1 when it says none."""
+    """Return the page that an answer says the ledger stands at, 0 when it says none."""
     found = re.search(r"The ledger stands at page (\d+)\.", answer)
-    return int(found[1]) if found else -1
+    return int(found[1]) if found else 0
 
 
 def distil(completion: Json) -> Json:

@@ -192,7 +192,7 @@ class Chaos:
                 self.done["replica"] += 1
 
 
-@scenario(20, jobs=3_000, in_slice=1_500)
+@scenario(20, jobs=3_000, in_slice=1_400)
 async def everything_at_once(cell: Cell) -> None:
     """Random combinations of all faults.
 
@@ -200,7 +200,7 @@ async def everything_at_once(cell: Cell) -> None:
     """
     layout = Layout(latency="lognormal:0.2,0.7", gateways=2, fsync="always", proxied=PROXIED)
     async with cell.running(layout) as (cluster, load, nemesis):
-        sending = cell.background(load.run(cell.jobs, 50.0))
+        sending = cell.background(load.run(cell.jobs, 60.0))
         chaos = Chaos(cell, cluster, nemesis)
         await chaos.rage(sending.done)
         await sending

@@ -17,7 +17,7 @@ RATE: Final = 60.0
 AGAIN_WITHIN_S: Final = 10.0
 
 
-@scenario(5, jobs=1_200, in_slice=600)
+@scenario(5, jobs=1_200)
 async def kill_redis(cell: Cell) -> None:
     """Kill Redis under load and start it again, with `appendfsync always` and with `everysec`.
 

@@ -21,7 +21,7 @@ IDLE_SHARE: Final = 0.3
 """Of one core, in the seconds after the fault: a process at rest uses a twentieth, a loop without a pause all of it."""
 
 
-@scenario(6, jobs=1_200, in_slice=600)
+@scenario(6, jobs=1_200)
 async def empty_redis(cell: Cell) -> None:
     """Empty Redis (FLUSHALL) and destroy consumer groups, under load.
 
