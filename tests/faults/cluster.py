@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from pipeline import keys, leash
+from pipeline.errors import ConfigError
 from pipeline.job import PRIORITIES
 from pipeline.local import free_port
 from pipeline.private_redis import wait_until_ready
@@ -37,6 +39,7 @@ LEASE_S: Final = 3.0
 """Short, so that a run sees many leases lapse; every bound below is told in leases."""
 READY_S: Final = 60.0
 STOP_S: Final = 30.0
+PORTS: Final = range(20_000, 30_000)
 STAGES: Final = ("encoder", "retriever", "llm")
 
 
@@ -299,8 +302,16 @@ class Cluster:
         if name in self.layout.proxied:
             self.proxies[name] = await Proxy(self.server.socket).__aenter__()
 
+    def _free_port(self) -> int:
+        """Return a port that nobody has now, from a range that outgoing connections are not given."""
+        while True:
+            with suppress(ConfigError):
+                port = free_port("127.0.0.1", secrets.choice(PORTS))
+                if port not in self.ports.values():
+                    return port
+
     def _add(self, name: str, module: Sequence[str]) -> None:
-        port = self.ports[name] = free_port("127.0.0.1", 0)
+        port = self.ports[name] = self._free_port()
         command = [*self.layout.wrap.get(name, ()), sys.executable, "-P", "-m", *module]
         environ = {}
         if name.startswith("replica"):

@@ -10,7 +10,7 @@ from typing import Final
 from pipeline import keys
 from tests.conftest import wait_until
 from tests.faults.cell import Cell
-from tests.faults.cluster import LEASE_S, Cluster, Layout, Part
+from tests.faults.cluster import LEASE_S, READY_S, Cluster, Layout, Part
 from tests.faults.scenarios import scenario
 
 REFUSED: Final = "penstock_stale_writes_refused_total"
@@ -19,6 +19,8 @@ CLAIMED: Final = "penstock_entries_claimed_total"
 RENEW_S: Final = min(LEASE_S / 3, 0.9)
 LONG_S: Final = 2 * LEASE_S
 """Longer than a lease, the claimers' two looks, and a renewal."""
+BLOCKED_S: Final = 3 * LEASE_S
+"""Longer by the start of the process that takes over."""
 
 
 @scenario(3, jobs=800, in_slice=500)
@@ -55,13 +57,13 @@ async def _refused_by(cluster: Cluster, part: Part, harm: object) -> int:
 
 
 async def _block_its_loop(cell: Cell, cluster: Cluster, part: Part) -> int:
-    """Have a question block the event loop of an encoder; let another take over; return the refusals."""
+    """Have a question block the event loop of the one encoder left; let a new one take over; return the refusals."""
     other = cluster["encoder-1"]
-    other.signal(signal.SIGSTOP)  # so that it goes to *part*
-    number = cell.load.send("background", suffix=f" BLOCK-FOR {LONG_S:g}")
-    await wait_until(lambda: _holds(cluster, part, 1), timeout_s=LEASE_S / 2)
-    other.signal(signal.SIGCONT)
-    count = await _refused_by(cluster, part, asyncio.sleep(LONG_S))
+    await other.stop()
+    number = cell.load.send("background", suffix=f" BLOCK-FOR {BLOCKED_S:g}")
+    await wait_until(lambda: _holds(cluster, part, 1), timeout_s=READY_S)
+    await other.start()
+    count = await _refused_by(cluster, part, asyncio.sleep(BLOCKED_S))
     cell.nemesis.note("blocked loop", part.worker, held=1, n=number)
     return count
 
