@@ -62,7 +62,7 @@ def _kill(job: Job) -> None:
 
 
 def _block(job: Job) -> None:
-    # After the work, so that its outcome is on its way before the loop can hear that the entry is another's by now.
+    # After the work, so that its outcome leaves before the loop can hear that the entry is another's by now.
     if found := _BLOCK.search(str(job.payload.get("query", ""))):
         time.sleep(float(found[1]))
 

@@ -29,7 +29,7 @@ async def zombies(cell: Cell) -> None:
 
     Whatever the thawed worker tries with entries that others took over is refused, and counted.
     """
-    troubled = {"encoder-2": ["tests.faults.troubled", "encoder"]}
+    troubled = {"llm-2": ["tests.faults.troubled", "llm"]}
     layout = Layout(latency="1.5", modules=troubled, environ={"PENSTOCK_LLM__SLOTS": "64"})
     async with cell.running(layout) as (cluster, load, nemesis):
         sending = cell.background(load.run(cell.jobs, 40.0))
@@ -38,7 +38,7 @@ async def zombies(cell: Cell) -> None:
             victim = cell.rng.choice(cluster.of("llm"))
             refused.append(await _refused_by(cluster, victim, nemesis.make_zombie(victim, LONG_S, least=6)))
         await sending
-        blocked = await _block_its_loop(cell, cluster, cluster["encoder-2"])
+        blocked = await _block_its_loop(cell, cluster, cluster["llm-2"])
     cell.verdict.figures |= {"refused_by_zombies": refused, "refused_by_blocked_loop": blocked}
     cell.require(f"every thawed worker tries and is refused, not {refused}", all(count > 0 for count in refused))
     cell.require("the worker whose loop was blocked tries and is refused", blocked > 0)
@@ -57,8 +57,8 @@ async def _refused_by(cluster: Cluster, part: Part, harm: object) -> int:
 
 
 async def _block_its_loop(cell: Cell, cluster: Cluster, part: Part) -> int:
-    """Have a question block the event loop of the one encoder left; let a new one take over; return the refusals."""
-    other = cluster["encoder-1"]
+    """Have a question block the event loop of the one llm worker left; let a new one take over; return the refusals."""
+    other = cluster["llm-1"]
     await other.stop()
     number = cell.load.send("background", suffix=f" BLOCK-FOR {BLOCKED_S:g}")
     await wait_until(lambda: _holds(cluster, part, 1), timeout_s=READY_S)
