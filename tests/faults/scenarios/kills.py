@@ -100,7 +100,7 @@ async def rolling_restart(cell: Cell) -> None:
     layout = Layout(latency="0.3", gateways=2)
     mix = {"keyed": 4, "foreign": 2, "prompt": 1}
     async with cell.running(layout, mix) as (cluster, load, nemesis):
-        sending = cell.background(load.run(cell.jobs, RATE))
+        sending = cell.background(load.run(cell.jobs * 2 // 3, RATE / 3))
         for part in [*cluster.workers, *cluster.of("gateway")]:
             held = await cluster.in_hand(part) if part.stage in STAGES else list(load.open)
             code = await part.stop()
@@ -111,8 +111,10 @@ async def rolling_restart(cell: Cell) -> None:
                 await cluster.until_works(part)
             else:
                 await cluster.until_ready()
+        await sending
         repeated = cell.calls().repeated
-        for part in 2 * cluster.of("llm"):  # the others drain too fast to be killed meanwhile
+        sending = cell.background(load.run(cell.jobs // 3, RATE / 2))
+        for part in cluster.of("llm"):  # the others drain too fast to be killed meanwhile
             held = await nemesis.freeze_at_work(part, least=4)
             part.signal(signal.SIGCONT)
             part.signal(signal.SIGTERM)
