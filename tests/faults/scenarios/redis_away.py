@@ -28,8 +28,10 @@ async def kill_redis(cell: Cell) -> None:
             before = _lives(cluster)
             sending = cell.background(load.run(cell.jobs // 2, RATE))
             answered_s = []
-            while not sending.done():
+            while True:
                 await asyncio.sleep(cell.rng.uniform(0.5, 2.0))
+                if sending.done():
+                    break
                 answered_s.append(await kill_at_work(cell, away_s=cell.rng.uniform(0.0, 1.5)))
             await sending
             cell.verdict.figures[f"{fsync}: answering again, p50/max s"] = (

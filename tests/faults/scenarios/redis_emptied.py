@@ -31,8 +31,10 @@ async def empty_redis(cell: Cell) -> None:
     # again=0: a foreign sender that repeats itself when its outcome is forgotten gets a second job, and rightly so
     async with cell.running(Layout(latency="0.3"), again=0.0) as (cluster, load, nemesis):
         sending = cell.background(load.run(cell.jobs // 2, RATE))
-        while not sending.done():
+        while True:
             await asyncio.sleep(cell.rng.uniform(1.0, 2.0))
+            if sending.done():
+                break
             held = await cluster.live_jobs()
             cell.may_lose.update(load.numbers)
             await cluster.redis.flushall()
