@@ -41,7 +41,8 @@ class Verdict:
     Attributes:
         lost, unseen, duplicated, wrong, stale, out_of_order: requests, as the clients' files tell.
         load_left, endless_keys, work_left: keys, as Redis tells when all is quiet.
-        faults, hits: how many faults were injected, and how many of these met work in hand; kills: SIGKILLs among them.
+        faults: how many were injected; aimed: those of an instant (a kill, a freeze), which should meet work in hand;
+            hits: those that did; kills: SIGKILLs. A fault that lasts (a bad network, a drain) meets whatever comes.
         recovered_p50_s, recovered_max_s: how long the work of killed or frozen workers lay there; None without any.
         refusals: settles refused as stale, as the processes count.
         figures: what else a scenario has measured.
@@ -66,6 +67,7 @@ class Verdict:
     endless_keys: int = 0
     work_left: int = 0
     faults: int = 0
+    aimed: int = 0
     hits: int = 0
     kills: int = 0
     recovered_p50_s: float | None = None
@@ -83,8 +85,8 @@ class Verdict:
 
     @property
     def hit_share(self) -> float:
-        """Share of the faults that met work in hand; 1 where none was injected."""
-        return self.hits / self.faults if self.faults else 1.0
+        """Share of the aimed faults that met work in hand; 1 where none was injected."""
+        return self.hits / self.aimed if self.aimed else 1.0
 
     def as_json(self) -> Json:
         """Return all of it."""
@@ -223,9 +225,10 @@ class Cell:
             setattr(verdict, name, len(numbers))
             self.require(f"{name}: {len(numbers)}, among them requests {numbers[:5]}", not numbers)
         verdict.calls_repeated = called.repeated
-        verdict.faults, verdict.hits = len(faults), sum(line["held"] > 0 for line in faults)
+        aimed = [line for line in faults if line["held"] is not None]
+        verdict.faults, verdict.aimed, verdict.hits = len(faults), len(aimed), sum(line["held"] > 0 for line in aimed)
         verdict.kills = sum(line["fault"] == "kill" for line in faults)
-        self.require(f"{verdict.hits} of {verdict.faults} faults met work in hand", verdict.hit_share >= HIT_SHARE)
+        self.require(f"{verdict.hits} of {verdict.aimed} faults met work in hand", verdict.hit_share >= HIT_SHARE)
         if self.recoveries_s:
             verdict.recovered_p50_s = round(statistics.median(self.recoveries_s), 3)
             verdict.recovered_max_s = round(max(self.recoveries_s), 3)

@@ -242,12 +242,16 @@ class Cluster:
     @property
     def gateway_urls(self) -> list[str]:
         """Addresses of the gateways."""
-        return [f"http://127.0.0.1:{self.ports[part.name]}" for part in self.of("gateway")]
+        return [self.url_of(part) for part in self.of("gateway")]
 
     @property
     def replica_urls(self) -> list[str]:
         """Addresses of the mock replicas."""
-        return [f"http://127.0.0.1:{self.ports[part.name]}" for part in self.of("replica")]
+        return [self.url_of(part) for part in self.of("replica")]
+
+    def url_of(self, part: Part) -> str:
+        """Return where a process listens: a gateway, a replica, or a worker's metrics."""
+        return f"http://127.0.0.1:{self.ports[part.name]}"
 
     def records(self) -> list[Path]:
         """Files in which the replicas wrote what they were asked."""
@@ -347,7 +351,7 @@ class Cluster:
     async def listens(self, part: Part) -> bool:
         """Say whether a gateway or a replica answers HTTP."""
         try:
-            async with self.http.get(f"http://127.0.0.1:{self.ports[part.name]}/livez") as answer:
+            async with self.http.get(f"{self.url_of(part)}/livez") as answer:
                 return answer.status == 200
         except aiohttp.ClientError:
             return False
@@ -389,7 +393,7 @@ class Cluster:
     async def metrics(self, part: Part) -> dict[str, float]:
         """Return what a process says of itself, by metric with its labels; nothing while nobody listens."""
         try:
-            async with self.http.get(f"http://127.0.0.1:{self.ports[part.name]}/metrics") as answer:
+            async with self.http.get(f"{self.url_of(part)}/metrics") as answer:
                 text = await answer.text()
         except (aiohttp.ClientError, TimeoutError):
             return {}

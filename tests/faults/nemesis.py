@@ -38,8 +38,8 @@ class Nemesis:
         self._writer = writer
         self._watchers: set[asyncio.Task[None]] = set()
 
-    def note(self, fault: str, victim: str, *, held: int, **more: object) -> None:
-        """Write down a fault; *held* is how much work it met."""
+    def note(self, fault: str, victim: str, *, held: int | None, **more: object) -> None:
+        """Write down a fault; *held* is how much work it met, None for one that lasts and meets whatever comes."""
         self._writer.write("fault", fault=fault, victim=victim, held=held, **more)
 
     async def freeze_at_work(self, part: Part, least: int = 1) -> Held:

@@ -47,7 +47,7 @@ def row(cell: Json) -> list[str]:
     recovered = "-"
     if cell["recovered_max_s"] is not None:
         recovered = f"{cell['recovered_p50_s']:.1f} / {cell['recovered_max_s']:.1f} s"
-    share = f"{cell['hits'] / cell['faults']:.0%}" if cell["faults"] else "-"
+    share = f"{cell['hits'] / cell['aimed']:.0%}" if cell["aimed"] else "-"
     values: list[Any] = [
         cell["number"], cell["title"], cell["seed"], cell["accepted"], cell["kills"], cell["faults"], share,
         cell["lost"], cell["duplicated"], cell["unseen"], cell["wrong"], cell["stale"], recovered,
@@ -65,7 +65,7 @@ def long_run(cell: Json) -> str:
             f"- seed {cell['seed']}, {cell['seconds'] / 60:.0f} minutes: {cell['accepted']:,} jobs accepted, "
             f"{cell['refused']} refused, {cell['unknown']} unknown to their clients",
             f"- outcomes: {_words(cell['by_status'])}",
-            f"- faults: {_words(figures['faults'])}; {cell['hits'] / cell['faults']:.0%} met work in hand",
+            f"- faults: {_words(figures['faults'])}; {cell['hits'] / cell['aimed']:.0%} met work in hand",
             f"- **lost {cell['lost']}, duplicated {cell['duplicated']}**, unseen {cell['unseen']}, "
             f"wrong {cell['wrong']}, stale {cell['stale']}; loads not back at 0: {cell['load_left']}; "
             f"keys without TTL: {cell['endless_keys']}",

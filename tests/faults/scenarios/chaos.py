@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
-from pipeline import scripts
+from pipeline import keys, scripts
 from tests.conftest import wait_until
 from tests.faults.cell import Cell
 from tests.faults.cluster import LEASE_S, READY_S, Cluster, Layout, Part
@@ -98,10 +98,9 @@ class Chaos:
         """SIGTERM under load, and a new life."""
         async with self._one_of("encoder", "retriever", "llm") as part:
             if part is not None:
-                held = len(await self._cluster.in_hand(part))
                 code = await part.stop()
                 self._cell.require(f"{part.name} drains with exit code 0, not {code}", code == 0)
-                self._nemesis.note("drain", part.worker, held=max(1, held))
+                self._nemesis.note("drain", part.worker, held=None)
                 await part.start()
                 await self._cluster.until_works(part)
                 self.done["drain"] += 1
@@ -161,21 +160,17 @@ class Chaos:
                     scripts.PLACE,
                 ):
                     proxy.lose_replies(script.sha.encode(), times=2)
-        self._nemesis.note(f"network: {kind}", self._cluster[name].worker, held=max(1, await self._held(name)))
+        self._nemesis.note(f"network: {kind}", self._cluster[name].worker, held=None)
         await asyncio.sleep(rng.uniform(0.5, 1.5 * LEASE_S))
         proxy.heal()
         self.done["network"] += 1
-
-    async def _held(self, name: str) -> int:
-        part = self._cluster[name]
-        return len(self._cell.load.open) if part.stage == "gateway" or not part.lives else 1
 
     async def sick_replica(self) -> None:
         """A replica that hangs, refuses or answers nonsense for a while."""
         async with self._one_of("replica") as part:
             if part is not None:
                 await self._cluster.behave(part.name, **self._cell.rng.choice(SICK))
-                self._nemesis.note("sick replica", part.name, held=max(1, len(self._cell.load.open)))
+                self._nemesis.note("sick replica", part.name, held=None)
                 await asyncio.sleep(self._cell.rng.uniform(0.5, 4.0))
                 await self._cluster.behave(part.name, mode="normal", status=None, fail_rate=0.0)
                 self.done["sick replica"] += 1
@@ -184,8 +179,9 @@ class Chaos:
         """SIGKILL with calls in hand, and a new life."""
         async with self._one_of("replica") as part:
             if part is not None:
+                held = await self._cluster.redis.zcard(keys.RUNNING + self._cluster.url_of(part))
                 await part.kill()
-                self._nemesis.note("replica killed", part.name, held=max(1, len(self._cell.load.open)))
+                self._nemesis.note("replica killed", part.name, held=held)
                 await asyncio.sleep(self._cell.rng.uniform(0.0, 2.0))
                 await part.start()
                 await wait_until(lambda: self._cluster.listens(part), timeout_s=READY_S)
