@@ -122,12 +122,7 @@ class Streams:
 
     async def ensure_groups(self) -> None:
         """Create the stage's groups where they are missing, at the beginning of the stream: nothing is skipped."""
-        for name in self.names:
-            try:
-                await self.control.call("XGROUP", "CREATE", name, self.stage, "0", "MKSTREAM")
-            except CommandRefused as error:
-                if "BUSYGROUP" not in str(error):
-                    raise
+        await self.control.run(scripts.GROUPS, self.names, (self.stage,))
 
     async def read(self, most: int) -> list[Entry]:
         """Return up to *most* entries that wait now, or the first to come; nothing when none comes for a while.

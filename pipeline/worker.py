@@ -104,7 +104,7 @@ class Worker:
             except GroupMissing:
                 log.warning("a consumer group is gone; creating it again", stage=self.stage.name)
                 await backoff.wait()
-                with suppress(PenstockError):  # refused when memory is full, or Redis away: tried again
+                with suppress(PenstockError):  # Redis is away, or a key is of a wrong type: tried again
                     await self.streams.ensure_groups()
             except PenstockError as error:
                 await backoff.failed(error)

@@ -74,7 +74,7 @@ local function settle(record)
     answers[2] = answers[2] + bury(record.b, ARGV[3], tonumber(ARGV[4]), now_us)
     if record.named and record.a ~= '' then
       finish(id, live, record.a, ttl_ms)
-    elseif not live and id ~= '' and record.a ~= '' then
+    elseif id ~= '' and record.a ~= '' and call('EXISTS', key) == 0 then -- now: a batch mate may have begun it
       call('SET', KEY.completion .. id, record.a, 'PX', ttl_ms, 'NX') -- a sender's own broken entry: tell the sender
     end
     return 'settled'

@@ -4,6 +4,7 @@
     python -m tests.faults --scenario 3 --seed 7    one cell again
     python -m tests.faults --slice                  what continuous integration runs
     python -m tests.faults --scenario 21            the long run, 20 minutes (see docs/RELIABILITY.md)
+    python -m tests.faults --durability             what an accepted job survives; --write puts it into the docs
 
 The exit code is 0 when every cell is green. `--keep` leaves the files of every cell; those of a red one always stay.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 import orjson
 import uvloop
 
-from tests.faults import cell
+from tests.faults import cell, durability
 from tests.faults.cell import Verdict
 from tests.faults.scenarios import Scenario, load_all
 
@@ -30,6 +31,12 @@ def main() -> int:
     scenarios = load_all()
     options = _parser(scenarios).parse_args()
     seed = options.seed if options.seed is not None else secrets.randbelow(1_000_000)
+    if options.durability:
+        table = durability.measure_all(seed)
+        print(table)
+        if options.write:
+            durability.write(table)
+        return 0
     chosen = options.scenario or [number for number, one in scenarios.items() if not one.is_long]
     wanted = [scenarios[number] for number in chosen]
     if options.slice:
@@ -42,6 +49,8 @@ def main() -> int:
         if options.json:
             with options.json.open("ab") as file:
                 file.write(orjson.dumps(verdict.as_json(), option=orjson.OPT_APPEND_NEWLINE))
+        if options.until_red and not verdict.is_green:
+            break
     print(summary(verdicts))
     return 0 if all(verdict.is_green for verdict in verdicts) else 1
 
@@ -96,8 +105,11 @@ def _parser(scenarios: dict[int, Scenario]) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="of every choice; printed, so that a run can be repeated")
     parser.add_argument("--jobs", type=int, help="requests of each cell")
     parser.add_argument("--slice", action="store_true", help="the cells that continuous integration runs")
+    parser.add_argument("--until-red", action="store_true", help="stop at the first cell that is not green")
     parser.add_argument("--json", type=Path, help="append the verdicts to this file, one line each")
     parser.add_argument("--keep", action="store_true", help="keep the files of green cells, too")
+    parser.add_argument("--durability", action="store_true", help="measure what an accepted job survives, as a table")
+    parser.add_argument("--write", action="store_true", help="put that table into docs/OPERATIONS.md")
     return parser
 
 

@@ -19,7 +19,7 @@ from random import Random
 from typing import Any, Final
 
 from tests.conftest import wait_until
-from tests.faults.checkers import calls, fencing, leftovers, outcomes
+from tests.faults.checkers import calls, fencing, leftovers, order, outcomes
 from tests.faults.checkers.calls import Calls
 from tests.faults.checkers.leftovers import Leftovers
 from tests.faults.cluster import LEASE_S, Cluster, Layout
@@ -41,7 +41,8 @@ class Verdict:
     Attributes:
         lost, unseen, duplicated, wrong, stale, out_of_order: requests, as the clients' files tell.
         load_left, endless_keys, work_left: keys, as Redis tells when all is quiet.
-        faults, hits: how many faults were injected, and how many of these met work in hand; kills: SIGKILLs among them.
+        faults: how many were injected; aimed: those of an instant (a kill, a freeze), which should meet work in hand;
+            hits: those that did; kills: SIGKILLs. A fault that lasts (a bad network, a drain) meets whatever comes.
         recovered_p50_s, recovered_max_s: how long the work of killed or frozen workers lay there; None without any.
         refusals: settles refused as stale, as the processes count.
         figures: what else a scenario has measured.
@@ -66,6 +67,7 @@ class Verdict:
     endless_keys: int = 0
     work_left: int = 0
     faults: int = 0
+    aimed: int = 0
     hits: int = 0
     kills: int = 0
     recovered_p50_s: float | None = None
@@ -83,8 +85,8 @@ class Verdict:
 
     @property
     def hit_share(self) -> float:
-        """Share of the faults that met work in hand; 1 where none was injected."""
-        return self.hits / self.faults if self.faults else 1.0
+        """Share of the aimed faults that met work in hand; 1 where none was injected."""
+        return self.hits / self.aimed if self.aimed else 1.0
 
     def as_json(self) -> Json:
         """Return all of it."""
@@ -98,7 +100,9 @@ class Cell:
         jobs: how many requests the scenario is to send.
         rng: every choice of the scenario comes from it; the seed is printed.
         cluster, load, nemesis: as long as `running` lasts.
-        may_lose: set by scenarios that destroy what Redis holds: losses are then reported, not judged.
+        recoveries_s: see `Nemesis`.
+        clients, faults: the files of the history.
+        may_lose: requests whose records a scenario has destroyed: what became of them is reported, not judged.
     """
 
     cluster: Cluster
@@ -109,10 +113,15 @@ class Cell:
         self.jobs = jobs
         self.rng = Random(f"{number}:{seed}")
         self.folder = folder
-        self.may_lose = False
+        self.may_lose: set[int] = set()
         self.verdict = Verdict(number, title, seed)
-        self._clients = folder / "clients.jsonl"
-        self._faults = folder / "faults.jsonl"
+        self._background: list[asyncio.Task[None]] = []
+        self.recoveries_s: list[float] = []
+        self._runs = 0
+        self._sent = 0
+        self._alive: frozenset[str] = frozenset()
+        self.clients = folder / "clients.jsonl"
+        self.faults = folder / "faults.jsonl"
 
     def require(self, claim: str, held: bool) -> None:
         """Note a promise of this scenario that does not hold."""
@@ -121,12 +130,12 @@ class Cell:
 
     def require_recovery(self, within_s: float) -> None:
         """Demand that the work of killed workers was in other hands in time."""
-        slowest_s = max(self.nemesis.recoveries_s, default=0.0)
+        slowest_s = max(self.recoveries_s, default=0.0)
         self.require(f"recovered within {within_s:g} s, not {slowest_s:.2f}", slowest_s <= within_s)
 
     def requests(self) -> list[Told]:
         """Return what the clients know so far."""
-        return piece_together(self._clients)
+        return piece_together(self.clients)
 
     def statuses(self) -> Counter[str]:
         """Return how many requests ended how, as the clients first heard it."""
@@ -134,21 +143,29 @@ class Cell:
 
     def calls(self) -> Calls:
         """Return what the replicas have written down so far."""
-        return calls.check(self.requests(), sorted(self.folder.glob("replica-*.jsonl")))
+        return calls.check(self.requests(), sorted(self.folder.glob("run-*/replica-*.jsonl")))
 
     def background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run something beside the scenario; await it before the scenario ends."""
-        return asyncio.create_task(work)
+        """Run something beside the scenario, at most as long as it; await it before the scenario ends."""
+        task = asyncio.create_task(work)
+        self._background.append(task)
+        return task
 
     @asynccontextmanager
     async def running(
         self, layout: Layout | None = None, mix: Mix = EVERYBODY, **load: Any
     ) -> AsyncIterator[tuple[Cluster, Load, Nemesis]]:
-        """Have a cluster, its clients and its nemesis; on leaving all becomes quiet, and what is left is read."""
-        with Writer(self._clients) as clients, Writer(self._faults) as faults:
-            async with Cluster(self.folder, layout or Layout()) as self.cluster:
-                self.load = Load(self.cluster, clients, self.rng, mix, **load)
-                self.nemesis = Nemesis(self.cluster, faults)
+        """Have a cluster, its clients and its nemesis; on leaving all becomes quiet, and what is left is read.
+
+        A scenario may do so again: another cluster, the same files of clients and faults, requests numbered on.
+        """
+        self._runs += 1
+        folder = self.folder / f"run-{self._runs}"
+        folder.mkdir()
+        with Writer(self.clients) as clients, Writer(self.faults) as faults:
+            async with Cluster(folder, layout or Layout()) as self.cluster:
+                self.load = Load(self.cluster, clients, self.rng, mix, first=self._sent, **load)
+                self.nemesis = Nemesis(self.cluster, faults, self.recoveries_s)
                 await self.load.prepare()
                 looking = asyncio.create_task(self.load.look_forever(), name="look")
                 try:
@@ -158,8 +175,10 @@ class Cell:
                     await self._read_redis()
                     self.verdict.refusals += round(await self.cluster.metric("penstock_stale_writes_refused_total"))
                 finally:
-                    looking.cancel()
-                    await asyncio.gather(looking, return_exceptions=True)
+                    self._sent = self.load.sent
+                    for task in (looking, *self._background):
+                        task.cancel()
+                    await asyncio.gather(looking, *self._background, return_exceptions=True)
                     await self.load.close()
 
     async def _read_redis(self) -> None:
@@ -178,35 +197,41 @@ class Cell:
         self.verdict.load_left += len(left.load)
         self.verdict.endless_keys += len(left.endless)
         self.verdict.work_left += len(left.work)
-        self._alive = frozenset(
+        self._alive |= frozenset(
             [job_id for job_id in self.load.open if await self.cluster.redis.exists(f"live:{job_id}")]
         )
 
     def judge(self) -> Verdict:
         """Read the files and give the verdict."""
         verdict = self.verdict
-        requests = self.requests()
-        faults = [line for line in read(self._faults) if "held" in line]
-        found = outcomes.check(requests, getattr(self, "_alive", frozenset()))
-        called = self.calls()
+        requests, called = self.requests(), self.calls()
+        faults = [line for line in read(self.faults) if "held" in line]
+        found = outcomes.check(requests, self._alive)
         verdict.jobs = len(requests)
         verdict.accepted, verdict.refused, verdict.unknown = found.accepted, found.refused, found.unknown
         verdict.by_status = dict(found.by_status)
-        verdict.lost, verdict.unseen = len(found.lost), len(found.unseen)
-        verdict.duplicated, verdict.wrong = len(found.duplicated), len(found.wrong) + len(called.crossed)
-        verdict.stale = len(fencing.check(requests, faults))
+        if self.may_lose:
+            verdict.figures["destroyed"] = len(self.may_lose.intersection(found.lost))
+            verdict.figures["done twice after that"] = len(self.may_lose.intersection(found.duplicated))
+        broken: dict[str, list[Any]] = {
+            "lost": [n for n in found.lost if n not in self.may_lose],
+            "unseen": [n for n in found.unseen if n not in self.may_lose],
+            "duplicated": [n for n in found.duplicated if n not in self.may_lose],
+            "wrong": [*found.wrong, *called.crossed],
+            "stale": fencing.check(requests, faults),
+            "out_of_order": order.check(requests),
+        }
+        for name, numbers in broken.items():
+            setattr(verdict, name, len(numbers))
+            self.require(f"{name}: {len(numbers)}, among them requests {numbers[:5]}", not numbers)
         verdict.calls_repeated = called.repeated
-        verdict.faults, verdict.hits = len(faults), sum(line["held"] > 0 for line in faults)
+        aimed = [line for line in faults if line["held"] is not None]
+        verdict.faults, verdict.aimed, verdict.hits = len(faults), len(aimed), sum(line["held"] > 0 for line in aimed)
         verdict.kills = sum(line["fault"] == "kill" for line in faults)
-        if recoveries := getattr(getattr(self, "nemesis", None), "recoveries_s", None):
-            verdict.recovered_p50_s = round(statistics.median(recoveries), 3)
-            verdict.recovered_max_s = round(max(recoveries), 3)
-        for name in ("lost", "unseen", "duplicated", "wrong", "stale", "out_of_order"):
-            count = getattr(verdict, name)
-            if not (self.may_lose and name in {"lost", "unseen"}):
-                numbers = getattr(found, name, ())
-                self.require(f"{name}: {count} (requests {list(numbers)[:5]})", count == 0)
-        self.require(f"{verdict.hits} of {verdict.faults} faults met work in hand", verdict.hit_share >= HIT_SHARE)
+        self.require(f"{verdict.hits} of {verdict.aimed} faults met work in hand", verdict.hit_share >= HIT_SHARE)
+        if self.recoveries_s:
+            verdict.recovered_p50_s = round(statistics.median(self.recoveries_s), 3)
+            verdict.recovered_max_s = round(max(self.recoveries_s), 3)
         return verdict
 
 

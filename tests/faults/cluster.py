@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from pipeline import keys, leash
+from pipeline.errors import ConfigError
 from pipeline.job import PRIORITIES
 from pipeline.local import free_port
 from pipeline.private_redis import wait_until_ready
@@ -37,6 +39,7 @@ LEASE_S: Final = 3.0
 """Short, so that a run sees many leases lapse; every bound below is told in leases."""
 READY_S: Final = 60.0
 STOP_S: Final = 30.0
+PORTS: Final = range(20_000, 30_000)
 STAGES: Final = ("encoder", "retriever", "llm")
 
 
@@ -163,7 +166,13 @@ class Part:
 
 
 class RedisPart(Part):
-    """Redis itself: it is there when it answers."""
+    """Redis itself: it is there when it answers.
+
+    Attributes:
+        rewrites: whether it writes its append-only file anew after every start but the first (docs/OPERATIONS.md).
+    """
+
+    rewrites = True
 
     def __init__(self, folder: Path, fsync: str, options: Mapping[str, str]) -> None:
         self.socket = folder / "redis.sock"
@@ -183,11 +192,11 @@ class RedisPart(Part):
         super().__init__("redis", [server_binary(), *words], clean_environment(), folder / "redis.log")
 
     async def start(self) -> None:
-        """Start it, wait until it answers, and have it write its file anew (see docs/OPERATIONS.md)."""
+        """Start it and wait until it answers."""
         await super().start()
         async with asyncio.timeout(READY_S):
             await wait_until_ready(self.socket)
-        if self.generation > 1:
+        if self.generation > 1 and self.rewrites:
             async with Redis(unix_socket_path=str(self.socket)) as redis:
                 await redis.bgrewriteaof()
 
@@ -233,12 +242,16 @@ class Cluster:
     @property
     def gateway_urls(self) -> list[str]:
         """Addresses of the gateways."""
-        return [f"http://127.0.0.1:{self.ports[part.name]}" for part in self.of("gateway")]
+        return [self.url_of(part) for part in self.of("gateway")]
 
     @property
     def replica_urls(self) -> list[str]:
         """Addresses of the mock replicas."""
-        return [f"http://127.0.0.1:{self.ports[part.name]}" for part in self.of("replica")]
+        return [self.url_of(part) for part in self.of("replica")]
+
+    def url_of(self, part: Part) -> str:
+        """Return where a process listens: a gateway, a replica, or a worker's metrics."""
+        return f"http://127.0.0.1:{self.ports[part.name]}"
 
     def records(self) -> list[Path]:
         """Files in which the replicas wrote what they were asked."""
@@ -293,8 +306,16 @@ class Cluster:
         if name in self.layout.proxied:
             self.proxies[name] = await Proxy(self.server.socket).__aenter__()
 
+    def _free_port(self) -> int:
+        """Return a port that nobody has now, from a range that outgoing connections are not given."""
+        while True:
+            with suppress(ConfigError):
+                port = free_port("127.0.0.1", secrets.choice(PORTS))
+                if port not in self.ports.values():
+                    return port
+
     def _add(self, name: str, module: Sequence[str]) -> None:
-        port = self.ports[name] = free_port("127.0.0.1", 0)
+        port = self.ports[name] = self._free_port()
         command = [*self.layout.wrap.get(name, ()), sys.executable, "-P", "-m", *module]
         environ = {}
         if name.startswith("replica"):
@@ -327,6 +348,14 @@ class Cluster:
         for part in self.workers:
             await self.until_works(part)
 
+    async def listens(self, part: Part) -> bool:
+        """Say whether a gateway or a replica answers HTTP."""
+        try:
+            async with self.http.get(f"{self.url_of(part)}/livez") as answer:
+                return answer.status == 200
+        except aiohttp.ClientError:
+            return False
+
     async def _is_ready(self, url: str) -> bool:
         try:
             async with self.http.get(f"{url}/readyz") as answer:
@@ -345,10 +374,26 @@ class Cluster:
         await wait_until(works, timeout_s=READY_S, every_s=0.05)
         return time.monotonic() - began_s
 
+    async def until_answered(self, within_s: float = READY_S) -> float:
+        """Ask one question over and over until it is answered; return how long that took, in seconds.
+
+        Raises:
+            TimeoutError: it was not answered in time.
+        """
+        began_s = time.monotonic()
+        body = {"query": "Which key does the heron keep?", "timeout_s": within_s}
+        async with asyncio.timeout(within_s):
+            while True:
+                with suppress(aiohttp.ClientError):
+                    async with self.http.post(f"{self.gateway_urls[0]}/query", json=body) as answer:
+                        if answer.status == 200:
+                            return time.monotonic() - began_s
+                await asyncio.sleep(0.02)
+
     async def metrics(self, part: Part) -> dict[str, float]:
         """Return what a process says of itself, by metric with its labels; nothing while nobody listens."""
         try:
-            async with self.http.get(f"http://127.0.0.1:{self.ports[part.name]}/metrics") as answer:
+            async with self.http.get(f"{self.url_of(part)}/metrics") as answer:
                 text = await answer.text()
         except (aiohttp.ClientError, TimeoutError):
             return {}
@@ -379,6 +424,12 @@ class Cluster:
         group = stream.removeprefix("job:").split("_in")[0]
         rows = await self.redis.xpending_range(stream, group, entry, entry, 1)
         return rows[0]["consumer"].decode().partition(":")[0] if rows else None
+
+    async def deliveries(self, stream: str, entry: bytes) -> int:
+        """Return how often an entry was delivered; 0 when it is in nobody's hands."""
+        group = stream.removeprefix("job:").split("_in")[0]
+        rows = await self.redis.xpending_range(stream, group, entry, entry, 1)
+        return int(rows[0]["times_delivered"]) if rows else 0
 
     async def job_ids(self, held: Sequence[tuple[str, bytes]]) -> list[str]:
         """Return the ids of the jobs in some entries that are still there."""

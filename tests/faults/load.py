@@ -1,12 +1,13 @@
 """Clients in open loop: each request is sent at its planned instant, however the earlier ones fare.
 
-Five kinds of clients, since each learns of its job in another way:
+Several kinds of clients, since each learns of its job in another way:
 
 - `ask` waits for its answer on the open connection;
 - `background` takes a job id and looks for the outcome later;
 - `keyed` does so too, with an Idempotency-Key: whenever it hears nothing it sends again, and so always learns the id;
 - `foreign` is another program: it puts a question on `job:encoder_in` under an id of its own;
-- `prompt` likewise, on `job:llm_in`.
+- `prompt` likewise, on `job:llm_in`;
+- `edit` sends the next version of one document, each after the one before was accepted; `consult` asks what it says.
 
 A `foreign` or `prompt` client may also send an entry once more under an id that has had its outcome (`again`), as a
 sender that crashed would: nothing may come of it.
@@ -18,8 +19,9 @@ an outcome never changes. Every question has one right answer, so one that went 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from random import Random
 from typing import Any, Final
@@ -46,7 +48,7 @@ KEPT_BY: Final = {
 """What the documents say: `The heron keeps the amber key.`"""
 
 Mix = Mapping[str, float]
-EVERYBODY: Final[Mix] = {"ask": 3, "background": 2, "keyed": 2, "foreign": 2, "prompt": 1}
+EVERYBODY: Final[Mix] = {"ask": 3, "background": 2, "keyed": 2, "foreign": 2, "prompt": 1, "edit": 0.2, "consult": 0.4}
 
 
 class Load:
@@ -56,6 +58,13 @@ class Load:
         mix: kinds of clients and how many of each there are, in proportion.
         again: share of foreign entries that are sent once more after their outcome.
         fields: further fields of every query (`priority`, `timeout_s`).
+        first: how many requests the same file holds already.
+        padding: characters by which every question is longer than it need be.
+
+    Attributes:
+        sent, answered: requests so far, and outcomes heard.
+        lost: outcomes that were a loss, by the code with which the clients heard of it.
+        refused: refusals, by their code; one client may hear several.
     """
 
     def __init__(
@@ -67,9 +76,15 @@ class Load:
         *,
         again: float = 0.1,
         fields: Mapping[str, Any] | None = None,
+        first: int = 0,
+        padding: int = 0,
     ) -> None:
-        self.sent = 0
+        self.sent = first
         self.answered = 0
+        self.lost: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
+        self._first = first
+        self._padding = " Please." * (padding // 8)
         self._cluster = cluster
         self._writer = writer
         self._rng = rng
@@ -80,6 +95,14 @@ class Load:
         self._once_more: deque[tuple[float, str, int, str]] = deque()  # due, id, number, kind
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn = 0
+        self._editing = asyncio.Lock()
+        self._edits: dict[str, int] = {}  # versions under way: job id and page
+        self._page = 0  # of the newest version that is done
+
+    @property
+    def numbers(self) -> range:
+        """The requests sent so far."""
+        return range(self._first + 1, self.sent + 1)
 
     @property
     def open(self) -> frozenset[str]:
@@ -115,10 +138,14 @@ class Load:
         """
         self.sent += 1
         number = self.sent
-        subject = self._rng.choice(list(KEPT_BY))
+        subject = str(self._page) if kind in {"edit", "consult"} else self._rng.choice(list(KEPT_BY))
         self._writer.write("submitted", n=number, kind=kind, subject=subject)
-        work = {"ask": self._ask, "background": self._background, "keyed": self._keyed}.get(kind, self._add)
-        text = question(number, subject) + suffix
+        kinds = {
+            "ask": self._ask, "background": self._background, "keyed": self._keyed, "consult": self._ask,
+            "edit": self._edit,
+        }  # fmt: skip
+        work = kinds.get(kind, self._add)
+        text = question(number, subject) + self._padding + suffix
         self._spawn(work(number, kind, text, self._fields | fields), f"client {number}")
         return number
 
@@ -169,15 +196,26 @@ class Load:
         while not await self._post(number, body, key=f"request-{number}") and time.monotonic() < give_up_s:
             await asyncio.sleep(self._rng.uniform(0.1, 0.5))
 
-    async def _post(self, number: int, body: Json, key: str = "", heard: list[Json] | None = None) -> bool:
-        """Send a query; note what was heard (in *heard*, too), and say whether the gateway has decided."""
+    async def _edit(self, number: int, kind: str, text: str, fields: Json) -> None:
+        body = {"id": "ledger", "text": f"The ledger stands at page {number}."}
+        async with self._editing:
+            give_up_s = time.monotonic() + PATIENCE_S
+            while not await self._post(number, body, key=f"edit-{number}", path="/documents"):
+                if time.monotonic() > give_up_s:
+                    return
+                await asyncio.sleep(self._rng.uniform(0.1, 0.5))
+
+    async def _post(
+        self, number: int, body: Json, key: str = "", heard: list[Json] | None = None, path: str = "/query"
+    ) -> bool:
+        """Send a query or a document, note what was heard (in *heard*, too), and say whether that was a decision."""
         headers = {"idempotency-key": key} if key else {}
         urls = self._cluster.gateway_urls
         self._turn += 1
         for attempt in range(len(urls)):  # as a load balancer would: the next one, when nobody listens here
             url = urls[(self._turn + attempt) % len(urls)]
             try:
-                async with self._cluster.http.post(f"{url}/query", json=body, headers=headers) as answer:
+                async with self._cluster.http.post(url + path, json=body, headers=headers) as answer:
                     reply = orjson.loads(await answer.read())
                     is_decided = self._heard(number, answer.status, reply)
                     if is_decided and heard is not None:
@@ -203,11 +241,14 @@ class Load:
             elif code == "job_lost":
                 self._ended(number, job_id, "ask", {"status": "lost", "code": code})
             else:  # accepted, or ended otherwise than well: the completion says how
+                if "id" in body:
+                    self._edits[job_id] = number
                 self._open[job_id] = number
             return True
         if code == "redis_unavailable":
             self._writer.write("unknown", n=number, code=code)
             return False
+        self.refused[code] += 1
         self._writer.write("refused", n=number, code=code)
         return status not in {429, 503}
 
@@ -255,10 +296,15 @@ class Load:
     def _ended(self, number: int, job_id: str, seen_by: str, outcome: Json) -> None:
         self._writer.write("outcome", n=number, id=job_id, outcome=outcome)
         self._open.pop(job_id, None)
+        page = self._edits.pop(job_id, 0)
+        if outcome["status"] == "completed":
+            self._page = max(self._page, page)
         if seen_by == "again":
             return
         self.answered += 1
-        if outcome["status"] != "lost":
+        if outcome["status"] == "lost":
+            self.lost[outcome["code"]] += 1
+        else:
             self._once_more.append((time.monotonic() + AGAIN_AFTER_S, job_id, number, "again"))
         is_foreign = job_id.startswith(("foreign-", "prompt-"))
         if is_foreign and self._rng.random() < self._again:
@@ -272,6 +318,24 @@ class Load:
             await self._cluster.redis.xadd(keys.stream(stage), {"data": orjson.dumps({"id": job_id, **body})})
         except RedisError:
             return  # one sender less that repeats itself: nothing was promised
+
+    async def ask_after(self) -> int:
+        """Ask the gateway after every open job, as a client that waits in the background; note and count the unknown.
+
+        To be called when nothing is on its way: a foreign job is unknown until the first worker has read it.
+        """
+        unknown = 0
+        for job_id, number in list(self._open.items()):
+            async with self._cluster.http.get(f"{self._cluster.gateway_urls[0]}/jobs/{job_id}") as answer:
+                body = await answer.json()
+            if answer.status == 404 and job_id in self._open:
+                unknown += 1
+                self._ended(number, job_id, "ask", {"status": "lost", "code": body["error"]["code"]})
+        return unknown
+
+    def forget(self) -> None:
+        """Read no outcome seen so far a second time: none of them is there any more."""
+        self._once_more.clear()
 
     async def quiet(self, patience_s: float = PATIENCE_S) -> None:
         """Wait until every accepted job has its outcome, at most for *patience_s*, and each was read twice."""
@@ -292,7 +356,9 @@ class Load:
 
 
 def question(number: int, subject: str) -> str:
-    """Return what client *number* asks."""
+    """Return what client *number* asks; a number as subject is the page that the ledger stands at or beyond."""
+    if subject.isdecimal():
+        return f"At which page does the ledger stand? Request {number}."
     return f"Which key does the {subject} keep? Request {number}."
 
 
@@ -300,7 +366,15 @@ def is_right(kind: str, number: int, subject: str, answer: str) -> bool:
     """Say whether *answer* is the one to that question."""
     if kind == "prompt":
         return question(number, subject) in answer
+    if kind == "consult":
+        return page_in(answer) > 0 or subject == "0"  # before the first version there is nothing to tell
     return f"the {KEPT_BY[subject]} key" in answer
+
+
+def page_in(answer: str) -> int:
+    """Return the page that an answer says the ledger stands at, 0 when it says none."""
+    found = re.search(r"The ledger stands at page (\d+)\.", answer)
+    return int(found[1]) if found else 0
 
 
 def distil(completion: Json) -> Json:

@@ -28,17 +28,18 @@ class Nemesis:
     """Injects faults into one cluster.
 
     Attributes:
-        recoveries_s: for every entry in the hands of a killed worker: how long until it was in other hands, or done.
+        recoveries_s: for every entry in the hands of a killed worker, unless its holder before had died, too: how long
+            until it was in other hands, or done.
     """
 
-    def __init__(self, cluster: Cluster, writer: Writer) -> None:
-        self.recoveries_s: list[float] = []
+    def __init__(self, cluster: Cluster, writer: Writer, recoveries_s: list[float]) -> None:
+        self.recoveries_s = recoveries_s
         self._cluster = cluster
         self._writer = writer
         self._watchers: set[asyncio.Task[None]] = set()
 
-    def note(self, fault: str, victim: str, *, held: int, **more: object) -> None:
-        """Write down a fault; *held* is how much work it met."""
+    def note(self, fault: str, victim: str, *, held: int | None, **more: object) -> None:
+        """Write down a fault; *held* is how much work it met, None for one that lasts and meets whatever comes."""
         self._writer.write("fault", fault=fault, victim=victim, held=held, **more)
 
     async def freeze_at_work(self, part: Part, least: int = 1) -> Held:
@@ -95,7 +96,9 @@ class Nemesis:
 
     async def _watch(self, held: Held, dead: str) -> None:
         began_s = time.monotonic()
-        left = list(held)
+        left = [entry for entry in held if not await self._is_suspect(entry)]
+        if len(left) < len(held):
+            self._writer.write("suspects", victim=dead, entries=len(held) - len(left))
         while left:
             try:
                 still = [entry for entry in left if await self._cluster.owner(*entry) == dead]
@@ -111,6 +114,13 @@ class Nemesis:
                 return
             left = still
             await asyncio.sleep(WATCH_EVERY_S)
+
+    async def _is_suspect(self, entry: tuple[str, bytes]) -> bool:
+        """Say whether an entry's holders died twice: such entries run alone, one after another, and take their time."""
+        try:
+            return await self._cluster.deliveries(*entry) > 1
+        except RedisError:
+            return True
 
     async def until_recovered(self, stage: str = "") -> None:
         """Wait until nothing lies in the hands of killed workers of a stage, or of any, any more."""

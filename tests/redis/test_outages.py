@@ -13,7 +13,7 @@ import pytest
 from pipeline import keys, metrics
 from pipeline.connection import Link
 from pipeline.consumer import Consumer
-from pipeline.errors import BrokerUnavailable, JobLost, PenstockError
+from pipeline.errors import BrokerUnavailable, JobLost, Overloaded, PenstockError
 from pipeline.front import Front
 from pipeline.job import Completion, Done, Job
 from pipeline.settings import RedisSettings, Settings
@@ -278,6 +278,24 @@ async def test_worker_started_while_redis_is_away_waits_for_it(redis_server: Red
                 consumer.stop()
                 await wait_until(lambda: not any(worker.held for worker in consumer.workers))
         await asyncio.sleep(0)
+
+
+@pytest.mark.usefixtures("settings")
+async def test_worker_started_on_a_full_redis_works(own_server: RedisServer, own_link: Link) -> None:
+    """Only work that is done makes room, so a stage does not wait for room before it begins."""
+    settings = short_settings(own_server)
+    async with Front(settings, "test") as front:
+        jobs = [query(front, route=["encoder"]) for _ in range(3)]
+        for job in jobs:
+            await front.submit(job)
+        await own_link.call("CONFIG", "SET", "maxmemory", 1)
+        async with working(settings, [Scripted("encoder", echo)]):
+            async with asyncio.timeout(3):
+                for job in jobs:
+                    assert (await front.wait(job.id, job.tenant, job.deadline_ms)).status == "completed"
+            with pytest.raises(Overloaded):
+                await front.submit(query(front))
+    await assert_nothing_is_left(own_link)
 
 
 async def test_entry_that_redis_refuses_to_settle_does_not_hold_up_others(

@@ -422,3 +422,22 @@ async def test_replica_of_another_worker_may_overrun(link: Link, settings: Setti
     async with still(settings, Scripted("llm", echo, placed=True)) as consumer:
         consumer.workers[0].replicas.overran(SECOND, 1.0)
     assert await link.call("EXISTS", keys.HEALTH + SECOND) == 0
+
+
+async def test_jobs_whose_group_was_destroyed_do_not_wait_for_their_own_places(
+    link: Link, settings: Settings, front: Front
+) -> None:
+    """All twelve slots are taken when the group goes: its jobs are read again, and each finds a place."""
+    gate = Gate()
+    async with working(with_replicas(settings), [Scripted("llm", gate, slots=32, placed=True)]):
+        jobs = [prompt(front) for _ in range(3 * 4)]
+        asking = [asyncio.create_task(ask(front, job)) for job in jobs]
+        await wait_until(lambda: len(gate.waiting) == len(jobs))
+        for stream in ("job:llm_in:high", "job:llm_in", "job:llm_in:low"):
+            await link.call("XGROUP", "DESTROY", stream, "llm")
+        await wait_until(lambda: len(gate.stopped) == len(jobs))
+        gate.open()
+        async with asyncio.timeout(10):
+            found = await asyncio.gather(*asking)
+        assert {completion.status for completion in found} == {"completed"}
+    await assert_nothing_is_left(link)

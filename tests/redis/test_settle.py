@@ -196,6 +196,24 @@ async def test_burying_an_orphan_of_an_ended_job_keeps_its_outcome(
         assert await link.call("GET", keys.COMPLETION + job.id) == before
 
 
+async def test_burying_a_stranger_does_not_end_a_job_that_its_batch_mate_starts(
+    link: Link, settings: Settings, front: Front
+) -> None:
+    """In one batch a job begins under the id of a foreign entry that is buried: the job lives, and ends by itself."""
+    async with Hand(settings, "owner") as owner:
+        child = query(front)
+        await front.submit(query(front))
+        await link.call("XADD", keys.stream("encoder"), "*", "data", b'{"id":"%b"}' % child.id.encode())
+        ours, foreign = await owner.take()
+        assert await owner.settle(forward(ours, start=[child]), bury(foreign, child.id)) == ["settled", "settled"]
+        assert await outcome(link, child.id) is None
+        assert len(await letters(link)) == 1
+        assert await owner.settle(complete(await owner.take_one())) == ["settled"]
+        found = await outcome(link, child.id)
+        assert found is not None
+        assert found.status == "completed"
+
+
 async def test_further_jobs_start_in_the_same_step(link: Link, settings: Settings, front: Front) -> None:
     """With a forward and with a completion; each has its live record; none is started twice, none on refusal."""
     async with Hand(settings, "owner") as owner, Hand(settings, "stranger") as stranger:

@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
-from pipeline import scripts
+from pipeline import keys, scripts
+from tests.conftest import wait_until
 from tests.faults.cell import Cell
-from tests.faults.cluster import LEASE_S, Cluster, Layout, Part
+from tests.faults.cluster import LEASE_S, READY_S, Cluster, Layout, Part
 from tests.faults.load import Load
 from tests.faults.nemesis import Nemesis
 from tests.faults.scenarios import scenario
@@ -97,10 +98,9 @@ class Chaos:
         """SIGTERM under load, and a new life."""
         async with self._one_of("encoder", "retriever", "llm") as part:
             if part is not None:
-                held = len(await self._cluster.in_hand(part))
                 code = await part.stop()
                 self._cell.require(f"{part.name} drains with exit code 0, not {code}", code == 0)
-                self._nemesis.note("drain", part.worker, held=max(1, held))
+                self._nemesis.note("drain", part.worker, held=None)
                 await part.start()
                 await self._cluster.until_works(part)
                 self.done["drain"] += 1
@@ -160,21 +160,17 @@ class Chaos:
                     scripts.PLACE,
                 ):
                     proxy.lose_replies(script.sha.encode(), times=2)
-        self._nemesis.note(f"network: {kind}", self._cluster[name].worker, held=max(1, await self._held(name)))
+        self._nemesis.note(f"network: {kind}", self._cluster[name].worker, held=None)
         await asyncio.sleep(rng.uniform(0.5, 1.5 * LEASE_S))
         proxy.heal()
         self.done["network"] += 1
-
-    async def _held(self, name: str) -> int:
-        part = self._cluster[name]
-        return len(self._cell.load.open) if part.stage == "gateway" or not part.lives else 1
 
     async def sick_replica(self) -> None:
         """A replica that hangs, refuses or answers nonsense for a while."""
         async with self._one_of("replica") as part:
             if part is not None:
                 await self._cluster.behave(part.name, **self._cell.rng.choice(SICK))
-                self._nemesis.note("sick replica", part.name, held=max(1, len(self._cell.load.open)))
+                self._nemesis.note("sick replica", part.name, held=None)
                 await asyncio.sleep(self._cell.rng.uniform(0.5, 4.0))
                 await self._cluster.behave(part.name, mode="normal", status=None, fail_rate=0.0)
                 self.done["sick replica"] += 1
@@ -183,14 +179,16 @@ class Chaos:
         """SIGKILL with calls in hand, and a new life."""
         async with self._one_of("replica") as part:
             if part is not None:
+                held = await self._cluster.redis.zcard(keys.RUNNING + self._cluster.url_of(part))
                 await part.kill()
-                self._nemesis.note("replica killed", part.name, held=max(1, len(self._cell.load.open)))
+                self._nemesis.note("replica killed", part.name, held=held)
                 await asyncio.sleep(self._cell.rng.uniform(0.0, 2.0))
                 await part.start()
+                await wait_until(lambda: self._cluster.listens(part), timeout_s=READY_S)
                 self.done["replica"] += 1
 
 
-@scenario(20, jobs=3_000, in_slice=1_500)
+@scenario(20, jobs=3_000, in_slice=1_400)
 async def everything_at_once(cell: Cell) -> None:
     """Random combinations of all faults.
 
@@ -198,7 +196,7 @@ async def everything_at_once(cell: Cell) -> None:
     """
     layout = Layout(latency="lognormal:0.2,0.7", gateways=2, fsync="always", proxied=PROXIED)
     async with cell.running(layout) as (cluster, load, nemesis):
-        sending = cell.background(load.run(cell.jobs, 50.0))
+        sending = cell.background(load.run(cell.jobs, 60.0))
         chaos = Chaos(cell, cluster, nemesis)
         await chaos.rage(sending.done)
         await sending
@@ -219,7 +217,7 @@ async def long_run(cell: Cell) -> None:
     `appendfsync always`. Memory of Redis and of every process at the end of each half differs by at most 2 %.
     """
     layout = Layout(latency="lognormal:0.05,0.5", fsync="always", environ={"PENSTOCK_LLM__SLOTS": "64"})
-    mix = {"ask": 3, "background": 3, "foreign": 3, "prompt": 1}
+    mix = {"ask": 3, "background": 3, "foreign": 3, "prompt": 1, "edit": 0.05, "consult": 0.1}
     halves: list[dict[str, float]] = []
     async with cell.running(layout, mix, again=0.02) as (cluster, load, nemesis):
         chaos = Chaos(cell, cluster, nemesis)

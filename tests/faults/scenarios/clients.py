@@ -58,7 +58,7 @@ async def same_key_at_once(cell: Cell) -> None:
             cell.require(f"key {turn}: {VOICES} equal answers, not {len(kinds)} different ones", len(kinds) == 1)
             job_ids.append(heard[0]["job_id"])
         await sending
-    asked = [len(_calls_for(cell.folder, job_id)) for job_id in job_ids]
+    asked = [len(_calls_for(cell.cluster.folder, job_id)) for job_id in job_ids]
     wanted = [1] * (KEYS + 1) + [2]
     cell.verdict.figures["asked"] = asked
     cell.require(f"the replicas were asked {wanted} times for the keys, not {asked}", asked == wanted)
@@ -220,7 +220,7 @@ def _judge(cell: Cell, leavers: list[_Leaver], returned_s: list[float]) -> None:
     aborted_s = []
     for one in leavers:
         status = (told[one.number].outcomes or [{}])[0].get("status")
-        calls = _calls_for(cell.folder, one.job_id)
+        calls = _calls_for(cell.cluster.folder, one.job_id)
         if one.stays:
             ends = [call["status"] for call in calls]
             went_on = status == "completed" and ends == ["completed"]

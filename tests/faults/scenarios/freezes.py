@@ -10,7 +10,7 @@ from typing import Final
 from pipeline import keys
 from tests.conftest import wait_until
 from tests.faults.cell import Cell
-from tests.faults.cluster import LEASE_S, Cluster, Layout, Part
+from tests.faults.cluster import LEASE_S, READY_S, Cluster, Layout, Part
 from tests.faults.scenarios import scenario
 
 REFUSED: Final = "penstock_stale_writes_refused_total"
@@ -19,6 +19,8 @@ CLAIMED: Final = "penstock_entries_claimed_total"
 RENEW_S: Final = min(LEASE_S / 3, 0.9)
 LONG_S: Final = 2 * LEASE_S
 """Longer than a lease, the claimers' two looks, and a renewal."""
+BLOCKED_S: Final = 3 * LEASE_S
+"""Longer by the start of the process that takes over."""
 
 
 @scenario(3, jobs=800, in_slice=500)
@@ -27,16 +29,16 @@ async def zombies(cell: Cell) -> None:
 
     Whatever the thawed worker tries with entries that others took over is refused, and counted.
     """
-    troubled = {"encoder-2": ["tests.faults.troubled", "encoder"]}
+    troubled = {"llm-2": ["tests.faults.troubled", "llm"]}
     layout = Layout(latency="1.5", modules=troubled, environ={"PENSTOCK_LLM__SLOTS": "64"})
     async with cell.running(layout) as (cluster, load, nemesis):
-        sending = cell.background(load.run(cell.jobs, 25.0))
+        sending = cell.background(load.run(cell.jobs, 40.0))
         refused = []
         while not sending.done():
             victim = cell.rng.choice(cluster.of("llm"))
             refused.append(await _refused_by(cluster, victim, nemesis.make_zombie(victim, LONG_S, least=6)))
         await sending
-        blocked = await _block_its_loop(cell, cluster, cluster["encoder-2"])
+        blocked = await _block_its_loop(cell, cluster, cluster["llm-2"])
     cell.verdict.figures |= {"refused_by_zombies": refused, "refused_by_blocked_loop": blocked}
     cell.require(f"every thawed worker tries and is refused, not {refused}", all(count > 0 for count in refused))
     cell.require("the worker whose loop was blocked tries and is refused", blocked > 0)
@@ -55,18 +57,18 @@ async def _refused_by(cluster: Cluster, part: Part, harm: object) -> int:
 
 
 async def _block_its_loop(cell: Cell, cluster: Cluster, part: Part) -> int:
-    """Have a question block the event loop of the one encoder left; let another take over; return the refusals."""
-    other = cluster["encoder-1"]
+    """Have a question block the event loop of the one llm worker left; let a new one take over; return the refusals."""
+    other = cluster["llm-1"]
     await other.stop()
-    number = cell.load.send("background", suffix=f" BLOCK-FOR {LONG_S:g}")
+    number = cell.load.send("background", suffix=f" BLOCK-FOR {BLOCKED_S:g}")
+    await wait_until(lambda: _holds(cluster, part, 1), timeout_s=READY_S)
     await other.start()
-    await cluster.until_works(other)
-    count = await _refused_by(cluster, part, asyncio.sleep(LONG_S))
+    count = await _refused_by(cluster, part, asyncio.sleep(BLOCKED_S))
     cell.nemesis.note("blocked loop", part.worker, held=1, n=number)
     return count
 
 
-@scenario(12, jobs=40, in_slice=30)
+@scenario(12, jobs=40)
 async def longer_than_a_lease(cell: Cell) -> None:
     """A job that runs three times longer than the lease runs once.
 
@@ -82,7 +84,7 @@ async def longer_than_a_lease(cell: Cell) -> None:
     cell.require(f"nothing is claimed, not {claimed:g}; no lease is lost, not {lost:g}", claimed == lost == 0)
 
 
-@scenario(13, jobs=120, in_slice=0)
+@scenario(13, jobs=120)
 async def cut_off(cell: Cell) -> None:
     """A worker alone is cut off from Redis for two leases while its process lives, then connected again.
 
@@ -128,7 +130,7 @@ async def _has_aborted(cluster: Cluster, part: Part, least: float) -> bool:
     return await cluster.metric(ABORTED, part) >= least
 
 
-@scenario(18, jobs=100, in_slice=0)
+@scenario(18, jobs=100)
 async def redis_stalls(cell: Cell) -> None:
     """Redis is stalled (SIGSTOP), or dead, for two leases while 50 calls run.
 
@@ -161,7 +163,7 @@ async def _runs(cluster: Cluster, count: int) -> bool:
     return bool(sum(running) >= count)
 
 
-@scenario(19, jobs=12, in_slice=6)
+@scenario(19, jobs=12)
 async def half_open(cell: Cell) -> None:
     """A connection is half-open while a consumer's read blocks on it.
 
@@ -180,7 +182,7 @@ async def half_open(cell: Cell) -> None:
             await wait_until(lambda: _is_begun(cluster, f"foreign-{number}"), timeout_s=30, every_s=0.005)  # noqa: B023
             spans_s.append(time.monotonic() - began_s)
             nemesis.note("half-open read", part.worker, held=1)
-            await load.quiet()
+            await wait_until(lambda: not load.open, timeout_s=30)
         taken_up = await cluster.metric("penstock_entries_taken_up_total")
     cell.verdict.figures |= {"worked_on_after_max_s": round(max(spans_s), 2), "taken_up": taken_up}
     cell.require(f"worked on within two renewals, not {max(spans_s):.2f} s", max(spans_s) <= 2 * RENEW_S + 0.5)

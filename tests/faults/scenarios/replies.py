@@ -26,7 +26,7 @@ async def lost_replies(cell: Cell) -> None:
     """
     layout = Layout(proxied=frozenset(LOSERS))
     async with cell.running(layout) as (cluster, load, nemesis):
-        sending = cell.background(load.run(cell.jobs, 60.0))
+        sending = cell.background(load.run(cell.jobs, 80.0))
         while not sending.done():
             name, script = cell.rng.choice(list(LOSERS.items()))
             proxy = cluster.proxies[name]

@@ -1,0 +1,22 @@
+"""Order: of a document's versions the one that was accepted last stands in the index, whatever overtook it.
+
+An editor sends versions of one document, each after the one before was accepted. Whoever asks after a version was done
+must be told of that version, or of a later one (invariant 11, as far as there are no chats yet).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tests.faults.history import Told
+from tests.faults.load import page_in
+
+
+def check(requests: Iterable[Told]) -> list[int]:
+    """Return the requests that were told of an older version than one that was done before they were sent."""
+    return [
+        told.n
+        for told in requests
+        if told.kind == "consult"
+        and any(page_in(outcome["answer"]) < int(told.subject) for outcome in told.outcomes if outcome.get("answer"))
+    ]
