@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any, Final, TypeVar
 
 from pipeline.errors import ConfigError, NotReady, Reject
@@ -31,6 +32,7 @@ _LOCK_POLL_S: Final = 0.05
 _WRITES: Final = frozenset({"document", "document_deletion"})
 _FETCH: Final = 4  # hits looked at for each source wanted
 _SAME_DOCUMENT: Final = 0.8
+_COUNTS: Final = 4096  # of chunks and short texts, at a kilobyte or two each
 _LEAST_QUESTION_TOKENS: Final = 50  # fewer would refuse most questions that people ask
 _DAY_US: Final = 86_400 * 1_000_000  # no job lives longer, so nothing older than a deleted document can still arrive
 _FORGET_EVERY_US: Final = 3_600 * 1_000_000
@@ -59,7 +61,7 @@ class Retriever(Stage):
         self.batch = settings.batch
         self._settings = settings
         self._model = model
-        self._count = count
+        self._count = lru_cache(_COUNTS)(count)
         self._index: EmbeddedIndex | None = None
         self._writer: ThreadPoolExecutor | None = None
         self._forgot_us = 0  # written and read in the thread of writes only
