@@ -30,8 +30,9 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import orjson
 from qdrant_edge import (
@@ -60,10 +61,16 @@ from qdrant_edge import (
 from pipeline.errors import ConfigError, NotReady
 from stages.vectors import Sparse
 
+if TYPE_CHECKING:
+    from qdrant_edge import PointId  # stands in the stub only
+
 _VECTOR: Final = "words"
 _PORTION: Final = 64
+_KEPT: Final = 4096  # payloads, of a kilobyte or two each
 _NAMESPACE: Final = uuid.UUID("6f0c3c1e-6d0b-4f7a-9d55-0b7f2f6d9a11")  # any constant: ids must be the same every time
 _FORMAT: Final = 1
+
+_PointVersion = tuple["PointId", int]
 
 
 class IndexInUse(ConfigError):
@@ -128,6 +135,7 @@ class EmbeddedIndex:
         self._path = path
         self._shard = shard
         self._lock = lock
+        self._kept: dict[_PointVersion, Any] = {}  # used by searches only, which run in one thread
 
     @classmethod
     def open(cls, path: Path, model: str) -> EmbeddedIndex:
@@ -161,7 +169,28 @@ class EmbeddedIndex:
         requests = [_request(search) for search in searches]
         with _translated(IndexBroken, "search"):
             answers = self._shard.query_batch(QueryBatchRequest(requests)) if requests else []
-        return [[_hit(point.payload, point.score) for point in points] for points in answers]
+        nearest = [[((point.id, point.version), point.score) for point in points] for points in answers]
+        payloads = self._payloads({point for points in nearest for point, _ in points})
+        return [[_hit(payloads[point], score) for point, score in points if point in payloads] for points in nearest]
+
+    def _payloads(self, wanted: set[_PointVersion]) -> dict[_PointVersion, Any]:
+        """Return what stands with each point, without those deleted since they were found.
+
+        To read and convert a payload costs five times what it costs to find its point, and the same chunks are found
+        again and again, so the latest payloads are kept. Every write gives its points a new version.
+        """
+        found = {point: self._kept[point] for point in wanted if point in self._kept}
+        missing = dict(wanted - found.keys())
+        if missing:
+            with _translated(IndexBroken, "read"):
+                records = self._shard.retrieve(list(missing), True, False)
+            read = {(record.id, missing[record.id]): record.payload for record in records}
+            found |= read
+            self._kept |= read
+            surplus = max(0, len(self._kept) - _KEPT)
+            for point in list(islice(self._kept, surplus)):  # the oldest
+                del self._kept[point]
+        return found
 
     def put(self, tenant: str, document: str, version: int, passages: Sequence[Passage]) -> Written:
         """Make *passages* the chunks of the document, in the place of any it had.
@@ -285,7 +314,7 @@ def _request(search: Search) -> QueryRequest:
         query=Query.Nearest(vector, using=_VECTOR),
         filter=own,
         params=SearchParams(idf=IdfParams(corpus=own)),
-        with_payload=True,
+        with_payload=False,
     )
 
 

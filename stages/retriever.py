@@ -1,9 +1,9 @@
 """The retriever stage: finds the sources of a question and builds its prompt; keeps the index.
 
-Searches of one batch run as one, in the event loop's own thread: the index holds the interpreter lock while it searches,
-so another thread would keep the loop waiting all the same, and take its time to be handed the work and to hand it back.
-Writes run in the order of their batch, in one thread, since most of their time goes into waiting for the disk, and are
-on the disk before their jobs are done. Which of two operations on one document counts is decided by when they were accepted
+Searches of one batch run as one, in the event loop's own thread: the index holds the interpreter lock while it
+searches, so another thread would keep the loop waiting all the same, and cost the hand-over besides. Writes are many
+calls, between which the loop gets its turns: they run in the order of their batch, in one thread, and are on the disk
+before their jobs are done. Which of two operations on one document counts is decided by when they were accepted
 (`Job.accepted_us`), never by when they arrive here, so that retries and repeats do no harm.
 """
 

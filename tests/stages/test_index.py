@@ -219,6 +219,20 @@ def test_broken_index_is_not_ready_and_says_why(tmp_path: Path, victim: str) -> 
             EmbeddedIndex.open(tmp_path, MODEL)
 
 
+def test_what_is_kept_of_chunks_is_bounded_and_never_stale(
+    index: EmbeddedIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Searches keep what they have read; a chunk written anew is read anew, one taken out is gone."""
+    monkeypatch.setattr("stages.index._KEPT", 5)
+    for version in (1, 2, 3):
+        index.put("default", "d", version, passages(*(f"{version}.{n}" for n in range(9))))
+        for _ in range(2):
+            assert texts_of(index) == [f"{version}.{n}" for n in range(9)]
+        assert len(index._kept) == 5
+    index.delete("default", "d", 4)
+    assert texts_of(index) == []
+
+
 def test_reads_go_on_in_one_thread_while_another_writes(index: EmbeddedIndex) -> None:
     """A search during a long write sees chunks of either state, and never fails."""
     index.put("default", "long", 1, passages(*(f"old {n}" for n in range(500))))
