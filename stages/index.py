@@ -19,7 +19,8 @@ The head of a deleted document is dropped once it is older than any job can be.
 **Durability.** An update is in the write-ahead log when the call returns, which survives this process; only `flush`
 brings it to the disk. Whoever acknowledges a write to somebody else calls `flush` first.
 
-**Tenants.** Every search and every count of how rare a word is (IDF) is confined to one tenant's chunks.
+**Tenants.** Every search and every count of how rare a word is (IDF) is confined to one tenant's chunks. While there is
+one tenant only, the search needs no filter to be so; whose chunks it found is looked at in any case.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from qdrant_edge import (
     EdgeConfig,
     EdgeShard,
     EdgeSparseVectorParams,
+    FacetRequest,
     FieldCondition,
     Filter,
     HasVectorCondition,
@@ -136,6 +138,8 @@ class EmbeddedIndex:
         self._shard = shard
         self._lock = lock
         self._kept: dict[_PointVersion, Any] = {}  # used by searches only, which run in one thread
+        # Two say as much as all: that there are others. None is taken out before the index is opened anew.
+        self._tenants = {str(tenant.value) for tenant in shard.facet(FacetRequest("tenant", limit=2, exact=True))}
 
     @classmethod
     def open(cls, path: Path, model: str) -> EmbeddedIndex:
@@ -166,12 +170,15 @@ class EmbeddedIndex:
 
     def search_batch(self, searches: Sequence[Search]) -> list[list[Hit]]:
         """Return the hits of each search, best first."""
-        requests = [_request(search) for search in searches]
+        requests = [_request(search, is_alone=self._tenants <= {search.tenant}) for search in searches]
         with _translated(IndexBroken, "search"):
             answers = self._shard.query_batch(QueryBatchRequest(requests)) if requests else []
         nearest = [[((point.id, point.version), point.score) for point in points] for points in answers]
         payloads = self._payloads({point for points in nearest for point, _ in points})
-        return [[_hit(payloads[point], score) for point, score in points if point in payloads] for points in nearest]
+        return [
+            [_hit(payloads[point], score) for point, score in points if _is_of(search.tenant, payloads.get(point))]
+            for search, points in zip(searches, nearest, strict=True)
+        ]
 
     def _payloads(self, wanted: set[_PointVersion]) -> dict[_PointVersion, Any]:
         """Return what stands with each point, without those deleted since they were found.
@@ -201,6 +208,7 @@ class EmbeddedIndex:
         head = self._head(tenant, document)
         if head and head["version"] >= version:
             return _as_before(head, version)
+        self._tenants.add(tenant)  # before anything of theirs can be found
         points = [
             Point(
                 _point_id(tenant, document, number),
@@ -306,16 +314,22 @@ def _chunks_of(tenant: str, document: str, but_not: list[FieldCondition] | None 
     )
 
 
-def _request(search: Search) -> QueryRequest:
+def _request(search: Search, *, is_alone: bool) -> QueryRequest:
+    """Return the request; for a tenant that *is_alone*, without the filter, which costs more than all the rest."""
     own = Filter(must=[FieldCondition("tenant", match=MatchValue(search.tenant))])
     vector = SparseVector(list(search.vector.indices), list(search.vector.values))
     return QueryRequest(
         limit=search.limit,
         query=Query.Nearest(vector, using=_VECTOR),
-        filter=own,
+        filter=None if is_alone else own,
         params=SearchParams(idf=IdfParams(corpus=own)),
         with_payload=False,
     )
+
+
+def _is_of(tenant: str, payload: Any) -> bool:
+    """Whether a chunk is still there, and the tenant's own: another's may have come between request and search."""
+    return payload is not None and bool(payload["tenant"] == tenant)
 
 
 def _hit(payload: Any, score: float) -> Hit:
