@@ -69,6 +69,9 @@ if TYPE_CHECKING:
 _VECTOR: Final = "words"
 _PORTION: Final = 64
 _KEPT: Final = 4096  # payloads, of a kilobyte or two each
+_SEARCH_THREADS: Final = (
+    1  # more only look for work, busily: an index that is never optimised has one segment to search
+)
 _NAMESPACE: Final = uuid.UUID("6f0c3c1e-6d0b-4f7a-9d55-0b7f2f6d9a11")  # any constant: ids must be the same every time
 _FORMAT: Final = 1
 
@@ -337,13 +340,14 @@ def _hit(payload: Any, score: float) -> Hit:
 
 
 def _open_shard(path: Path) -> EdgeShard:
+    # IDF: without the modifier every word would weigh the same, however common it is.
+    words = EdgeSparseVectorParams(modifier=Modifier.Idf)
+    config = EdgeConfig(sparse_vectors={_VECTOR: words}, max_search_threads=_SEARCH_THREADS)
     if (path / "edge_config.json").exists():
-        shard = EdgeShard.load(str(path))
+        shard = EdgeShard.load(str(path), config)
     else:
         path.mkdir(exist_ok=True)
-        # IDF: without the modifier every word would weigh the same, however common it is.
-        words = EdgeSparseVectorParams(modifier=Modifier.Idf)
-        shard = EdgeShard.create(str(path), EdgeConfig(sparse_vectors={_VECTOR: words}))
+        shard = EdgeShard.create(str(path), config)
     if not {"document", "tenant", "state"} <= set(shard.info().payload_schema):  # new, or its making was cut short
         shard.update(UpdateOperation.create_field_index("document", PayloadSchemaType.Keyword))
         shard.update(UpdateOperation.create_field_index("tenant", KeywordIndexParams(is_tenant=True)))
