@@ -33,7 +33,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final, cast
 
 import orjson
 from qdrant_edge import (
@@ -55,6 +55,7 @@ from qdrant_edge import (
     QueryBatchRequest,
     QueryRequest,
     RangeFloat,
+    ScoredPoint,
     SearchParams,
     SparseVector,
     UpdateOperation,
@@ -62,9 +63,6 @@ from qdrant_edge import (
 
 from pipeline.errors import ConfigError, NotReady
 from stages.vectors import Sparse
-
-if TYPE_CHECKING:
-    from qdrant_edge import PointId  # stands in the stub only
 
 _VECTOR: Final = "words"
 _PORTION: Final = 64
@@ -75,7 +73,7 @@ _SEARCH_THREADS: Final = (
 _NAMESPACE: Final = uuid.UUID("6f0c3c1e-6d0b-4f7a-9d55-0b7f2f6d9a11")  # any constant: ids must be the same every time
 _FORMAT: Final = 1
 
-_PointVersion = tuple["PointId", int]
+_PointVersion = tuple[int, int]  # a point's id, whose own hash takes Python code, as a number; and its version
 
 
 class IndexInUse(ConfigError):
@@ -176,31 +174,30 @@ class EmbeddedIndex:
         requests = [_request(search, is_alone=self._tenants <= {search.tenant}) for search in searches]
         with _translated(IndexBroken, "search"):
             answers = self._shard.query_batch(QueryBatchRequest(requests)) if requests else []
-        nearest = [[((point.id, point.version), point.score) for point in points] for points in answers]
-        payloads = self._payloads({point for points in nearest for point, _ in points})
-        return [
-            [_hit(payloads[point], score) for point, score in points if _is_of(search.tenant, payloads.get(point))]
+        nearest = [[(_version_of(point), point.score) for point in points] for points in answers]
+        self._read({point for points in nearest for point, _ in points} - self._kept.keys())
+        hits = [
+            [_hit(self._kept[point], score) for point, score in points if _is_of(search.tenant, self._kept.get(point))]
             for search, points in zip(searches, nearest, strict=True)
         ]
+        for point in list(islice(self._kept, max(0, len(self._kept) - _KEPT))):  # the oldest
+            del self._kept[point]
+        return hits
 
-    def _payloads(self, wanted: set[_PointVersion]) -> dict[_PointVersion, Any]:
-        """Return what stands with each point, without those deleted since they were found.
+    def _read(self, points: set[_PointVersion]) -> None:
+        """Read what stands with each point into `_kept`, but for those deleted since they were found.
 
-        To read and convert a payload costs five times what it costs to find its point, and the same chunks are found
-        again and again, so the latest payloads are kept. Every write gives its points a new version.
+        To read and convert a payload costs more than to find its point, and the same chunks are found again and again,
+        so the latest payloads are kept. Every write gives its points a new version.
         """
-        found = {point: self._kept[point] for point in wanted if point in self._kept}
-        missing = dict(wanted - found.keys())
-        if missing:
-            with _translated(IndexBroken, "read"):
-                records = self._shard.retrieve(list(missing), True, False)
-            read = {(record.id, missing[record.id]): record.payload for record in records}
-            found |= read
-            self._kept |= read
-            surplus = max(0, len(self._kept) - _KEPT)
-            for point in list(islice(self._kept, surplus)):  # the oldest
-                del self._kept[point]
-        return found
+        if not points:
+            return
+        versions = dict(points)
+        with _translated(IndexBroken, "read"):
+            records = self._shard.retrieve([uuid.UUID(int=number) for number in versions], True, False)
+        for record in records:
+            number = cast("uuid.UUID", record.id).int
+            self._kept[number, versions[number]] = record.payload
 
     def put(self, tenant: str, document: str, version: int, passages: Sequence[Passage]) -> Written:
         """Make *passages* the chunks of the document, in the place of any it had.
@@ -328,6 +325,10 @@ def _request(search: Search, *, is_alone: bool) -> QueryRequest:
         params=SearchParams(idf=IdfParams(corpus=own)),
         with_payload=False,
     )
+
+
+def _version_of(point: ScoredPoint) -> _PointVersion:
+    return cast("uuid.UUID", point.id).int, point.version
 
 
 def _is_of(tenant: str, payload: Any) -> bool:
