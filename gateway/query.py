@@ -166,7 +166,7 @@ def whole_timings(stages_ms: dict[str, float], *, elapsed_ms: float, since_finis
     they leave unexplained is `gateway`. When an earlier job answers for a later request the spans are older than the
     request: nothing is left then, and the total is the job's own.
     """
-    spans = dict(stages_ms)
+    spans = {name: round(span, 3) for name, span in stages_ms.items()}
     inside = sum(spans.values())
     ours = max(elapsed_ms - inside, 0.0)
     back = min(max(since_finished_ms, 0.0), ours)
