@@ -121,10 +121,12 @@ class Pool:
             connection.abort()
         return _decoded(response, self._max_answer_bytes)
 
-    def close(self) -> None:
-        """Close all connections."""
-        for connection in list(self._open):
+    async def close(self) -> None:
+        """Close all connections; whoever still calls hears of it."""
+        left = list(self._open)
+        for connection in left:
             connection.abort()
+        await asyncio.gather(*(connection.ended for connection in left))
 
     def _take(self, target: Target) -> _Connection | None:
         while target.idle:
@@ -168,6 +170,7 @@ class _Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._calls = 0
         self._answer: asyncio.Future[Response] | None = None
+        self.ended = asyncio.get_running_loop().create_future()
         self._is_sound = True  # nothing has come that nobody asked for, and the answer does not end the connection
         self._idle: dict[_Connection, None] | None = None  # where it lies while nobody uses it
         self._timer: asyncio.TimerHandle | None = None
@@ -228,6 +231,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._register.discard(self)
+        self.ended.set_result(None)
         self.wake()
         ends_by_closing = not self._headers.keys() & {"content-length", "transfer-encoding"}
         if not self._has_head:

@@ -95,7 +95,7 @@ class Llm(Stage):
     async def stop(self) -> None:
         """Close all connections."""
         if self._pool is not None:
-            self._pool.close()
+            await self._pool.close()
 
     async def handle(self, job: Job) -> Done:
         """Bring an answer: `answer`, `model`, `usage`, `finish_reason`.
