@@ -142,7 +142,10 @@ async def test_a_replica_that_accepts_but_never_shakes_hands_is_unreachable() ->
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
         writer.close()
+        await writer.wait_closed()
+        left.set()
 
+    left = asyncio.Event()
     async with await asyncio.start_server(accept, "127.0.0.1", 0) as server:
         stage = build(Settings.model_validate({"llm": {"connect_timeout_s": 0.1}}))
         registry = FakeReplicas([f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"])
@@ -150,6 +153,7 @@ async def test_a_replica_that_accepts_but_never_shakes_hands_is_unreachable() ->
         with pytest.raises(RetryLater) as caught:
             await stage.handle(Job("j", "message", {"prompt": "p"}, [], 0, replica=registry.urls[0]))
         await stage.stop()
+        await asyncio.wait_for(left.wait(), WITHIN_S)
     assert (caught.value.code, caught.value.charged) == ("replica_unreachable", False)
     assert registry.observations[0].refused
 
