@@ -229,8 +229,7 @@ class Call:
 
 def payload_of(request: Payload, model: type[SomePayload]) -> SomePayload:
     """Return the part of a checked request that its job carries."""
-    values = {name: getattr(request, name) for name in model.model_fields}
-    return cast("SomePayload", model.model_construct(**values))
+    return model.model_validate({name: getattr(request, name) for name in model.model_fields})
 
 
 class _WhileConnected:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import resource
 import signal
 import socket
@@ -58,6 +59,8 @@ async def serve(
         with _stopped_by_signals(stop):
             async with make_front(settings, _name(settings)) as front:
                 server = Server(settings, create_app(settings, front), stop)
+                gc.collect()
+                gc.freeze()  # what was imported stays: walking over it would stop the loop for 25 ms now and then
                 logger.info("gateway.listening", address=address)
                 if on_listening is not None:
                     on_listening(address)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -51,6 +52,8 @@ async def work(names: Sequence[str], settings: Settings) -> None:
     try:
         consumer = Consumer(stages, settings, metrics_address=f"{settings.metrics.host}:{server.server_port}")
         consumer.stop_on_signals()
+        gc.collect()
+        gc.freeze()  # what was imported stays: walking over it would stop the loop for 25 ms now and then
         log.info("working", worker=consumer.worker_name, stages=list(names), metrics_port=server.server_port)
         await consumer.run()
     finally:

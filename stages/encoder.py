@@ -65,14 +65,19 @@ class Encoder(Stage):
 
     async def handle_batch(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
         """Encode questions at once, documents in the thread; a document's failure is its own."""
+        if all(job.flow != "document" for job in jobs):
+            return [self._encode_question(job) for job in jobs]  # without a task for each
         return await asyncio.gather(*(self.handle(job) for job in jobs), return_exceptions=True)  # type: ignore[return-value]  # cancellation is raised, not returned
 
     async def handle(self, job: Job) -> Done:
         """Encode one question or one document."""
         if job.flow != "document":
-            vector = encode_query(job.payload["query"], self._model)
-            return Done({}, vector=pack({self._model.name: [vector]}))
+            return self._encode_question(job)
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._encode_document, job)
+
+    def _encode_question(self, job: Job) -> Done:
+        vector = encode_query(job.payload["query"], self._model)
+        return Done({}, vector=pack({self._model.name: [vector]}))
 
     def _encode_document(self, job: Job) -> Done:
         text, title, name = job.payload["text"], job.payload.get("title", ""), job.payload["document_id"]

@@ -19,7 +19,8 @@ The head of a deleted document is dropped once it is older than any job can be.
 **Durability.** An update is in the write-ahead log when the call returns, which survives this process; only `flush`
 brings it to the disk. Whoever acknowledges a write to somebody else calls `flush` first.
 
-**Tenants.** Every search and every count of how rare a word is (IDF) is confined to one tenant's chunks.
+**Tenants.** Every search and every count of how rare a word is (IDF) is confined to one tenant's chunks. While there is
+one tenant only, the search needs no filter to be so; whose chunks it found is looked at in any case.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -39,6 +41,7 @@ from qdrant_edge import (
     EdgeConfig,
     EdgeShard,
     EdgeSparseVectorParams,
+    FacetRequest,
     FieldCondition,
     Filter,
     HasVectorCondition,
@@ -52,6 +55,7 @@ from qdrant_edge import (
     QueryBatchRequest,
     QueryRequest,
     RangeFloat,
+    ScoredPoint,
     SearchParams,
     SparseVector,
     UpdateOperation,
@@ -62,8 +66,14 @@ from stages.vectors import Sparse
 
 _VECTOR: Final = "words"
 _PORTION: Final = 64
+_KEPT: Final = 4096  # payloads, of a kilobyte or two each
+_SEARCH_THREADS: Final = (
+    1  # more only look for work, busily: an index that is never optimised has one segment to search
+)
 _NAMESPACE: Final = uuid.UUID("6f0c3c1e-6d0b-4f7a-9d55-0b7f2f6d9a11")  # any constant: ids must be the same every time
 _FORMAT: Final = 1
+
+_PointVersion = tuple[int, int]  # a point's id, whose own hash takes Python code, as a number; and its version
 
 
 class IndexInUse(ConfigError):
@@ -128,6 +138,9 @@ class EmbeddedIndex:
         self._path = path
         self._shard = shard
         self._lock = lock
+        self._kept: dict[_PointVersion, Any] = {}  # used by searches only, which run in one thread
+        # Two say as much as all: that there are others. None is taken out before the index is opened anew.
+        self._tenants = {str(tenant.value) for tenant in shard.facet(FacetRequest("tenant", limit=2, exact=True))}
 
     @classmethod
     def open(cls, path: Path, model: str) -> EmbeddedIndex:
@@ -158,10 +171,33 @@ class EmbeddedIndex:
 
     def search_batch(self, searches: Sequence[Search]) -> list[list[Hit]]:
         """Return the hits of each search, best first."""
-        requests = [_request(search) for search in searches]
+        requests = [_request(search, is_alone=self._tenants <= {search.tenant}) for search in searches]
         with _translated(IndexBroken, "search"):
             answers = self._shard.query_batch(QueryBatchRequest(requests)) if requests else []
-        return [[_hit(point.payload, point.score) for point in points] for points in answers]
+        nearest = [[(_version_of(point), point.score) for point in points] for points in answers]
+        self._read({point for points in nearest for point, _ in points} - self._kept.keys())
+        hits = [
+            [_hit(self._kept[point], score) for point, score in points if _is_of(search.tenant, self._kept.get(point))]
+            for search, points in zip(searches, nearest, strict=True)
+        ]
+        for point in list(islice(self._kept, max(0, len(self._kept) - _KEPT))):  # the oldest
+            del self._kept[point]
+        return hits
+
+    def _read(self, points: set[_PointVersion]) -> None:
+        """Read what stands with each point into `_kept`, but for those deleted since they were found.
+
+        To read and convert a payload costs more than to find its point, and the same chunks are found again and again,
+        so the latest payloads are kept. Every write gives its points a new version.
+        """
+        if not points:
+            return
+        versions = dict(points)
+        with _translated(IndexBroken, "read"):
+            records = self._shard.retrieve([uuid.UUID(int=number) for number in versions], True, False)
+        for record in records:
+            number = cast("uuid.UUID", record.id).int
+            self._kept[number, versions[number]] = record.payload
 
     def put(self, tenant: str, document: str, version: int, passages: Sequence[Passage]) -> Written:
         """Make *passages* the chunks of the document, in the place of any it had.
@@ -172,6 +208,7 @@ class EmbeddedIndex:
         head = self._head(tenant, document)
         if head and head["version"] >= version:
             return _as_before(head, version)
+        self._tenants.add(tenant)  # before anything of theirs can be found
         points = [
             Point(
                 _point_id(tenant, document, number),
@@ -277,16 +314,26 @@ def _chunks_of(tenant: str, document: str, but_not: list[FieldCondition] | None 
     )
 
 
-def _request(search: Search) -> QueryRequest:
+def _request(search: Search, *, is_alone: bool) -> QueryRequest:
+    """Return the request; for a tenant that *is_alone*, without the filter, which costs more than all the rest."""
     own = Filter(must=[FieldCondition("tenant", match=MatchValue(search.tenant))])
     vector = SparseVector(list(search.vector.indices), list(search.vector.values))
     return QueryRequest(
         limit=search.limit,
         query=Query.Nearest(vector, using=_VECTOR),
-        filter=own,
+        filter=None if is_alone else own,
         params=SearchParams(idf=IdfParams(corpus=own)),
-        with_payload=True,
+        with_payload=False,
     )
+
+
+def _version_of(point: ScoredPoint) -> _PointVersion:
+    return cast("uuid.UUID", point.id).int, point.version
+
+
+def _is_of(tenant: str, payload: Any) -> bool:
+    """Whether a chunk is still there, and the tenant's own: another's may have come between request and search."""
+    return payload is not None and bool(payload["tenant"] == tenant)
 
 
 def _hit(payload: Any, score: float) -> Hit:
@@ -294,13 +341,14 @@ def _hit(payload: Any, score: float) -> Hit:
 
 
 def _open_shard(path: Path) -> EdgeShard:
+    # IDF: without the modifier every word would weigh the same, however common it is.
+    words = EdgeSparseVectorParams(modifier=Modifier.Idf)
+    config = EdgeConfig(sparse_vectors={_VECTOR: words}, max_search_threads=_SEARCH_THREADS)
     if (path / "edge_config.json").exists():
-        shard = EdgeShard.load(str(path))
+        shard = EdgeShard.load(str(path), config)
     else:
         path.mkdir(exist_ok=True)
-        # IDF: without the modifier every word would weigh the same, however common it is.
-        words = EdgeSparseVectorParams(modifier=Modifier.Idf)
-        shard = EdgeShard.create(str(path), EdgeConfig(sparse_vectors={_VECTOR: words}))
+        shard = EdgeShard.create(str(path), config)
     if not {"document", "tenant", "state"} <= set(shard.info().payload_schema):  # new, or its making was cut short
         shard.update(UpdateOperation.create_field_index("document", PayloadSchemaType.Keyword))
         shard.update(UpdateOperation.create_field_index("tenant", KeywordIndexParams(is_tenant=True)))

@@ -14,23 +14,16 @@ number as it is; it cannot go round in circles, since each replica that failed i
 the replica. Where the replica did its part and still gave no answer (it refused a wrong request, say), `ok=True` goes
 without a duration: a quick refusal must not make a replica look fast.
 
-**Connections.** httpx' transport API over aiohttp's pool: httpx' own pool scans itself on every call, and its client
-costs as much again for things we do not use (cookies, redirects, hooks). The pool is not bounded: slots are the limit.
-A connection that the replica closed while it lay idle is nobody's failure: such a call is sent again, once, at no
-charge, over a connection made for it alone.
+**Connections.** `stages/http.py` keeps them. Their pool is not bounded: slots are the limit. A connection that the
+replica closed while it lay idle is nobody's failure: such a call is sent again, once, at no charge, over a new one.
 """
 
 from __future__ import annotations
 
 import asyncio
-from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-import aiohttp
-import httpx
 import structlog
-from httpx_aiohttp import AiohttpTransport
 from prometheus_client import Counter, Histogram
 
 from pipeline.clock import monotonic_us
@@ -38,11 +31,10 @@ from pipeline.errors import ConfigError, NoReplica, Reject
 from pipeline.flows import FLOWS
 from pipeline.job import Done, Job, Json
 from pipeline.stage import Context, Stage
+from stages.http import BrokenAnswer, HungUp, Pool, Response, Target, TooLarge, Unreachable
 from stages.openai_protocol import Answer, Failure, Verdict, encode_request, endpoint, read_response, shorten
 
 if TYPE_CHECKING:
-    from types import SimpleNamespace
-
     from pipeline.settings import LlmSettings, Settings
 
 MAX_ANSWER_BYTES: Final = 16 << 20
@@ -88,24 +80,22 @@ class Llm(Stage):
         self._max_retries = max_retries
         self._headers = _headers(settings)
         self._context: Context
-        connect_s = settings.connect_timeout_s
-        self._extensions = {"timeout": {"connect": connect_s, "pool": connect_s, "read": None, "write": None}}
-        self._urls: dict[str, httpx.URL] = {}
-        self._pooled: httpx.AsyncBaseTransport | None = None
-        self._unpooled: httpx.AsyncBaseTransport | None = None
+        self._targets: dict[str, Target] = {}
+        self._pool: Pool | None = None
 
     async def start(self, context: Context) -> None:
         """Open the pool; connections come with the first calls."""
         self._context = context
-        self._pooled = _transport(is_pooled=True)
-        self._unpooled = _transport(is_pooled=False)
+        self._pool = Pool(
+            connect_timeout_s=self._settings.connect_timeout_s,
+            keep_alive_s=KEEP_ALIVE_S,
+            max_answer_bytes=MAX_ANSWER_BYTES,
+        )
 
     async def stop(self) -> None:
         """Close all connections."""
-        for transport in (self._pooled, self._unpooled):
-            if transport is not None:
-                await transport.aclose()
-        self._pooled = self._unpooled = None
+        if self._pool is not None:
+            await self._pool.close()
 
     async def handle(self, job: Job) -> Done:
         """Bring an answer: `answer`, `model`, `usage`, `finish_reason`.
@@ -184,33 +174,26 @@ class Llm(Stage):
         self._log(job, url, verdict, duration_s)
         return verdict
 
-    def _request(self, job: Job, url: str, body: bytes) -> httpx.Request:
-        where = self._urls.get(url)
-        if where is None:
-            where = self._urls[url] = httpx.URL(endpoint(url))
-        headers = self._headers | {"x-request-id": job.id}
-        return httpx.Request("POST", where, headers=headers, content=body, extensions=self._extensions)
-
     async def _post(self, job: Job, url: str, model: str, body: bytes) -> Verdict:
         """Send the request; when its idle connection turns out to be dead, send it over a fresh one."""
-        assert self._pooled is not None
-        assert self._unpooled is not None
-        connection = _Connection()
-        token = _CONNECTION.set(connection)
+        try:
+            response = await self._send(job, url, body)
+        except (Unreachable, HungUp, BrokenAnswer, ValueError) as error:
+            return read_error(error)
+        return read_response(response.status, response.headers, response.body, asked_model=model)
+
+    async def _send(self, job: Job, url: str, body: bytes) -> Response:
+        assert self._pool is not None
+        target = self._targets.get(url)
+        if target is None:
+            target = self._targets[url] = Target.of(endpoint(url), self._headers)
         began_us = monotonic_us()
         try:
-            request = self._request(job, url, body)
-            return await _exchange(self._pooled, request, model)
-        except _TRANSPORT_ERRORS as error:
-            after_s = (monotonic_us() - began_us) / 1e6
-            if not (connection.is_reused and after_s < STALE_S and _is_hang_up(error)):
-                return read_error(error)
-        finally:
-            _CONNECTION.reset(token)
-        try:
-            return await _exchange(self._unpooled, request, model)
-        except _TRANSPORT_ERRORS as error:
-            return read_error(error)
+            return await self._pool.post(target, job.id, body)
+        except HungUp as error:
+            if not error.was_kept or monotonic_us() - began_us >= STALE_S * 1e6:
+                raise
+        return await self._pool.post(target, job.id, body, fresh=True)
 
     def _log(self, job: Job, url: str, failure: Failure, duration_s: float) -> None:
         """Say that a call failed; the replica's own words may quote the prompt and are for debugging only."""
@@ -247,83 +230,20 @@ def messages_of(job: Job) -> list[Json]:
     return [{"role": "user", "content": prompt}]
 
 
-def read_error(error: Exception) -> Failure:
-    """Judge a call that brought no whole response.
-
-    The transport calls a broken connection a connect time-out, so the error underneath decides.
-    """
-    cause = error.__cause__ or error
-    words = shorten(str(error)) or type(cause).__name__
-    if isinstance(cause, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)):
-        message = f"the replica cannot be reached: {words}"
-        return Failure("replica_unreachable", message, "uncharged", is_refused=True)
-    if isinstance(cause, (aiohttp.InvalidURL, httpx.InvalidURL)):
-        return Failure("replica_misconfigured", f"the replica's address cannot be used: {words}")
-    if _is_hang_up(error):
-        return Failure("connection_lost", f"the replica closed the connection before it answered: {words}")
-    return Failure("bad_answer", f"the replica's answer is broken: {words}")
-
-
-# --- The connection ------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Connection:
-    """What became of one call's connection: written by aiohttp's trace, read after a failure."""
-
-    is_reused: bool = False
-
-
-_CONNECTION: ContextVar[_Connection] = ContextVar("_CONNECTION")
-
-_TRANSPORT_ERRORS = (httpx.HTTPError, httpx.InvalidURL, aiohttp.ClientError, OSError, ValueError)
-"""What the transport raises: it translates some of aiohttp's errors and leaves others, and some of Python's, alone."""
-
-
-async def _exchange(transport: httpx.AsyncBaseTransport, request: httpx.Request, model: str) -> Verdict:
-    response = await transport.handle_async_request(request)
-    try:
-        chunks: list[bytes] = []
-        size = 0
-        async for chunk in response.aiter_bytes():
-            size += len(chunk)
-            if size > MAX_ANSWER_BYTES:
-                message = f"the replica's answer is larger than {MAX_ANSWER_BYTES >> 20} MiB"
-                return Failure("bad_answer", message, status=response.status_code)
-            chunks.append(chunk)
-        return read_response(response.status_code, response.headers, b"".join(chunks), asked_model=model)
-    finally:
-        await response.aclose()
-
-
-def _is_hang_up(error: Exception) -> bool:
-    """Whether a connection that had come about ended before an answer began."""
-    cause = error.__cause__ or error
-    never_came_about = isinstance(cause, (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError))
-    return isinstance(cause, aiohttp.ClientConnectionError) and not never_came_about
-
-
-def _transport(*, is_pooled: bool) -> AiohttpTransport:
-    context = httpx.create_ssl_context()
-    trace = aiohttp.TraceConfig()
-    trace.on_connection_reuseconn.append(_note_reuse)
-    connector = (
-        aiohttp.TCPConnector(limit=0, ssl=context, keepalive_timeout=KEEP_ALIVE_S)
-        if is_pooled
-        else aiohttp.TCPConnector(limit=0, ssl=context, force_close=True)
-    )
-    session = aiohttp.ClientSession(
-        connector=connector,
-        cookie_jar=aiohttp.DummyCookieJar(),  # one job's cookie is no other's business
-        trace_configs=[trace] if is_pooled else [],
-    )
-    return AiohttpTransport(verify=context, client=session)
-
-
-async def _note_reuse(
-    session: aiohttp.ClientSession, context: SimpleNamespace, params: aiohttp.TraceConnectionReuseconnParams
-) -> None:
-    _CONNECTION.get().is_reused = True
+def read_error(error: Unreachable | HungUp | BrokenAnswer | ValueError) -> Failure:
+    """Judge a call that brought no whole response; a `ValueError` says that there is no such address."""
+    words = shorten(str(error)) or "without a word"
+    match error:
+        case Unreachable():
+            message = f"the replica cannot be reached: {words}"
+            return Failure("replica_unreachable", message, "uncharged", is_refused=True)
+        case HungUp():
+            return Failure("connection_lost", f"the replica closed the connection before it answered: {words}")
+        case TooLarge():
+            return Failure("bad_answer", f"the replica's answer is larger than {MAX_ANSWER_BYTES >> 20} MiB")
+        case BrokenAnswer():
+            return Failure("bad_answer", f"the replica's answer is broken: {words}")
+    return Failure("replica_misconfigured", f"the replica's address cannot be used: {words}")
 
 
 def _headers(settings: LlmSettings) -> dict[str, str]:

@@ -69,16 +69,16 @@ def build_prompt(query: str, sources: Sequence[Source], budget: int, count: Toke
         Reject: the question alone is over the budget (`query_too_long`).
     """
     left = budget - frame_tokens(count)
-    alone = count(_message(query, []))
-    if alone > left:
-        message = f"the question takes {alone} tokens, and the prompt leaves {max(left, 0)} for it"
-        raise Reject(message, code="query_too_long")
 
     def fits(candidate: Sequence[Source]) -> bool:
-        return count(_message(query, candidate)) <= left
+        return _message_tokens(query, candidate, count) <= left
 
     used = list(sources)
     if not fits(used):
+        alone = count(_message(query, []))
+        if alone > left:
+            message = f"the question takes {alone} tokens, and the prompt leaves {max(left, 0)} for it"
+            raise Reject(message, code="query_too_long")
         whole = _last_fitting([used[:number] for number in range(1, len(used))], fits) or []
         beginnings = [[*whole, cut] for cut in _beginnings(used[len(whole)])]
         used = _last_fitting(beginnings, fits) or whole
@@ -108,6 +108,15 @@ def _beginnings(source: Source) -> list[Source]:
     """Return *source* cut after each sentence or line, shortest first."""
     texts = (source.text[: end.end()].rstrip() for end in _SENTENCE_END.finditer(source.text))
     return [Source(source.title, text) for text in texts if text]
+
+
+def _message_tokens(query: str, sources: Sequence[Source], count: TokenCount) -> int:
+    """Return what the user message takes; the sources' texts are counted apart, for a *count* that remembers them.
+
+    A text stands between line breaks, across which no token reaches, or only tokens that would save some.
+    """
+    frame = _message(query, [Source(source.title, "") for source in sources])
+    return count(frame) + sum(count(source.text) for source in sources)
 
 
 def _message(query: str, sources: Sequence[Source]) -> str:

@@ -1,7 +1,9 @@
 """The retriever stage: finds the sources of a question and builds its prompt; keeps the index.
 
-Searches of one batch run as one. Writes run in the order of their batch, in one thread, and are on the disk before
-their jobs are done. Which of two operations on one document counts is decided by when they were accepted
+Searches of one batch run as one, in the event loop's own thread: the index holds the interpreter lock while it
+searches, so another thread would keep the loop waiting all the same, and cost the hand-over besides. Writes are many
+calls, between which the loop gets its turns: they run in the order of their batch, in one thread, and are on the disk
+before their jobs are done. Which of two operations on one document counts is decided by when they were accepted
 (`Job.accepted_us`), never by when they arrive here, so that retries and repeats do no harm.
 """
 
@@ -12,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any, Final, TypeVar
 
 from pipeline.errors import ConfigError, NotReady, Reject
@@ -29,6 +32,7 @@ _LOCK_POLL_S: Final = 0.05
 _WRITES: Final = frozenset({"document", "document_deletion"})
 _FETCH: Final = 4  # hits looked at for each source wanted
 _SAME_DOCUMENT: Final = 0.8
+_COUNTS: Final = 4096  # of chunks and short texts, at a kilobyte or two each
 _LEAST_QUESTION_TOKENS: Final = 50  # fewer would refuse most questions that people ask
 _DAY_US: Final = 86_400 * 1_000_000  # no job lives longer, so nothing older than a deleted document can still arrive
 _FORGET_EVERY_US: Final = 3_600 * 1_000_000
@@ -57,10 +61,9 @@ class Retriever(Stage):
         self.batch = settings.batch
         self._settings = settings
         self._model = model
-        self._count = count
+        self._count = lru_cache(_COUNTS)(count)
         self._index: EmbeddedIndex | None = None
-        self._reads: ThreadPoolExecutor | None = None
-        self._writes: ThreadPoolExecutor | None = None
+        self._writer: ThreadPoolExecutor | None = None
         self._forgot_us = 0  # written and read in the thread of writes only
 
     async def start(self, context: Context) -> None:
@@ -81,21 +84,19 @@ class Retriever(Stage):
                 await asyncio.sleep(_LOCK_POLL_S)
             else:
                 break
-        self._reads = ThreadPoolExecutor(1, thread_name_prefix="index-reads")
-        self._writes = ThreadPoolExecutor(1, thread_name_prefix="index-writes")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="index-writer")
 
     async def stop(self) -> None:
         """Finish the call in hand, drop what waits behind it, close the index."""
-        for thread in (self._reads, self._writes):
-            if thread:
-                await asyncio.to_thread(thread.shutdown, wait=True, cancel_futures=True)
+        if self._writer:
+            await asyncio.to_thread(self._writer.shutdown, wait=True, cancel_futures=True)
         if self._index:
             index, self._index = self._index, None
             await asyncio.to_thread(index.close)
 
     async def chunks(self) -> int:
         """Return how many chunks the index holds, over all tenants."""
-        return await asyncio.get_running_loop().run_in_executor(self._reads, self._opened().count)
+        return await asyncio.to_thread(self._opened().count)
 
     async def handle(self, job: Job) -> Done:
         """Do one job."""
@@ -109,11 +110,8 @@ class Retriever(Stage):
         index = self._opened()
         writes = [job for job in jobs if job.flow in _WRITES]
         queries = [job for job in jobs if job.flow not in _WRITES]
-        answered, written = await asyncio.gather(
-            self._run(self._reads, self._answer, index, queries),
-            self._run(self._writes, self._write, index, writes),
-        )
-        answers, acknowledgements = iter(answered), iter(written)
+        answers = iter(self._answer(index, queries))
+        acknowledgements = iter(await self._written(index, writes))
         return [next(acknowledgements if job.flow in _WRITES else answers) for job in jobs]
 
     def _opened(self) -> EmbeddedIndex:
@@ -121,16 +119,10 @@ class Retriever(Stage):
             raise NotReady("the index is not open")
         return self._index
 
-    async def _run(
-        self,
-        thread: ThreadPoolExecutor | None,
-        work: Callable[[EmbeddedIndex, Sequence[Job]], list[Outcome]],
-        index: EmbeddedIndex,
-        jobs: Sequence[Job],
-    ) -> list[Outcome]:
+    async def _written(self, index: EmbeddedIndex, jobs: Sequence[Job]) -> list[Outcome]:
         if not jobs:
             return []  # questions must not queue behind somebody's document only to hear that there is nothing to do
-        return await asyncio.get_running_loop().run_in_executor(thread, work, index, jobs)
+        return await asyncio.get_running_loop().run_in_executor(self._writer, self._write, index, jobs)
 
     # --- Questions -----------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import json
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,9 +59,13 @@ class Replica:
     connections: int = 0
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     left: asyncio.Event = field(default_factory=asyncio.Event)
+    serving: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self.serving.add(task)
         try:
             while exchange := await self._read(reader, writer):
                 self.exchanges.append(exchange)
@@ -74,6 +78,14 @@ class Replica:
         finally:
             self.left.set()
             writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
+
+    async def ended(self) -> None:
+        """Wait until every connection has ended, as they do when the stage has stopped."""
+        if self.serving:
+            _, left = await asyncio.wait(self.serving, timeout=5.0)
+            assert not left
 
     async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Exchange | None:
         try:
@@ -222,6 +234,7 @@ async def benches() -> AsyncIterator[Build]:
                 replica = Replica(list(script))
                 server = await asyncio.start_server(replica.serve, "127.0.0.1", 0)
                 await stack.enter_async_context(server)
+                stack.push_async_callback(replica.ended)
                 replica.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
                 replicas.append(replica)
             settings = Settings.model_validate({"llm": {"model": "default-model", "max_tokens": 99} | section})

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from qdrant_edge import QueryRequest
 
 from pipeline.errors import ConfigError, NotReady
+from stages import index as index_module
 from stages.index import EmbeddedIndex, IndexInUse, Passage, Search, Written
 from stages.vectors import Sparse
 
@@ -127,6 +129,45 @@ def test_tenants_share_nothing(index: EmbeddedIndex) -> None:
     assert (index.count("red"), index.count("blue"), index.count()) == (0, 1, 1)
 
 
+def test_scores_are_the_same_with_and_without_other_tenants(index: EmbeddedIndex) -> None:
+    """A tenant alone is searched without a filter, which changes nothing but the time it takes."""
+    index.put("red", "d", 1, passages("one", "two"))
+    index.put("red", "e", 1, passages("three"))
+    index.delete("red", "e", 2)
+    search = Search("red", ANYTHING, 10)
+    alone = index.search_batch([search])
+    assert index.search_batch([Search("blue", ANYTHING, 10)]) == [[]]
+    index.put("blue", "d", 1, passages("four"))
+    assert index.search_batch([search]) == alone
+
+
+def test_a_tenant_that_comes_during_a_search_is_not_seen_by_another(
+    index: EmbeddedIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first chunk of a second tenant may be there before the search that knew of one tenant only."""
+    index.put("red", "d", 1, passages("mine"))
+    asked = index_module._request
+
+    def ask_and_write(search: Search, *, is_alone: bool) -> QueryRequest:
+        request = asked(search, is_alone=is_alone)
+        index.put("blue", "d", 1, passages("theirs"))
+        return request
+
+    monkeypatch.setattr(index_module, "_request", ask_and_write)
+    assert texts_of(index, "red") == ["mine"]
+
+
+def test_tenants_are_known_again_after_opening(tmp_path: Path) -> None:
+    """Whether a tenant is alone is read from the index itself."""
+    for tenant in ("red", "blue"):
+        index = EmbeddedIndex.open(tmp_path, MODEL)
+        index.put(tenant, "d", 1, passages(tenant))
+        index.close()
+    index = EmbeddedIndex.open(tmp_path, MODEL)
+    assert (texts_of(index, "red"), texts_of(index, "blue")) == (["red"], ["blue"])
+    index.close()
+
+
 def test_scores_do_not_tell_what_other_tenants_write(index: EmbeddedIndex) -> None:
     """How rare a word is counts among the tenant's own chunks."""
     index.put("red", "plan", 1, passages("red plan"))
@@ -217,6 +258,20 @@ def test_broken_index_is_not_ready_and_says_why(tmp_path: Path, victim: str) -> 
     for _ in range(2):
         with pytest.raises(NotReady, match=r"the index.*cannot be opened"):
             EmbeddedIndex.open(tmp_path, MODEL)
+
+
+def test_what_is_kept_of_chunks_is_bounded_and_never_stale(
+    index: EmbeddedIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Searches keep what they have read; a chunk written anew is read anew, one taken out is gone."""
+    monkeypatch.setattr("stages.index._KEPT", 5)
+    for version in (1, 2, 3):
+        index.put("default", "d", version, passages(*(f"{version}.{n}" for n in range(9))))
+        for _ in range(2):
+            assert texts_of(index) == [f"{version}.{n}" for n in range(9)]
+        assert len(index._kept) == 5
+    index.delete("default", "d", 4)
+    assert texts_of(index) == []
 
 
 def test_reads_go_on_in_one_thread_while_another_writes(index: EmbeddedIndex) -> None:

@@ -8,7 +8,6 @@ import random
 import socket
 from collections.abc import AsyncIterator, Iterator
 
-import aiohttp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +18,7 @@ from pipeline.errors import ConfigError, NoReplica, Reject, RetryLater
 from pipeline.job import Job
 from pipeline.retry import Again, decide_retry
 from pipeline.settings import Settings
+from stages.http import BrokenAnswer, HungUp, TooLarge, Unreachable
 from stages.llm import Llm, build, messages_of, read_error
 from stages.openai_protocol import Answer, Failure, Verdict
 from tests.stages.llm_bench import Build, FakeContext, FakeReplicas, Observation, benches, calls, reply, say
@@ -312,16 +312,16 @@ def test_the_stage_is_placed_and_has_the_slots_of_its_setting() -> None:
 @pytest.mark.parametrize(
     ("error", "code", "consequence"),
     [
-        (aiohttp.ConnectionTimeoutError("slow"), "replica_unreachable", "uncharged"),
-        (aiohttp.ServerDisconnectedError(), "connection_lost", "charged"),
-        (aiohttp.ClientConnectionResetError("gone"), "connection_lost", "charged"),
-        (aiohttp.ClientPayloadError("short"), "bad_answer", "charged"),
-        (aiohttp.InvalidURL("http://["), "replica_misconfigured", "charged"),
-        (ValueError("odd"), "bad_answer", "charged"),
+        (Unreachable("slow"), "replica_unreachable", "uncharged"),
+        (HungUp("", was_kept=False), "connection_lost", "charged"),
+        (HungUp("gone", was_kept=True), "connection_lost", "charged"),
+        (BrokenAnswer("short"), "bad_answer", "charged"),
+        (TooLarge("long"), "bad_answer", "charged"),
+        (ValueError("no address"), "replica_misconfigured", "charged"),
     ],
 )
-def test_an_error_of_the_transport_is_judged_by_what_lies_underneath(
-    error: Exception, code: str, consequence: str
+def test_a_call_without_an_answer_is_judged_by_how_far_it_came(
+    error: Unreachable | HungUp | BrokenAnswer | ValueError, code: str, consequence: str
 ) -> None:
     """Only a connection that never came about is free of charge."""
     failure = read_error(error)

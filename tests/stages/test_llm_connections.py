@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -98,6 +99,32 @@ async def test_a_broken_exchange_is_charged_once_and_tried_elsewhere(
     assert [(o.ok, o.refused) for o in b.registry.observations] == [(False, False), (True, False)]
 
 
+ANSWER = b'{"choices": [{"message": {"content": "whole"}}]}'
+IN_CHUNKS = b"%x\r\n%b\r\n%x\r\n%b\r\n0\r\n\r\n" % (9, ANSWER[:9], len(ANSWER) - 9, ANSWER[9:])
+PACKED = gzip.compress(ANSWER)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"HTTP/1.1 200 OK\r\n\r\n" + ANSWER,
+        b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % len(ANSWER) + ANSWER,
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + IN_CHUNKS,
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(ANSWER) + ANSWER,
+        b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(PACKED) + PACKED,
+        b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(ANSWER) + ANSWER + b"HTTP/1.1 500 Unasked\r\n\r\n",
+    ],
+    ids=["until-close", "http-1.0", "chunked", "continue", "packed", "two-answers"],
+)
+async def test_an_answer_is_understood_however_it_is_framed(bench: Build, data: bytes) -> None:
+    """Every form that servers and proxies give an answer is the same answer, and serves one call only."""
+    b = await bench([raw(data)])
+    done = await b.stage.handle(b.job())
+    assert done.value["answer"] == "whole"
+    assert (await b.stage.handle(b.job())).value["answer"] == "hello"
+    assert b.replicas[0].connections == 2
+
+
 @pytest.mark.usefixtures("short_calls")
 @pytest.mark.parametrize("behaviour", [stay_silent, stop_half_way, drip], ids=["silent", "half-way", "drip"])
 async def test_a_call_is_bounded_in_time_and_the_replica_sees_it_end(bench: Build, behaviour: Behaviour) -> None:
@@ -115,7 +142,10 @@ async def test_a_replica_that_accepts_but_never_shakes_hands_is_unreachable() ->
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
         writer.close()
+        await writer.wait_closed()
+        left.set()
 
+    left = asyncio.Event()
     async with await asyncio.start_server(accept, "127.0.0.1", 0) as server:
         stage = build(Settings.model_validate({"llm": {"connect_timeout_s": 0.1}}))
         registry = FakeReplicas([f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"])
@@ -123,6 +153,7 @@ async def test_a_replica_that_accepts_but_never_shakes_hands_is_unreachable() ->
         with pytest.raises(RetryLater) as caught:
             await stage.handle(Job("j", "message", {"prompt": "p"}, [], 0, replica=registry.urls[0]))
         await stage.stop()
+        await asyncio.wait_for(left.wait(), WITHIN_S)
     assert (caught.value.code, caught.value.charged) == ("replica_unreachable", False)
     assert registry.observations[0].refused
 
@@ -159,6 +190,32 @@ async def test_connections_are_kept_and_used_again(bench: Build) -> None:
     await b.stage.handle(b.job())
     await b.stage.handle(b.job())
     assert b.replicas[0].connections == 1
+
+
+async def test_an_idle_connection_goes_when_its_time_is_over(bench: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Earlier than servers close theirs, so that no call meets a closing connection."""
+    monkeypatch.setattr(llm, "KEEP_ALIVE_S", 0.05)
+    b = await bench([])
+    await b.stage.handle(b.job())
+    await asyncio.wait_for(b.replicas[0].left.wait(), WITHIN_S)
+    await b.stage.handle(b.job())
+    assert b.replicas[0].connections == 2
+
+
+async def test_a_connection_that_speaks_unasked_is_given_up(bench: Build) -> None:
+    """Its words would be taken for the answer to the next call."""
+
+    async def greet_and_go_on(exchange: Exchange) -> bool:
+        await greet(exchange)
+        await asyncio.sleep(0.05)  # until the first answer was read
+        await exchange.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+        return True
+
+    b = await bench([greet_and_go_on])
+    await b.stage.handle(b.job())
+    await asyncio.wait_for(b.replicas[0].left.wait(), WITHIN_S)
+    assert (await b.stage.handle(b.job())).value["answer"] == "hello"
+    assert b.replicas[0].connections == 2
 
 
 async def test_a_connection_that_died_while_idle_is_replaced_at_no_charge(bench: Build) -> None:

@@ -155,11 +155,11 @@ async def test_tenants_see_their_own_documents_only(pipe: Pipe, new_job: NewJob)
 
 
 async def test_question_does_not_wait_for_a_document_being_written(pipe: Pipe, new_job: NewJob) -> None:
-    """Reads and writes have a thread each."""
+    """A document is written in a thread of its own, and questions are answered meanwhile."""
     await pipe.run(new_job("document", document_id="d", text=LOCKS))
     finished = threading.Event()
-    assert pipe.retriever._writes is not None
-    writing = pipe.retriever._writes.submit(finished.wait)
+    assert pipe.retriever._writer is not None
+    writing = pipe.retriever._writer.submit(finished.wait)
     [found] = await pipe.run(new_job("query", query="boats"))
     assert found["sources"]
     assert not writing.done()
