@@ -3,7 +3,7 @@
     python -m tests.faults                          the whole matrix, once
     python -m tests.faults --scenario 3 --seed 7    one cell again
     python -m tests.faults --slice                  what continuous integration runs
-    python -m tests.faults --scenario 21            the long run, 20 minutes (see docs/RELIABILITY.md)
+    python -m tests.faults --scenario 21            the long run, 15 minutes (see docs/RELIABILITY.md)
     python -m tests.faults --durability             what an accepted job survives; --write puts it into the docs
 
 The exit code is 0 when every cell is green. `--keep` leaves the files of every cell; those of a red one always stay.

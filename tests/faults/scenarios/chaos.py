@@ -204,12 +204,12 @@ async def everything_at_once(cell: Cell) -> None:
     cell.verdict.figures["faults"] = dict(chaos.done)
 
 
-LONG_RATE: Final = 180.0  # requests per second: what two cores carry beside the clients, the replicas and the restarts
+LONG_RATE: Final = 260.0  # requests per second: what two cores carry beside the clients, the replicas and the restarts
 MEASURED_SHARE: Final = 0.15
 """Of each half of the long run: its end, without faults, in which memory is measured."""
 
 
-@scenario(21, jobs=200_000, is_long=True)
+@scenario(21, jobs=206_000, is_long=True)
 async def long_run(cell: Cell) -> None:
     """The long run: two equal halves.
 

@@ -84,7 +84,7 @@ async def longer_than_a_lease(cell: Cell) -> None:
     cell.require(f"nothing is claimed, not {claimed:g}; no lease is lost, not {lost:g}", claimed == lost == 0)
 
 
-@scenario(13, jobs=120)
+@scenario(13, jobs=60)
 async def cut_off(cell: Cell) -> None:
     """A worker alone is cut off from Redis for two leases while its process lives, then connected again.
 
