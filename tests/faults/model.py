@@ -391,6 +391,7 @@ class Model:
                 job.due = None
             case "release":
                 self.unlease(job)
+                job.attempts = int(orjson.loads(_bytes(one.b))["attempt"]) - 1
                 job.item = self.add(stream, Text(_bytes(one.b)), job.id, _bytes(one.c))
         for new in start:
             if not self.is_taken(new.id):
@@ -500,7 +501,7 @@ class Model:
             held = {item.id: (item.owner, item.count) for item in items if item.owner}
             assert picture.pending.get(name, {}) == held
         assert [fields["data"] for _, fields in picture.streams.get(keys.DEAD, [])] == self.letters
-        told = [fields["id"].decode() for _, fields in picture.streams.get(REPLY, []) if fields["id"]]
+        told = [job_id.decode() for job_id in picture.values.get(REPLY, []) if job_id]
         assert told == (self.replies or []), "every ended job is told once"
         assert (REPLY in picture.streams) == (self.replies is not None), "a dead gateway's stream is not revived"
 

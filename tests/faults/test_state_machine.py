@@ -287,7 +287,8 @@ class Machine(RuleBasedStateMachine):
         args: list[Argument] = [player.name, LONG_MS, "{}", ""]
         for stream in STREAMS[player.stage]:
             args += [stream, player.stage]
-        _, word, *rows = self.do(self.link.run(scripts.RENEW, (), args))
+        _, word, listed, *rows = self.do(self.link.run(scripts.RENEW, (), args))
+        assert listed == b"listed"
         had_lease = player.name in self.model.alive
         assert word == (b"renewed" if had_lease else b"taken")
         for stream, found in zip(STREAMS[player.stage], rows, strict=True):
