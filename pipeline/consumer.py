@@ -201,14 +201,20 @@ class Consumer:
     # --- the work of the dead --------------------------------------------------------------------
 
     async def _claim_forever(self, worker: Worker) -> None:
-        interval_s = self._settings.worker.renew_s / 2
         while not self._stop.is_set():
             with suppress(TimeoutError):
-                async with asyncio.timeout(interval_s):
+                async with asyncio.timeout(self._next_look_s(worker)):
                     await self._stop.wait()
                     return
             with suppress(PenstockError):  # Redis is away, or the group is: their owners see to it
                 await self._claim_once(worker)
+
+    def _next_look_s(self, worker: Worker) -> float:
+        """Return the wait before the next look: half a renewal, or less where a second look is due before."""
+        renew_s = self._settings.worker.renew_s
+        now_us = monotonic_us()
+        ages_s = [(now_us - at) / 1e6 for (stream, _), at in self._missing.items() if stream in worker.streams.names]
+        return min([renew_s / 2, *(renew_s - age_s for age_s in ages_s if age_s < renew_s)])
 
     async def _claim_once(self, worker: Worker) -> None:
         """Note who has no lease; take over from those who had none one renewal ago already."""

@@ -295,13 +295,16 @@ class Outside:
         return found
 
     async def ask_many(self, count: int, in_flight: int, **fields: Any) -> list[Reply]:
-        """Ask *count* questions, *in_flight* at a time."""
+        """Ask *count* questions, *in_flight* at a time; one that is refused (503) is asked again, as clients do."""
         numbers = iter(range(count))
         replies: list[Reply] = []
 
         async def client() -> None:
-            question = "What happens to job {} when its worker dies?"
-            replies.extend([await self.ask(question.format(number), **fields) for number in numbers])
+            for number in numbers:
+                question = f"What happens to job {number} when its worker dies?"
+                while (reply := await self.ask(question, **fields)).status == 503:
+                    await asyncio.sleep(BACKOFF_S)
+                replies.append(reply)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(in_flight):
