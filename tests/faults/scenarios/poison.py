@@ -66,9 +66,7 @@ async def payload_that_kills(cell: Cell) -> None:
     cell.verdict.figures |= {
         "p99 of the others s": round(p99_s, 2),
         "slowest neighbour s": round(neighbours_s, 2),
-        "answered in the worst 2 s": _worst_window(
-            [one.ended_s for n, one in told.items() if n > calm and one.ended_s]
-        ),
+        "answered in the worst 2 s": _worst_window([one for n, one in told.items() if n > calm]),
     }
     cell.require(f"p99 of the others is at most {RECOVERY_S:g} s, not {p99_s:.2f}", p99_s <= RECOVERY_S)
     most_s = DEATHS * RECOVERY_S
