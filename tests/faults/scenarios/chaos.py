@@ -225,6 +225,7 @@ async def everything_at_once(cell: Cell) -> None:
     """
     cell.may_end = {"failed/poison"}  # kills are drawn at random: one entry may see three of its holders die
     cell.may_refuse = {"ClientConnectorError"}  # both gateways may be dead at the same time
+    cell.may_be_unknown = None  # Redis and gateways are away at any time
     layout = Layout(latency="lognormal:0.2,0.7", gateways=2, fsync="always", proxied=PROXIED)
     async with cell.running(layout) as (cluster, load, nemesis):
         sending = cell.background(load.run(cell.jobs, 60.0))
@@ -253,6 +254,7 @@ async def long_run(cell: Cell) -> None:
     At least 200,000 of its requests are accepted, amid 200 SIGKILLs over all stages, 20 zombies and 5 restarts of Redis
     with `appendfsync always`. Memory of Redis and of every process at the end of each half differs by at most 2 %.
     """
+    cell.may_be_unknown = None  # as many as fall into Redis' absences: how many are accepted is demanded below
     layout = Layout(latency="lognormal:0.05,0.5", fsync="always", environ={"PENSTOCK_LLM__SLOTS": "64"})
     mix = {"ask": 3, "background": 3, "foreign": 3, "prompt": 1, "edit": 0.05, "consult": 0.1}
     halves: list[dict[str, float]] = []
