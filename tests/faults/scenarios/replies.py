@@ -38,24 +38,36 @@ async def lost_replies(cell: Cell) -> None:
     layout = Layout(llms=1, proxied=frozenset(name for name, _ in LOSERS))
     lost: Counter[str] = Counter()
     turns: list[tuple[str, Script]] = []
+    placing: asyncio.Task[None] | None = None
     async with cell.running(layout) as (cluster, load, nemesis):
+
+        async def note_place(part: Part, before: float) -> None:
+            held = await _taken_up(cluster, part, before)
+            lost[scripts.PLACE.name] += held > 0
+            nemesis.note(f"lost reply to {scripts.PLACE.name}", part.worker, held=held)
+
         sending = cell.background(load.run(cell.jobs, RATE))
         while not sending.done():
             if not turns:
                 turns = cell.rng.sample(LOSERS, len(LOSERS))
             name, script = turns.pop()
             proxy, part = cluster.proxies[name], cluster[name]
+            if script is scripts.PLACE and placing is not None and not placing.done():
+                continue
             before, taken_up = proxy.replies_lost, await cluster.metric(TAKEN_UP, part)
             proxy.lose_replies(script.sha.encode())
             await asyncio.sleep(EVERY_S)
             if proxy.replies_lost == before:
                 continue
-            # A submit and a settle are sent for somebody's job. A worker that places may have found nothing to place;
-            # where it did, it takes up later what it was never told of.
-            held = 1 if script is not scripts.PLACE else await _taken_up(cluster, part, taken_up)
-            lost[script.name] += held > 0
-            nemesis.note(f"lost reply to {script.name}", part.worker, held=held)
+            if script is scripts.PLACE:
+                # It may have found nothing to place; where it did, it takes up later what it was never told of.
+                placing = cell.background(note_place(part, taken_up))
+            else:  # it is sent for somebody's job
+                lost[script.name] += 1
+                nemesis.note(f"lost reply to {script.name}", part.worker, held=1)
         await sending
+        if placing is not None:
+            await placing
     cell.verdict.figures["lost replies"] = dict(lost)
     cell.require(f"at least {LOST_AT_LEAST} replies are lost, not {lost.total()}", lost.total() >= LOST_AT_LEAST)
     for name in sorted({script.name for _, script in LOSERS}):
