@@ -57,6 +57,7 @@ async def lost_replies(cell: Cell) -> None:
             before, taken_up = proxy.replies_lost, await cluster.metric(TAKEN_UP, part)
             proxy.lose_replies(script.sha.encode())
             await asyncio.sleep(EVERY_S)
+            proxy.heal()  # else what nobody sent now would be lost in another turn, under another's name
             if proxy.replies_lost == before:
                 continue
             if script is scripts.PLACE:
