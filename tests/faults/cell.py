@@ -103,6 +103,9 @@ class Cell:
         recoveries_s: see `Nemesis`.
         clients, faults: the files of the history.
         may_lose: requests whose records a scenario has destroyed: what became of them is reported, not judged.
+        may_end, may_refuse: outcomes other than completed, and refusals, that a scenario brings about.
+        may_repeat: calls that may be answered more than once beyond what kills explain.
+        may_be_unknown: requests whose clients may hear nothing; None for any number.
     """
 
     cluster: Cluster
@@ -114,6 +117,10 @@ class Cell:
         self.rng = Random(f"{number}:{seed}")
         self.folder = folder
         self.may_lose: set[int] = set()
+        self.may_end: set[str] = set()
+        self.may_refuse: set[str] = set()
+        self.may_repeat = 0
+        self.may_be_unknown: int | None = None
         self.verdict = Verdict(number, title, seed)
         self._background: list[asyncio.Task[None]] = []
         self.recoveries_s: list[float] = []

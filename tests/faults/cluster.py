@@ -51,7 +51,8 @@ class Layout:
         latency: of the mock replicas, as `penstock mock-llm` takes it.
         redis: further options of Redis' configuration, by name.
         environ: settings of all processes of ours.
-        proxied: names of processes that reach Redis through a proxy of their own (`Cluster.proxies`).
+        proxied: names of processes that reach Redis through a proxy of their own (`Cluster.proxies`), and of replicas
+            that are reached through one.
         modules: what runs instead of `-m stages NAME`, by process name.
         wrap: words before a process' command line, by its name (`faketime`, say).
     """
@@ -250,7 +251,9 @@ class Cluster:
         return [self.url_of(part) for part in self.of("replica")]
 
     def url_of(self, part: Part) -> str:
-        """Return where a process listens: a gateway, a replica, or a worker's metrics."""
+        """Return where others reach a process: a gateway, a replica (or its proxy), or a worker's metrics."""
+        if part.stage == "replica" and part.name in self.proxies:
+            return self.proxies[part.name].http_url
         return f"http://127.0.0.1:{self.ports[part.name]}"
 
     def records(self) -> list[Path]:
@@ -288,6 +291,7 @@ class Cluster:
         await self.server.start()
         for number in range(1, layout.replicas + 1):
             self._add(f"replica-{number}", ["penstock", "mock-llm", "--latency", layout.latency])
+            await self._add_proxy(f"replica-{number}")
         names = [
             *(f"encoder-{n}" for n in range(1, layout.encoders + 1)),
             *(f"retriever-{n}" for n in range(1, layout.retrievers + 1)),
@@ -304,7 +308,8 @@ class Cluster:
 
     async def _add_proxy(self, name: str) -> None:
         if name in self.layout.proxied:
-            self.proxies[name] = await Proxy(self.server.socket).__aenter__()
+            own = ("127.0.0.1", self.ports[name]) if name.startswith("replica") else None
+            self.proxies[name] = await Proxy(own or self.server.socket).__aenter__()
 
     def _free_port(self) -> int:
         """Return a port that nobody has now, from a range that outgoing connections are not given."""

@@ -1,7 +1,8 @@
 """A stage process with payloads that are its trouble: `python -m tests.faults.troubled NAME`.
 
 The real stage of that name in the real program, but for two words in a query. `KILL-YOUR-WORKER` ends the process as a
-crash in native code would (SIGKILL, no clean-up); `BLOCK-FOR <seconds>` stops its event loop for that long.
+crash in native code would (SIGKILL, no clean-up); `BLOCK-<stage>-FOR <seconds>` stops the event loop of a worker of
+that stage for that long, between its work and its settle.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ from pipeline.stage import Context, Outcome, Stage
 from stages import __main__ as program
 
 KILL: Final = "KILL-YOUR-WORKER"
-BLOCK: Final = "BLOCK-FOR"
-_BLOCK = re.compile(BLOCK + r" ([0-9]+(?:\.[0-9]+)?)")
+_BLOCK: Final = re.compile(r"BLOCK-([a-z]+)-FOR ([0-9]+(?:\.[0-9]+)?)")
+
+
+def block(stage: str, for_s: float) -> str:
+    """Return the words that block a troubled worker of *stage*."""
+    return f"BLOCK-{stage}-FOR {for_s:g}"
 
 
 class Troubled(Stage):
@@ -39,7 +44,7 @@ class Troubled(Stage):
         """Do one job."""
         _kill(job)
         done = await self._stage.handle(job)
-        _block(job)
+        self._block(job)
         return done
 
     async def handle_batch(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
@@ -48,23 +53,23 @@ class Troubled(Stage):
             _kill(job)
         done = await self._stage.handle_batch(jobs)
         for job in jobs:
-            _block(job)
+            self._block(job)
         return done
 
     async def stop(self) -> None:
         """Stop the other."""
         await self._stage.stop()
 
+    def _block(self, job: Job) -> None:
+        # After the work, so that its outcome leaves before the loop can hear that the entry is another's by now.
+        found = _BLOCK.search(str(job.payload.get("query", "")))
+        if found and found[1] == self.name:
+            time.sleep(float(found[2]))
+
 
 def _kill(job: Job) -> None:
     if KILL in str(job.payload.get("query", "")):
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _block(job: Job) -> None:
-    # After the work, so that its outcome leaves before the loop can hear that the entry is another's by now.
-    if found := _BLOCK.search(str(job.payload.get("query", ""))):
-        time.sleep(float(found[1]))
 
 
 def main() -> int:

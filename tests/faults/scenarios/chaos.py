@@ -6,20 +6,27 @@ import asyncio
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Final
+
+from redis.exceptions import RedisError
 
 from pipeline import keys, scripts
 from tests.conftest import wait_until
 from tests.faults.cell import Cell
-from tests.faults.cluster import LEASE_S, READY_S, Cluster, Layout, Part
+from tests.faults.cluster import LEASE_S, READY_S, STAGES, Cluster, Layout, Part
+from tests.faults.history import read
 from tests.faults.load import Load
 from tests.faults.nemesis import Nemesis
 from tests.faults.scenarios import scenario
 
 AT_ONCE: Final = 3
 PAUSE_S: Final = (0.2, 1.5)
-PROXIED: Final = frozenset({"gateway-1", "encoder-1", "retriever-1", "llm-1"})
+PROXIED: Final = frozenset({"gateway-1", "encoder-1", "retriever-1", "llm-1", "replica-1"})
+NETWORK: Final = ("slow", "drip", "cut", "freeze", "half-open", "lost replies")
+NETWORK_OF_REPLICAS: Final = ("slow", "drip", "cut", "freeze")
+"""Without what makes a call be made again: that its answer is lost is no harm done by Penstock."""
+DRIP_BYTES_PER_S: Final = 4_000.0
 SICK: Final = ({"mode": "garbage"}, {"mode": "hang"}, {"mode": "truncated"}, {"status": 503}, {"fail_rate": 0.5})
 
 FORGETFUL: Final = (scripts.SUBMIT, scripts.SETTLE, scripts.CLAIM, scripts.RENEW, scripts.TAKE, scripts.PLACE)
@@ -27,7 +34,10 @@ FORGETFUL: Final = (scripts.SUBMIT, scripts.SETTLE, scripts.CLAIM, scripts.RENEW
 
 
 class Chaos:
-    """Draws faults. No process suffers two at a time: what is frozen cannot be asked what it holds."""
+    """Draws faults. No process suffers two at a time: what is frozen cannot be asked what it holds.
+
+    Nor does a connection, which may be bad while its process suffers something else: whoever heals a proxy heals all.
+    """
 
     def __init__(self, cell: Cell, cluster: Cluster, nemesis: Nemesis) -> None:
         self.done: Counter[str] = Counter()
@@ -35,6 +45,7 @@ class Chaos:
         self._cluster = cluster
         self._nemesis = nemesis
         self._busy: set[str] = set()
+        self._bad: set[str] = set()  # proxies with a fault
 
     async def rage(self, until: Callable[[], bool]) -> None:
         """Begin one fault after another, a few at the same time, until told to stop; then let the last ones end."""
@@ -91,7 +102,8 @@ class Chaos:
         """Frozen until others have taken over."""
         async with self._one_of("llm", "encoder") as part:
             if part is not None:
-                await self._nemesis.make_zombie(part, 2 * LEASE_S)
+                lost = await self._nemesis.make_zombie(part, 2 * LEASE_S)
+                self._cell.may_repeat += lost  # a call goes on while its worker is frozen, and the heir makes it again
                 self.done["zombie"] += 1
 
     async def drain_worker(self) -> None:
@@ -136,39 +148,56 @@ class Chaos:
             self._busy.discard("redis")
 
     async def bad_network(self) -> None:
-        """A slow, broken, half-open or forgetful connection to Redis for a while."""
+        """A slow, dripping, broken, half-open or forgetful connection to Redis or to a replica for a while."""
         rng = self._cell.rng
-        name = rng.choice(sorted(self._cluster.proxies))
-        proxy = self._cluster.proxies[name]
-        kind = rng.choice(("slow", "cut", "freeze", "half-open", "lost replies"))
-        match kind:
-            case "slow":
-                proxy.slow(0.05, 0.05)
-            case "cut":
-                proxy.cut()
-            case "freeze":
-                proxy.freeze()
-            case "half-open":
-                proxy.half_open()
-            case "lost replies":
-                for script in (
-                    scripts.SUBMIT,
-                    scripts.SETTLE,
-                    scripts.CLAIM,
-                    scripts.RENEW,
-                    scripts.TAKE,
-                    scripts.PLACE,
-                ):
-                    proxy.lose_replies(script.sha.encode(), times=2)
-        self._nemesis.note(f"network: {kind}", self._cluster[name].worker, held=None)
-        await asyncio.sleep(rng.uniform(0.5, 1.5 * LEASE_S))
-        proxy.heal()
+        free = sorted(self._cluster.proxies.keys() - self._bad)
+        if not free or "redis" in self._busy:
+            return
+        name = rng.choice(free)
+        part, proxy = self._cluster[name], self._cluster.proxies[name]
+        kinds = NETWORK if part.stage != "replica" else NETWORK_OF_REPLICAS
+        kind = rng.choice(kinds)
+        self._bad.add(name)
+        try:
+            self._cell.may_repeat += await self._may_repeat(part, kind)
+            match kind:
+                case "slow":
+                    proxy.slow(0.05, 0.05)
+                case "drip":
+                    proxy.drip(DRIP_BYTES_PER_S)
+                case "cut":
+                    proxy.cut()
+                case "freeze":
+                    proxy.freeze()
+                case "half-open":
+                    proxy.half_open()
+                case "lost replies":
+                    for script in FORGETFUL:
+                        proxy.lose_replies(script.sha.encode(), times=2)
+            self._nemesis.note(f"network: {kind}", part.worker, held=None)
+            await asyncio.sleep(rng.uniform(0.5, 1.5 * LEASE_S))
+        finally:
+            proxy.heal()
+            self._bad.discard(name)
         self.done["network"] += 1
 
+    async def _may_repeat(self, part: Part, kind: str) -> int:
+        """Return how many calls may be made again for a bad connection: their worker, or their answer, is lost."""
+        with suppress(RedisError):  # killed at this moment
+            if part.stage == "replica" and kind == "cut":
+                return int(await self._cluster.redis.zcard(keys.RUNNING + self._cluster.url_of(part)))
+            if part.stage == "llm" and kind in {"drip", "freeze", "half-open"}:
+                return len(await self._cluster.in_hand(part))
+        return 0
+
+    def _one_is_well(self) -> bool:
+        """Say whether a replica is left that can answer: without any, jobs rightly fail after their last attempt."""
+        return any(part.name not in self._busy | self._bad for part in self._cluster.of("replica"))
+
     async def sick_replica(self) -> None:
-        """A replica that hangs, refuses or answers nonsense for a while."""
+        """A replica that hangs, refuses or answers nonsense for a while; one at least is well meanwhile."""
         async with self._one_of("replica") as part:
-            if part is not None:
+            if part is not None and self._one_is_well():
                 await self._cluster.behave(part.name, **self._cell.rng.choice(SICK))
                 self._nemesis.note("sick replica", part.name, held=None)
                 await asyncio.sleep(self._cell.rng.uniform(0.5, 4.0))
@@ -176,9 +205,9 @@ class Chaos:
                 self.done["sick replica"] += 1
 
     async def kill_replica(self) -> None:
-        """SIGKILL with calls in hand, and a new life."""
+        """SIGKILL with calls in hand, and a new life; one at least is well meanwhile."""
         async with self._one_of("replica") as part:
-            if part is not None:
+            if part is not None and self._one_is_well():
                 held = await self._cluster.redis.zcard(keys.RUNNING + self._cluster.url_of(part))
                 await part.kill()
                 self._nemesis.note("replica killed", part.name, held=held)
@@ -194,6 +223,9 @@ async def everything_at_once(cell: Cell) -> None:
 
     Up to three at a time, with `appendfsync always`.
     """
+    cell.may_end = {"failed/poison"}  # kills are drawn at random: one entry may see three of its holders die
+    cell.may_refuse = {"ClientConnectorError"}  # both gateways may be dead at the same time
+    cell.may_be_unknown = None  # Redis and gateways are away at any time
     layout = Layout(latency="lognormal:0.2,0.7", gateways=2, fsync="always", proxied=PROXIED)
     async with cell.running(layout) as (cluster, load, nemesis):
         sending = cell.background(load.run(cell.jobs, 60.0))
@@ -209,13 +241,20 @@ MEASURED_SHARE: Final = 0.15
 """Of each half of the long run: its end, without faults, in which memory is measured."""
 
 
-@scenario(21, jobs=206_000, is_long=True)
+LONG_JOBS: Final = 206_000
+LONG_FAULTS: Final = {"kill": 200, "zombie": 20, "redis restart": 5}
+LONG_ACCEPTED: Final = 200_000
+"""Of so many requests, so many faults and acceptances at least; of fewer requests, in proportion."""
+
+
+@scenario(21, jobs=LONG_JOBS, is_long=True)
 async def long_run(cell: Cell) -> None:
     """The long run: two equal halves.
 
-    At least a SIGKILL per 1,000 requests over all stages, a zombie per 10,000, a Redis restart per 40,000, with
-    `appendfsync always`. Memory of Redis and of every process at the end of each half differs by at most 2 %.
+    At least 200,000 of its requests are accepted, amid 200 SIGKILLs over all stages, 20 zombies and 5 restarts of Redis
+    with `appendfsync always`. Memory of Redis and of every process at the end of each half differs by at most 2 %.
     """
+    cell.may_be_unknown = None  # as many as fall into Redis' absences: how many are accepted is demanded below
     layout = Layout(latency="lognormal:0.05,0.5", fsync="always", environ={"PENSTOCK_LLM__SLOTS": "64"})
     mix = {"ask": 3, "background": 3, "foreign": 3, "prompt": 1, "edit": 0.05, "consult": 0.1}
     halves: list[dict[str, float]] = []
@@ -233,6 +272,20 @@ async def long_run(cell: Cell) -> None:
         "growth": growth,
     }
     cell.require(f"memory grows by at most 2 %: {growth}", max(growth.values()) <= 0.02)
+    _require_counts(cell, chaos)
+
+
+def _require_counts(cell: Cell, chaos: Chaos) -> None:
+    """Demand as many acceptances, and as many faults of each kind, as the number of requests calls for."""
+    least = LONG_ACCEPTED * cell.jobs // LONG_JOBS
+    accepted = sum(one.is_accepted for one in cell.requests())
+    cell.require(f"at least {least} are accepted, not {accepted}", accepted >= least)
+    for fault, count in LONG_FAULTS.items():
+        least = count * cell.jobs // LONG_JOBS
+        cell.require(f"at least {least} times {fault}, not {chaos.done[fault]}", chaos.done[fault] >= least)
+    victims = Counter(line["victim"].partition("-")[0] for line in read(cell.faults) if line.get("fault") == "kill")
+    cell.verdict.figures["kills by stage"] = dict(victims)
+    cell.require(f"workers of every stage are killed, not {dict(victims)}", all(victims[stage] for stage in STAGES))
 
 
 async def _harm_evenly(cell: Cell, chaos: Chaos, load: Load, half: int, until: int) -> None:

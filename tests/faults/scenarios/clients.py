@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Awaitable, Callable
@@ -46,6 +47,7 @@ async def same_key_at_once(cell: Cell) -> None:
     is asked once per key, and once more only where the worker that asked was killed.
     """
     job_ids = []
+    cell.may_be_unknown = 0
     async with cell.running(Layout(gateways=2, latency="1")) as (_, load, nemesis):
         sending = cell.background(load.run(cell.jobs, RATE))
         for turn in range(KEYS + 2):
@@ -70,6 +72,8 @@ async def _harm(cell: Cell, nemesis: Nemesis, number: int, heard: list[Json], *,
     job_id = (await _running_call(cluster, number))["request_id"]
     if kills_gateway:
         victim = cell.rng.choice(cluster.of("gateway"))
+        undecided = sum(not (one.ids or one.refused or one.is_unknown) for one in cell.requests())
+        cell.may_be_unknown = undecided + math.ceil(RATE)  # and who comes before its connections are seen to be dead
         nemesis.note("kill", victim.worker, held=VOICES - len(heard))
         await victim.kill()
         await victim.start()
@@ -127,6 +131,7 @@ async def client_leaves(cell: Cell) -> None:
     Their jobs are cancelled and no replica is asked; a running call is aborted within 500 ms, and its lease returned.
     With `on_disconnect: "continue"` or an Idempotency-Key the job goes on.
     """
+    cell.may_end = {"cancelled/cancelled"}  # of those who leave; nobody else is here
     leavers: list[_Leaver] = []
     returned_s: list[float] = []
     async with cell.running(Layout(gateways=2, latency="1.5")) as (cluster, load, nemesis):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 from typing import Final
 
@@ -11,8 +12,9 @@ import orjson
 from pipeline import keys
 from pipeline.settings import WorkerSettings
 from tests.conftest import wait_until
-from tests.faults.cell import Cell
+from tests.faults.cell import RECOVERY_S, Cell
 from tests.faults.cluster import Cluster, Layout, Part
+from tests.faults.history import Told
 from tests.faults.load import Load
 from tests.faults.scenarios import scenario
 from tests.faults.troubled import KILL
@@ -23,6 +25,7 @@ CALM_SHARE: Final = 0.25  # of all requests: sent before there is any poison, to
 KEPT_THROUGHPUT: Final = 0.9
 DEATHS: Final = WorkerSettings().max_deliveries
 BURIED_WITHIN_S: Final = 60.0
+WINDOW_S: Final = 2.0
 
 
 @scenario(10, jobs=1_600)
@@ -30,8 +33,11 @@ async def payload_that_kills(cell: Cell) -> None:
     """A payload that kills its worker, among 15 innocent ones in the same hands.
 
     Only the killer is buried, after `worker.max_deliveries` deaths, and its client hears `failed`, code `poison`; the
-    others are answered, and everybody else keeps 90 % of the throughput from before.
+    others are answered, and everybody else keeps 90 % of the throughput from before. Nobody waits for longer than the
+    work of a killed worker may: of those who were never in the killer's company 99 % have their answer within lease +
+    2 s, and its neighbours within as much for every death.
     """
+    cell.may_end = {"failed/poison"}  # the killer; who else ends so is named below
     troubled = ["tests.faults.troubled", "encoder"]
     layout = Layout(modules={"encoder-1": troubled, "encoder-2": troubled})
     calm = int(cell.jobs * CALM_SHARE)
@@ -55,6 +61,16 @@ async def payload_that_kills(cell: Cell) -> None:
         letters = [orjson.loads(fields[b"data"]) for _, fields in await cluster.redis.xrange(keys.DEAD)]
         deaths = sum(part.generation - 1 for part in cluster.of("encoder"))
     told = {one.n: one for one in cell.requests()}
+    others_s = sorted(_span_s(one) for n, one in told.items() if n > calm and n != killer and n not in innocent)
+    p99_s, neighbours_s = others_s[math.ceil(len(others_s) * 0.99) - 1], max(_span_s(told[n]) for n in innocent)
+    cell.verdict.figures |= {
+        "p99 of the others s": round(p99_s, 2),
+        "slowest neighbour s": round(neighbours_s, 2),
+        "answered in the worst 2 s": _worst_window([one for n, one in told.items() if n > calm]),
+    }
+    cell.require(f"p99 of the others is at most {RECOVERY_S:g} s, not {p99_s:.2f}", p99_s <= RECOVERY_S)
+    most_s = DEATHS * RECOVERY_S
+    cell.require(f"no neighbour waits for more than {most_s:g} s, not {neighbours_s:.2f}", neighbours_s <= most_s)
     cell.verdict.figures |= {"deaths": deaths, "throughput": f"{kept:.1f}/s (usual {usual:.1f}/s)"}
     cell.require(f"workers died {DEATHS} times, not {deaths}", deaths == DEATHS)
     buried = [(letter["reason"], letter["job_id"], letter["deliveries"] - 1) for letter in letters]
@@ -65,6 +81,17 @@ async def payload_that_kills(cell: Cell) -> None:
     failed = [n for n, one in told.items() if n != killer and (one.outcomes or [{}])[0].get("status") != "completed"]
     cell.require(f"all others are answered, but not {failed[:5]}", not failed)
     cell.require(f"the others kept {KEPT_THROUGHPUT:.0%} of their throughput", kept >= KEPT_THROUGHPUT * usual)
+
+
+def _span_s(one: Told) -> float:
+    return (one.ended_s or math.inf) - one.submitted_s
+
+
+def _worst_window(requests: list[Told]) -> int:
+    """Return how many were answered in the two seconds with the fewest answers, while they were sent."""
+    submitted_s, ended_s = [one.submitted_s for one in requests], [one.ended_s for one in requests if one.ended_s]
+    begins_s = range(math.ceil(min(submitted_s)), int(max(submitted_s) - WINDOW_S))
+    return min((sum(begin_s < at_s <= begin_s + WINDOW_S for at_s in ended_s) for begin_s in begins_s), default=0)
 
 
 async def _throughput(load: Load, jobs: int, besides: int = 0) -> float:

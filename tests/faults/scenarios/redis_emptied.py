@@ -26,17 +26,21 @@ async def empty_redis(cell: Cell) -> None:
     """Empty Redis (FLUSHALL) and destroy consumer groups, under load.
 
     A new question is answered within 5 s; no process runs hot. After FLUSHALL every client hears of its loss: who
-    waits, 503 `job_lost`; who asks later, 404 `job_not_found`. A destroyed group alone loses nothing.
+    waits, 503 `job_lost`; who asks later, 404 `job_not_found`; nobody is left in silence. A destroyed group alone
+    loses nothing.
     """
+    cell.may_end = {"lost/job_lost", "lost/job_not_found"}  # of the requests in `may_lose` alone
     # again=0: a foreign sender that repeats itself when its outcome is forgotten gets a second job, and rightly so
     async with cell.running(Layout(latency="0.3"), again=0.0) as (cluster, load, nemesis):
         sending = cell.background(load.run(cell.jobs // 2, RATE))
+        waiting: set[int] = set()
         while True:
             await asyncio.sleep(cell.rng.uniform(1.0, 2.0))
             if sending.done():
                 break
             held = await cluster.live_jobs()
             cell.may_lose.update(load.numbers)
+            waiting.update(_waiting(cell))
             await cluster.redis.flushall()
             load.forget()
             nemesis.note("flushall", "redis", held=held)
@@ -48,17 +52,23 @@ async def empty_redis(cell: Cell) -> None:
             cell.verdict.figures[f"heard {code}"] = load.lost[code]
             cell.require(f"some client heard {code}", load.lost[code] > 0)
         cell.require(f"every client heard of its job, {len(load.open)} did not", not load.open)
-        await load.quiet()
-        await cluster.redis.flushall()
-        await _require_rest(cell, "FLUSHALL")
+        silent = waiting - {one.n for one in cell.requests() if one.outcomes}
+        cell.verdict.figures["waited at a FLUSHALL"] = len(waiting)
+        cell.require(f"who waited heard an answer or job_lost, requests {sorted(silent)[:5]} did not", not silent)
+        cell.require("somebody waited at a FLUSHALL", len(waiting) > 0)
 
     async with cell.running(Layout(latency="0.3")) as (cluster, load, nemesis):
+        await cluster.redis.flushall()  # at rest, and of a cluster whose leftovers are looked at after other faults
+        await _require_rest(cell, "FLUSHALL")
+        await _require_answer(cell, "FLUSHALL at rest")
         sending = cell.background(load.run(cell.jobs // 2, RATE))
         while not sending.done():
             for stage in STAGES:
                 victim = cell.rng.choice(cluster.of(stage))
                 held_entries = await nemesis.freeze_at_work(victim)
-                await _destroy_groups(cluster, stage)
+                pending = await _destroy_groups(cluster, stage)
+                if stage == "llm":  # their calls go on, cannot be settled, and are made again
+                    cell.may_repeat += pending
                 victim.signal(signal.SIGCONT)
                 nemesis.note("destroy", stage, held=len(held_entries))
                 await _require_answer(cell, f"destroying {stage}'s groups")
@@ -70,9 +80,24 @@ async def empty_redis(cell: Cell) -> None:
         await _require_answer(cell, "destroying all groups")
 
 
-async def _destroy_groups(cluster: Cluster, stage: str) -> None:
+def _waiting(cell: Cell) -> list[int]:
+    """Return the requests whose clients wait for an answer on an open connection."""
+    return [
+        one.n
+        for one in cell.requests()
+        if one.kind in {"ask", "consult"} and not (one.ids or one.outcomes or one.refused or one.is_unknown)
+    ]
+
+
+async def _destroy_groups(cluster: Cluster, stage: str) -> int:
+    """Destroy a stage's groups; return how many entries were in hand there at that moment."""
+    pending = 0
     for priority in PRIORITIES:
-        await cluster.redis.xgroup_destroy(keys.stream(stage, priority), stage)
+        stream = keys.stream(stage, priority)
+        async with cluster.redis.pipeline(transaction=True) as pipe:
+            summary, _ = await pipe.xpending(stream, stage).xgroup_destroy(stream, stage).execute()
+        pending += int(summary["pending"])
+    return pending
 
 
 async def _require_answer(cell: Cell, fault: str) -> None:

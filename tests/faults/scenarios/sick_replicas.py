@@ -54,6 +54,9 @@ async def sick_replica(cell: Cell) -> None:
 
     P99 of the rest - requests that the sick one was never asked for - stays within 1.5 times of what it was, few
     requests ever meet the sick one, none fails, and a breaker that opened closes again when its replica is well.
+
+    The breaker of the slow one need not open: it counts failures in a row, and every one of its calls is answered in
+    the end, well within the call's time-out. It is the balancing that shuns it, by the time its answers take.
     """
     hang = _Illness("hang", {"mode": "hang"})
     garbage = _Illness("garbage", {"mode": "garbage"})
