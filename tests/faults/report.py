@@ -93,7 +93,13 @@ def _words(counts: Json) -> str:
 def break_row(line: Json) -> list[str]:
     """Return one break as a row."""
     caught = line["caught_by"]
-    told = "**not caught**" if caught is None else f"scenario {caught['number']}: {'; '.join(caught['broken'])[:160]}"
+    overdue = line.get("overdue")
+    late = f" (scenarios {', '.join(map(str, overdue))} took too long)" if overdue else ""
+    told = (
+        f"**not caught**{late}"
+        if caught is None
+        else f"scenario {caught['number']}: {'; '.join(caught['broken'])[:160]}"
+    )
     return [f"{line['break']}: `{line['was']}` became `{line['became']}` in `{line['file']}`".replace("|", "\\|"), told]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 
 from pipeline import keys
 from pipeline.connection import Link
-from tests.faults import report
+from tests.faults import __main__ as program
+from tests.faults import report, sabotage
 from tests.faults.cell import Cell, Verdict
+from tests.faults.cell import run as run_cell
 from tests.faults.checkers import calls, fencing, leftovers, order, outcomes
 from tests.faults.cluster import samples
 from tests.faults.history import Told, Writer, piece_together, read
@@ -287,6 +290,71 @@ def test_history_is_pieced_together_from_its_file(tmp_path: Path) -> None:
     assert (first.ids, first.is_unknown, first.outcomes) == (["a"], True, [GOOD])
     assert (second.is_accepted, second.is_refused, second.refusals) == (False, True, ["overloaded"])
     assert len(list(read(path))) == 6
+
+
+@pytest.mark.parametrize("one", sabotage.BREAKS, ids=lambda one: one.name)
+def test_line_to_be_broken_is_there_once(one: sabotage.Break) -> None:
+    text = (report.ROOT / one.file).read_text()
+    assert one.became in sabotage.broken(one, text)
+
+
+@pytest.mark.parametrize("words", [["--jobs", "0"], ["--seed", "-1"], ["--slice", "--scenario", "2"], ["--write"]])
+def test_command_line_that_makes_no_sense_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        program.main(words)
+    assert exit_.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("accepted", "kills", "is_enough"), [(5_000, 15, True), (4_999, 15, False), (5_000, 14, False)]
+)
+def test_slice_as_a_whole_must_have_done_enough(accepted: int, kills: int, *, is_enough: bool) -> None:
+    verdicts = [Verdict(1, "one", 1, accepted=accepted - 1, kills=kills), Verdict(2, "another", 1, accepted=1)]
+    assert program.tell_of_the_slice(verdicts, 1.0) == is_enough
+
+
+def test_verdict_is_told_in_short_lines() -> None:
+    verdict = Verdict(1, "one", 1, figures={f"figure {number}": "some words" for number in range(20)})
+    assert all(len(line) <= program.WIDTH for line in program.line(verdict).splitlines())
+
+
+async def test_scenario_that_fails_is_told_with_its_traceback(tmp_path: Path) -> None:
+    async def fails(cell: Cell) -> None:
+        raise RuntimeError("it fell over\nand more")
+
+    verdict = await run_cell(1, "by hand", fails, 1, 1, tmp_path)
+    assert verdict.broken == ["the scenario itself failed: RuntimeError: it fell over"]
+    assert "in fails" in (tmp_path / "scenario.txt").read_text()
+
+
+async def test_scenario_that_hangs_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hangs(cell: Cell) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("tests.faults.cell.LIMIT_S", 0.05)
+    verdict = await run_cell(1, "by hand", hangs, 1, 1, tmp_path)
+    assert verdict.broken == ["the scenario itself failed: it took more than 0.25 s"]
+
+
+def test_matrix_with_a_missing_cell_is_red(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verdicts, page = tmp_path / "verdicts.jsonl", tmp_path / "page.md"
+    cells = [Verdict(number, "one", 1).as_json() for number in report.MATRIX]
+    page.write_text("".join(f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in ("matrix", "breaks")))
+    monkeypatch.setattr(report, "VERDICTS", verdicts)
+    monkeypatch.setattr(report, "PAGE", page)
+    for count, code in ((20, 0), (19, 1)):
+        verdicts.write_bytes(b"".join(orjson.dumps(cell, option=orjson.OPT_APPEND_NEWLINE) for cell in cells[:count]))
+        assert report.main() == code
+    assert "missing: 20" in capsys.readouterr().out
+
+
+def test_consults_that_were_told_of_a_page_are_counted() -> None:
+    some = [{"answer": "The ledger stands at page 7. [1]"}]
+    requests = [Told(1, "consult", "7", 0.0, outcomes=some), Told(2, "consult", "0", 0.0, outcomes=[{"answer": "?"}])]
+    assert order.told_of_a_page(requests) == 1
 
 
 def test_page_is_written_between_its_comments_only() -> None:
