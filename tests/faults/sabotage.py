@@ -47,7 +47,7 @@ class Break:
 BREAKS: Final = (
     Break(
         "owner check", "pipeline/scripts/settle.lua",
-        "return owner == consumer and count == record.count", "return owner ~= nil",
+        "return owner == consumer and count == record.count", "return owner",
     ),
     Break(
         "load lease", "pipeline/scripts/_prelude.lua",
