@@ -6,30 +6,46 @@
     python -m tests.faults --scenario 21            the long run, 15 minutes (see docs/RELIABILITY.md)
     python -m tests.faults --durability             what an accepted job survives; --write puts it into the docs
 
-The exit code is 0 when every cell is green. `--keep` leaves the files of every cell; those of a red one always stay.
+The exit code is 0 when every cell is green, 1 when one is red (or the slice did less than it must), 2 when the command
+line makes no sense, 130 after Ctrl-C. `--keep` leaves the files of every cell; those of a red one always stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import secrets
 import shutil
+import subprocess
 import sys
 import tempfile
+import textwrap
+import time
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Final
 
 import orjson
 import uvloop
 
 from tests.faults import cell, durability
 from tests.faults.cell import Verdict
+from tests.faults.report import ROOT
 from tests.faults.scenarios import Scenario, load_all
 
+WIDTH: Final = 100
+SLICE_ACCEPTS: Final = 5_000
+SLICE_KILLS: Final = 15
+"""What the slice as a whole must have done, or it says too little."""
 
-def main() -> int:
+
+def main(arguments: list[str] | None = None) -> int:
     """Run what the command line asks for; return the exit code."""
     scenarios = load_all()
-    options = _parser(scenarios).parse_args()
+    parser = _parser(scenarios)
+    options = parser.parse_args(arguments)
+    if options.write and not options.durability:
+        parser.error("--write goes with --durability")
     seed = options.seed if options.seed is not None else secrets.randbelow(1_000_000)
     if options.durability:
         table = durability.measure_all(seed)
@@ -41,28 +57,68 @@ def main() -> int:
     wanted = [scenarios[number] for number in chosen]
     if options.slice:
         wanted = [one for one in wanted if one.in_slice]
-    verdicts = []
+    if not wanted:
+        parser.error("nothing to run: none of these scenarios is in the slice")
+    verdicts: list[Verdict] = []
+    began_s = time.monotonic()
     for one in wanted:
         jobs = options.jobs or (one.in_slice if options.slice else one.jobs)
-        verdict = run_cell(one, seed, jobs, keep=options.keep)
+        try:
+            verdict = run_cell(one, seed, jobs, keep=options.keep)
+        except KeyboardInterrupt:
+            return 130
         verdicts.append(verdict)
         if options.json:
+            record = {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), **verdict.as_json()}
             with options.json.open("ab") as file:
-                file.write(orjson.dumps(verdict.as_json(), option=orjson.OPT_APPEND_NEWLINE))
+                file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
         if options.until_red and not verdict.is_green:
             break
     print(summary(verdicts))
-    return 0 if all(verdict.is_green for verdict in verdicts) else 1
+    is_green = all(verdict.is_green for verdict in verdicts)
+    if options.slice and not options.scenario and not options.jobs and len(verdicts) == len(wanted):
+        is_green &= tell_of_the_slice(verdicts, time.monotonic() - began_s)
+    return 0 if is_green else 1
+
+
+def tell_of_the_slice(verdicts: list[Verdict], seconds: float) -> bool:
+    """Say what the slice as a whole has done, and whether that is enough."""
+    accepted, kills = sum(one.accepted for one in verdicts), sum(one.kills for one in verdicts)
+    print(f"the slice took {seconds:.0f} s")
+    claims = {
+        f"the slice has at least {SLICE_ACCEPTS:,} jobs accepted, not {accepted:,}": accepted >= SLICE_ACCEPTS,
+        f"the slice has at least {SLICE_KILLS} kills, not {kills}": kills >= SLICE_KILLS,
+    }
+    for claim, held in claims.items():
+        if not held:
+            print(f"BROKEN {claim}")
+    return all(claims.values())
+
+
+def commit() -> str | None:
+    """Return the commit that is tested, with `+` when there are changes beside it; None where nobody knows."""
+    try:
+        said = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
+            cwd=ROOT, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.stdout.strip()
 
 
 def run_cell(scenario: Scenario, seed: int, jobs: int, *, keep: bool) -> Verdict:
     """Run one cell in a folder of its own, and say how it went."""
     folder = Path(tempfile.mkdtemp(prefix="penstock-faults-", dir="/tmp"))  # short: it holds a unix socket
     print(f"{scenario.number:>2} {scenario.title}: seed {seed}, {jobs} requests", flush=True)
-    verdict = uvloop.run(cell.run(scenario.number, scenario.title, scenario.run, seed, jobs, folder))
-    print("   " + line(verdict), flush=True)
+    try:
+        verdict = uvloop.run(cell.run(scenario.number, scenario.title, scenario.run, seed, jobs, folder))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print(f"   interrupted; its files: {folder}", flush=True)
+        raise KeyboardInterrupt from None
     for claim in verdict.broken:
-        print(f"   BROKEN {claim}", flush=True)
+        print(textwrap.indent(textwrap.fill(f"BROKEN {claim}", WIDTH, subsequent_indent="  "), "   "), flush=True)
+    print(textwrap.indent(line(verdict), "   "), flush=True)
     if verdict.is_green and not keep:
         shutil.rmtree(folder)
     else:
@@ -71,18 +127,26 @@ def run_cell(scenario: Scenario, seed: int, jobs: int, *, keep: bool) -> Verdict
 
 
 def line(verdict: Verdict) -> str:
-    """Return one verdict in one line."""
+    """Return one verdict in a few short lines."""
+    share = "-" if verdict.hit_share is None else f"{verdict.hit_share:.0%}"
     recovered = (
         "-" if verdict.recovered_max_s is None else f"{verdict.recovered_p50_s:.1f}/{verdict.recovered_max_s:.1f} s"
     )
-    return (
+    lines = [
         f"{'green' if verdict.is_green else 'RED'} in {verdict.seconds:.0f} s: accepted {verdict.accepted}, "
         f"lost {verdict.lost}, duplicated {verdict.duplicated}, unseen {verdict.unseen}, wrong {verdict.wrong}, "
-        f"stale {verdict.stale}; {verdict.faults} faults, {verdict.hit_share:.0%} met work; recovered {recovered}; "
-        f"{dict(verdict.by_status)}, refused {verdict.refused}, unknown {verdict.unknown}, "
-        f"stale writes refused {verdict.refusals}, calls repeated {verdict.calls_repeated}"
-        + "".join(f"; {name} {value}" for name, value in verdict.figures.items())
-    )
+        f"stale {verdict.stale}",
+        f"{verdict.faults} faults, {share} met work; recovered {recovered}; refused {verdict.refused}, "
+        f"unknown {verdict.unknown}, calls repeated {verdict.calls_repeated}, stale writes refused {verdict.refusals}",
+    ]
+    more = [_words(verdict.by_status), _words(verdict.endings), _words(verdict.figures)]
+    if told := "; ".join(words for words in more if words):
+        lines.append(told)
+    return "\n".join(textwrap.fill(one, WIDTH, subsequent_indent="  ") for one in lines)
+
+
+def _words(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def summary(verdicts: list[Verdict]) -> str:
@@ -95,6 +159,22 @@ def summary(verdicts: list[Verdict]) -> str:
     return f"{len(verdicts)} cells, " + ", ".join(f"{name} {count}" for name, count in total.items()) + f": {word}"
 
 
+def positive(text: str) -> int:
+    """Return a whole number of at least 1."""
+    return _at_least(1, text)
+
+
+def natural(text: str) -> int:
+    """Return a whole number of at least 0."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"a whole number of at least {least}, not {text!r}")
+    return int(text)
+
+
 def _parser(scenarios: dict[int, Scenario]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="just faults", description="Harm a running system and check what it promises."
@@ -102,8 +182,8 @@ def _parser(scenarios: dict[int, Scenario]) -> argparse.ArgumentParser:
     parser.add_argument(
         "--scenario", type=int, action="append", choices=list(scenarios), help="only this one; repeatable"
     )
-    parser.add_argument("--seed", type=int, help="of every choice; printed, so that a run can be repeated")
-    parser.add_argument("--jobs", type=int, help="requests of each cell")
+    parser.add_argument("--seed", type=natural, help="of every choice; printed, so that a run can be repeated")
+    parser.add_argument("--jobs", type=positive, help="requests of each cell")
     parser.add_argument("--slice", action="store_true", help="the cells that continuous integration runs")
     parser.add_argument("--until-red", action="store_true", help="stop at the first cell that is not green")
     parser.add_argument("--json", type=Path, help="append the verdicts to this file, one line each")

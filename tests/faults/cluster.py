@@ -39,6 +39,9 @@ LEASE_S: Final = 3.0
 """Short, so that a run sees many leases lapse; every bound below is told in leases."""
 READY_S: Final = 60.0
 STOP_S: Final = 30.0
+METRICS_WITHIN: Final = aiohttp.ClientTimeout(total=5.0)
+METRICS_PATIENCE_S: Final = 10.0
+"""As long as a process may take to start, and one that was frozen or blocked to answer again."""
 PORTS: Final = range(20_000, 30_000)
 STAGES: Final = ("encoder", "retriever", "llm")
 
@@ -69,6 +72,19 @@ class Layout:
     proxied: frozenset[str] = frozenset()
     modules: Mapping[str, Sequence[str]] = field(default_factory=dict)
     wrap: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+def samples(text: str, name: str = "") -> dict[str, float]:
+    """Return what an exposition says, by metric with its labels.
+
+    Raises:
+        LookupError: it does not know the metric *name*. One with labels that has never counted is known: that is 0.
+    """
+    family = name.removesuffix("_total")  # OpenMetrics names the family, the older format the samples
+    if name and not any(text.find(f"# HELP {known} ") >= 0 for known in (name, family)):
+        raise LookupError(f"there is no metric {name}")
+    lines = [line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#")]
+    return {key: float(value) for key, _, value in lines}
 
 
 class Part:
@@ -276,6 +292,29 @@ class Cluster:
             raise
         return self
 
+    async def server_version(self) -> str:
+        """Return which server this is, with its version."""
+        about = await self.redis.info("server")
+        if "valkey_version" in about:
+            return f"Valkey {about['valkey_version']}"
+        return f"Redis {about['redis_version']}"
+
+    async def mend(self) -> None:
+        """Undo what a scenario may have left standing when it failed: thaw, start and connect everything."""
+        for part in self.parts.values():
+            if part.lives:
+                with suppress(ProcessLookupError):
+                    part.signal(signal.SIGCONT)
+        for proxy in self.proxies.values():
+            proxy.heal()
+        for part in self.parts.values():
+            if not part.lives:
+                with suppress(AssertionError):  # the scenario was just about to
+                    await part.start()
+        await self.redis.config_set("maxmemory", 0)
+        await self.until_ready()
+        await self.behave(mode="normal", status=None, fail_rate=0.0)
+
     async def __aexit__(self, *_: object) -> None:
         for part in self.parts.values():
             if part.lives:
@@ -398,20 +437,38 @@ class Cluster:
     async def metrics(self, part: Part) -> dict[str, float]:
         """Return what a process says of itself, by metric with its labels; nothing while nobody listens."""
         try:
-            async with self.http.get(f"{self.url_of(part)}/metrics") as answer:
-                text = await answer.text()
+            return samples(await self._metrics_text(part))
         except (aiohttp.ClientError, TimeoutError):
             return {}
-        lines = [line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#")]
-        return {name: float(value) for name, _, value in lines}
+
+    async def _metrics_text(self, part: Part) -> str:
+        async with self.http.get(f"{self.url_of(part)}/metrics", timeout=METRICS_WITHIN) as answer:
+            answer.raise_for_status()
+            return await answer.text()
 
     async def metric(self, name: str, *parts: Part) -> float:
-        """Return the sum of a metric over all its labels and over some processes (all workers where none is named)."""
+        """Return the sum of a metric over all its labels and over some processes (unless named, all living workers).
+
+        Raises:
+            LookupError: a process has no such metric.
+            ConnectionError: it does not answer, and goes on living.
+        """
         total = 0.0
-        for part in parts or self.workers:
-            values = await self.metrics(part)
+        for part in parts or [part for part in self.workers if part.lives]:
+            values = samples(await self._listen(part), name)
             total += sum(value for key, value in values.items() if key == name or key.startswith(name + "{"))
         return total
+
+    async def _listen(self, part: Part) -> str:
+        """Return all metrics of a process, patiently while it starts."""
+        give_up_s = time.monotonic() + METRICS_PATIENCE_S
+        while True:
+            try:
+                return await self._metrics_text(part)
+            except (aiohttp.ClientError, TimeoutError) as error:
+                if time.monotonic() > give_up_s:
+                    raise ConnectionError(f"{part!r} does not tell its metrics: {type(error).__name__}") from error
+            await asyncio.sleep(0.1)
 
     async def in_hand(self, part: Part) -> list[tuple[str, bytes]]:
         """Return the entries (stream, id) that the present life of a worker holds, as Redis has it."""

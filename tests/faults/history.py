@@ -7,6 +7,8 @@ clients:
     {"at_s", "event": "accepted", "n", "id"}                       the client heard yes
     {"at_s", "event": "refused", "n", "code"}                      the client heard no: nothing may come of it
     {"at_s", "event": "unknown", "n", "code"}                      the client heard nothing: it may have been accepted
+    {"at_s", "event": "gave_up", "n", "is_quiet"}                  the run was over before the client heard anything
+    {"at_s", "event": "client_crashed", "n", "code"}               what it heard, the client could not make sense of
     {"at_s", "event": "outcome", "n", "id", "outcome": {...}}      what the client was told; seen again: once more
     {"at_s", "event": "spans", "n", "spans": {...}}                `timings_ms` as a gateway answered them
 
@@ -68,6 +70,9 @@ class Told:
     Attributes:
         ids: every job id that this request was accepted under; more than one is a fault of ours.
         outcomes: everything they were told of how it ended, in order.
+        refusals: the code of every refusal; a client that sends again may hear several.
+        gave_up: whether a client stopped waiting; is_unseen: though all had become quiet before.
+        crashed: what a client could not make sense of, None without such.
         accepted_s, ended_s: when they first heard of either, on the monotonic clock.
     """
 
@@ -77,8 +82,11 @@ class Told:
     submitted_s: float
     ids: list[str] = field(default_factory=list)
     outcomes: list[Json] = field(default_factory=list)
-    refused: str | None = None
+    refusals: list[str] = field(default_factory=list)
     is_unknown: bool = False
+    gave_up: bool = False
+    is_unseen: bool = False
+    crashed: str | None = None
     accepted_s: float | None = None
     ended_s: float | None = None
 
@@ -86,6 +94,16 @@ class Told:
     def is_accepted(self) -> bool:
         """Whether the clients heard yes."""
         return bool(self.ids)
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the clients heard no and nothing else: no work may come of it."""
+        return bool(self.refusals) and not self.is_accepted and not self.is_doubtful
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether it may have been accepted without the clients' knowledge."""
+        return not self.is_accepted and (self.is_unknown or self.gave_up)
 
 
 def piece_together(path: Path) -> list[Told]:
@@ -102,9 +120,14 @@ def piece_together(path: Path) -> list[Told]:
                     told.ids.append(line["id"])
                 told.accepted_s = told.accepted_s or line["at_s"]
             case "refused":
-                told.refused = line["code"]
+                told.refusals.append(line["code"])
             case "unknown":
                 told.is_unknown = True
+            case "gave_up":
+                told.gave_up = True
+                told.is_unseen = line["is_quiet"]
+            case "client_crashed":
+                told.crashed = line["code"]
             case "outcome":
                 told.outcomes.append(line["outcome"])
                 told.ended_s = told.ended_s or line["at_s"]

@@ -22,7 +22,9 @@ import asyncio
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
+from contextlib import suppress
+from itertools import takewhile
 from random import Random
 from typing import Any, Final
 
@@ -39,7 +41,10 @@ LOOK_AT_ONCE: Final = 500
 AGAIN_AFTER_S: Final = 2 * LEASE_S
 """When an outcome is read for the second time: after any frozen worker has woken up and tried its worst."""
 PATIENCE_S: Final = 45.0
-"""How long a keyed client goes on sending, and how long the quiet phase waits for outcomes that are still missing."""
+"""How long a keyed client goes on sending."""
+QUIET_S: Final = 75.0
+"""How long the quiet phase waits for what is still missing: longer than a question lives (60 s), so that whoever asked
+has heard something, be it that the deadline is over."""
 
 KEPT_BY: Final = {
     "heron": "amber", "otter": "bronze", "lynx": "copper", "raven": "crimson", "badger": "ivory", "falcon": "jade",
@@ -55,6 +60,8 @@ class Load:
     """Clients of one cluster.
 
     Args:
+        rng: who asks what.
+        clients: what depends on when an answer comes: how long clients wait, and which of them send again.
         mix: kinds of clients and how many of each there are, in proportion.
         again: share of foreign entries that are sent once more after their outcome.
         fields: further fields of every query (`priority`, `timeout_s`).
@@ -72,6 +79,7 @@ class Load:
         cluster: Cluster,
         writer: Writer,
         rng: Random,
+        clients: Random,
         mix: Mix = EVERYBODY,
         *,
         again: float = 0.1,
@@ -88,6 +96,7 @@ class Load:
         self._cluster = cluster
         self._writer = writer
         self._rng = rng
+        self._clients = clients
         self._kinds, self._weights = list(mix), list(mix.values())
         self._again = again
         self._fields = dict(fields or {})
@@ -98,6 +107,7 @@ class Load:
         self._editing = asyncio.Lock()
         self._edits: dict[str, int] = {}  # versions under way: job id and page
         self._page = 0  # of the newest version that is done
+        self._is_quiet = False  # all was waited for: whoever has heard nothing now will hear nothing
 
     @property
     def numbers(self) -> range:
@@ -137,6 +147,7 @@ class Load:
             fields: of the query's body; `key` is the Idempotency-Key of an `ask`.
         """
         self.sent += 1
+        self._is_quiet = False
         number = self.sent
         subject = str(self._page) if kind in {"edit", "consult"} else self._rng.choice(list(KEPT_BY))
         self._writer.write("submitted", n=number, kind=kind, subject=subject)
@@ -146,13 +157,19 @@ class Load:
         }  # fmt: skip
         work = kinds.get(kind, self._add)
         text = question(number, subject) + self._padding + suffix
-        self._spawn(work(number, kind, text, self._fields | fields), f"client {number}")
+        self._spawn(work(number, kind, text, self._fields | fields), number)
         return number
 
-    def _spawn(self, work: Any, name: str = "sender") -> None:
-        task = asyncio.create_task(work, name=name)
+    def _spawn(self, work: Awaitable[object], number: int, name: str = "client") -> None:
+        task = asyncio.create_task(self._live(work, number), name=f"{name} {number}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _live(self, work: Awaitable[object], number: int) -> None:
+        try:
+            await work
+        except Exception as error:  # noqa: BLE001 - a client's outermost edge: the history tells, and the judge reads it
+            self._writer.write("client_crashed", n=number, code=f"{type(error).__name__}: {error}"[:200])
 
     def chorus(self, voices: int, key: str, heard: list[Json]) -> int:
         """Ask one question *voices* times at once under one Idempotency-Key, each voice until it hears an answer.
@@ -169,10 +186,10 @@ class Load:
 
         async def voice() -> None:
             while not await self._post(number, body, key, heard):
-                await asyncio.sleep(self._rng.uniform(0.1, 0.5))
+                await asyncio.sleep(self._clients.uniform(0.1, 0.5))
 
         for _ in range(voices):
-            self._spawn(voice())
+            self._spawn(voice(), number, "voice")
         return number
 
     def leave(self, number: int, job_id: str) -> None:
@@ -194,7 +211,7 @@ class Load:
         body = {"query": text, "background": True, **fields}
         give_up_s = time.monotonic() + PATIENCE_S
         while not await self._post(number, body, key=f"request-{number}") and time.monotonic() < give_up_s:
-            await asyncio.sleep(self._rng.uniform(0.1, 0.5))
+            await asyncio.sleep(self._clients.uniform(0.1, 0.5))
 
     async def _edit(self, number: int, kind: str, text: str, fields: Json) -> None:
         body = {"id": "ledger", "text": f"The ledger stands at page {number}."}
@@ -203,7 +220,7 @@ class Load:
             while not await self._post(number, body, key=f"edit-{number}", path="/documents"):
                 if time.monotonic() > give_up_s:
                     return
-                await asyncio.sleep(self._rng.uniform(0.1, 0.5))
+                await asyncio.sleep(self._clients.uniform(0.1, 0.5))
 
     async def _post(
         self, number: int, body: Json, key: str = "", heard: list[Json] | None = None, path: str = "/query"
@@ -216,7 +233,11 @@ class Load:
             url = urls[(self._turn + attempt) % len(urls)]
             try:
                 async with self._cluster.http.post(url + path, json=body, headers=headers) as answer:
-                    reply = orjson.loads(await answer.read())
+                    text = await answer.read()
+                    try:
+                        reply = orjson.loads(text)
+                    except orjson.JSONDecodeError:
+                        raise ValueError(f"HTTP {answer.status} with {text[:80]!r}") from None
                     is_decided = self._heard(number, answer.status, reply)
                     if is_decided and heard is not None:
                         heard.append(reply)
@@ -224,7 +245,7 @@ class Load:
             except aiohttp.ClientConnectorError as error:
                 if attempt == len(urls) - 1:
                     self._writer.write("refused", n=number, code=type(error).__name__)
-            except (aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError) as error:
+            except (aiohttp.ClientError, TimeoutError) as error:
                 self._writer.write("unknown", n=number, code=type(error).__name__)
                 return False
         return False
@@ -235,12 +256,14 @@ class Load:
         if job_id is not None:
             self._writer.write("accepted", n=number, id=job_id)
             if status == 200:
-                outcome = {name: body[name] for name in ("worker", "replica", "answer")}
+                outcome = {name: body.get(name) for name in ("worker", "replica", "answer")}
                 self._ended(number, job_id, "ask", {"status": "completed", **outcome})
                 self._writer.write("spans", n=number, spans=body["timings_ms"])
             elif code == "job_lost":
                 self._ended(number, job_id, "ask", {"status": "lost", "code": code})
             else:  # accepted, or ended otherwise than well: the completion says how
+                if status == 500:
+                    self._writer.write("client_crashed", n=number, code=f"HTTP 500 {code}")
                 if "id" in body:
                     self._edits[job_id] = number
                 self._open[job_id] = number
@@ -271,14 +294,14 @@ class Load:
     async def look_forever(self) -> None:
         """Look for outcomes, and for those found once more a while later; until cancelled."""
         while True:
-            due = []
-            while self._once_more and self._once_more[0][0] <= time.monotonic():
-                due.append(self._once_more.popleft())
-            try:
+            now_s = time.monotonic()
+            with suppress(RedisError):  # away: nothing is known, and nothing is noted
                 await self._look({job_id: (number, "") for job_id, number in list(self._open.items())})
+                due = list(takewhile(lambda look: look[0] <= now_s, self._once_more))  # noqa: B023
                 await self._look({job_id: (number, kind) for _, job_id, number, kind in due})
-            except RedisError:  # away: nothing is known, and nothing is noted
-                self._once_more.extendleft(reversed(due))
+                for look in due:  # only now: until it was read again, the quiet phase waits for it
+                    if self._once_more and self._once_more[0] == look:
+                        self._once_more.popleft()
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _look(self, wanted: Mapping[str, tuple[int, str]]) -> None:
@@ -307,8 +330,8 @@ class Load:
         else:
             self._once_more.append((time.monotonic() + AGAIN_AFTER_S, job_id, number, "again"))
         is_foreign = job_id.startswith(("foreign-", "prompt-"))
-        if is_foreign and self._rng.random() < self._again:
-            self._spawn(self._send_again(job_id))
+        if is_foreign and self._clients.random() < self._again:
+            self._spawn(self._send_again(job_id), number, "sender")
 
     async def _send_again(self, job_id: str) -> None:
         stage, body = (
@@ -337,17 +360,21 @@ class Load:
         """Read no outcome seen so far a second time: none of them is there any more."""
         self._once_more.clear()
 
-    async def quiet(self, patience_s: float = PATIENCE_S) -> None:
-        """Wait until every accepted job has its outcome, at most for *patience_s*, and each was read twice."""
+    async def quiet(self, patience_s: float = QUIET_S) -> None:
+        """Wait until every client has heard, at most for *patience_s*, and each outcome was read twice."""
         give_up_s = time.monotonic() + patience_s
         while (self._tasks or self._open) and time.monotonic() < give_up_s:
             await asyncio.sleep(LOOK_EVERY_S)
         while self._once_more and time.monotonic() < give_up_s + 2 * AGAIN_AFTER_S:
             await asyncio.sleep(LOOK_EVERY_S)
+        self._is_quiet = True
 
     async def close(self) -> None:
-        """Stop all clients."""
+        """Stop all clients; those that still wait for something give up."""
         for task in list(self._tasks):
+            name, _, number = task.get_name().partition(" ")
+            if name != "sender":
+                self._writer.write("gave_up", n=int(number), is_quiet=self._is_quiet)
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 

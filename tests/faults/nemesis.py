@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from redis.exceptions import RedisError
@@ -22,6 +24,17 @@ WATCH_EVERY_S: Final = 0.02
 WATCH_FOR_S: Final = 60.0
 
 Held = list[tuple[str, bytes]]
+
+
+@contextmanager
+def _thawed_on_error(part: Part) -> Iterator[None]:
+    """Leave nobody frozen because something else went wrong."""
+    try:
+        yield
+    except BaseException:
+        if part.lives:
+            part.signal(signal.SIGCONT)
+        raise
 
 
 class Nemesis:
@@ -47,7 +60,8 @@ class Nemesis:
         give_up_s = time.monotonic() + TRY_FOR_S
         while True:
             part.signal(signal.SIGSTOP)
-            held = await self._cluster.in_hand(part)
+            with _thawed_on_error(part):
+                held = await self._cluster.in_hand(part)
             if len(held) >= least or time.monotonic() > give_up_s:
                 return held
             part.signal(signal.SIGCONT)
@@ -72,11 +86,13 @@ class Nemesis:
     async def make_zombie(self, part: Part, for_s: float, least: int = 1) -> int:
         """Freeze a worker at work for *for_s*, let others take over, thaw it; return how many entries it had lost."""
         held = await self.freeze_at_work(part, least)
-        frozen_s = time.monotonic()
-        self.watch(held, part.worker)
-        await asyncio.sleep(for_s)
-        lost = [entry for entry in held if await self._cluster.owner(*entry) != part.worker]
-        ids = await self._cluster.job_ids(lost)
+        with _thawed_on_error(part):
+            frozen_s = time.monotonic()
+            id_of = await self._ids(held)  # now: an entry that another has settled meanwhile tells nothing any more
+            self.watch(held, part.worker)
+            await asyncio.sleep(for_s)
+            lost = [entry for entry in held if await self._cluster.owner(*entry) != part.worker]
+            ids = [id_of[entry] for entry in lost if entry in id_of]
         part.signal(signal.SIGCONT)
         self.note(
             "zombie",
@@ -87,6 +103,11 @@ class Nemesis:
             frozen_s=round(time.monotonic() - frozen_s, 3),
         )
         return len(lost)
+
+    async def _ids(self, held: Held) -> dict[tuple[str, bytes], str]:
+        """Return the job ids in some entries; one that is gone already has none."""
+        found = [(entry, await self._cluster.job_ids([entry])) for entry in held]
+        return {entry: ids[0] for entry, ids in found if ids}
 
     def watch(self, held: Held, dead: str) -> None:
         """Measure from now on how long these entries stay in the hands of *dead*."""

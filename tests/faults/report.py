@@ -19,6 +19,7 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 VERDICTS: Final = ROOT / "docs" / "reliability.jsonl"
 PAGE: Final = ROOT / "docs" / "RELIABILITY.md"
 LONG: Final = 21
+MATRIX: Final = range(1, LONG)
 
 COLUMNS: Final = (
     "#", "Scenario", "Seed", "Accepted", "Kills", "Faults", "met work", "Lost", "Duplicated", "Unseen", "Wrong",
@@ -38,8 +39,12 @@ def main() -> int:
     page = put(page, "breaks", table(("What was broken", "Caught by"), [break_row(line) for line in breaks.values()]))
     PAGE.write_text(page)
     red = [str(number) for number, line in cells.items() if not line["green"]]
-    print(f"{len(cells)} cells, {len(breaks)} breaks; red: {', '.join(red) or 'none'}")
-    return 1 if red else 0
+    missing = [str(number) for number in MATRIX if number not in cells]
+    print(
+        f"{len(cells)} cells, {len(breaks)} breaks; red: {', '.join(red) or 'none'}; "
+        f"missing: {', '.join(missing) or 'none'}"
+    )
+    return 1 if red or missing else 0
 
 
 def row(cell: Json) -> list[str]:
@@ -88,7 +93,13 @@ def _words(counts: Json) -> str:
 def break_row(line: Json) -> list[str]:
     """Return one break as a row."""
     caught = line["caught_by"]
-    told = "**not caught**" if caught is None else f"scenario {caught['number']}: {'; '.join(caught['broken'])[:160]}"
+    overdue = line.get("overdue")
+    late = f" (scenarios {', '.join(map(str, overdue))} took too long)" if overdue else ""
+    told = (
+        f"**not caught**{late}"
+        if caught is None
+        else f"scenario {caught['number']}: {'; '.join(caught['broken'])[:160]}"
+    )
     return [f"{line['break']}: `{line['was']}` became `{line['became']}` in `{line['file']}`".replace("|", "\\|"), told]
 
 

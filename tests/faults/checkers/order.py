@@ -12,6 +12,15 @@ from tests.faults.history import Told
 from tests.faults.load import page_in
 
 
+def told_of_a_page(requests: Iterable[Told]) -> int:
+    """Return how many were told of some page: without any, the check below says nothing."""
+    return sum(
+        any(page_in(outcome.get("answer") or "") > 0 for outcome in told.outcomes)
+        for told in requests
+        if told.kind == "consult"
+    )
+
+
 def check(requests: Iterable[Told]) -> list[int]:
     """Return the requests that were told of an older version than one that was done before they were sent."""
     return [
