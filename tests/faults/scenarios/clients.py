@@ -72,7 +72,7 @@ async def _harm(cell: Cell, nemesis: Nemesis, number: int, heard: list[Json], *,
     job_id = (await _running_call(cluster, number))["request_id"]
     if kills_gateway:
         victim = cell.rng.choice(cluster.of("gateway"))
-        undecided = sum(not (one.ids or one.refused or one.is_unknown) for one in cell.requests())
+        undecided = sum(not (one.ids or one.refusals or one.is_unknown) for one in cell.requests())
         cell.may_be_unknown = undecided + math.ceil(RATE)  # and who comes before its connections are seen to be dead
         nemesis.note("kill", victim.worker, held=VOICES - len(heard))
         await victim.kill()

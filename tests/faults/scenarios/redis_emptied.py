@@ -85,7 +85,7 @@ def _waiting(cell: Cell) -> list[int]:
     return [
         one.n
         for one in cell.requests()
-        if one.kind in {"ask", "consult"} and not (one.ids or one.outcomes or one.refused or one.is_unknown)
+        if one.kind in {"ask", "consult"} and not (one.ids or one.outcomes or one.refusals or one.is_unknown)
     ]
 
 
