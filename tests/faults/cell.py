@@ -40,7 +40,7 @@ LIMIT_S: Final = 300.0
 LIMIT_PER_JOB_S: Final = 0.2  # four times what the slowest sender takes for one
 LONGEST_S: Final = 3600.0
 """How long a cell may take: some minutes, more for many requests, an hour at most. What hangs is red, and ends."""
-CALM_WITHIN_S: Final = 240.0
+CALM_WITHIN_S: Final = 300.0
 """Longer than the quiet phase can take while Redis answers."""
 
 
@@ -239,6 +239,8 @@ class Cell:
         """Do so after a scenario that failed half-way, so that what it left standing is not taken for lost."""
         if self.is_over_time and (task := asyncio.current_task()) is not None:
             task.uncancel()  # or no time limit within the quiet phase would be told from that of the cell
+        elif self.limit is not None:
+            self.limit.reschedule(None)  # or what failed would be told as a lack of time
         for work in self._background:
             work.cancel()
         try:

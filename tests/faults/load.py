@@ -42,9 +42,9 @@ AGAIN_AFTER_S: Final = 2 * LEASE_S
 """When an outcome is read for the second time: after any frozen worker has woken up and tried its worst."""
 PATIENCE_S: Final = 45.0
 """How long a keyed client goes on sending."""
-QUIET_S: Final = 75.0
-"""How long the quiet phase waits for what is still missing: longer than a question lives (60 s), so that whoever asked
-has heard something, be it that the deadline is over."""
+QUIET_S: Final = 150.0
+"""How long the quiet phase waits for what is still missing: longer than a question lives (60 s) and than a call for a
+prompt may hang (120 s), so that everybody has heard something, be it that the deadline is over."""
 
 KEPT_BY: Final = {
     "heron": "amber", "otter": "bronze", "lynx": "copper", "raven": "crimson", "badger": "ivory", "falcon": "jade",
