@@ -235,8 +235,11 @@ async def ingest(client: Client, found: Sequence[File | Skipped], on_result: Cal
         async with asyncio.TaskGroup() as tasks:
             for number in range(IN_FLIGHT):
                 tasks.create_task(take(), name=f"ingest {number}")
-    except* (GatewayUnreachable, GatewayRefused) as group:
-        raise _first(group) from None
+    except ExceptionGroup as group:  # not `except*`: before Python 3.11.4 it wraps what is raised in it once more
+        ends_it_all = group.subgroup((GatewayUnreachable, GatewayRefused))
+        if ends_it_all is None:
+            raise
+        raise _first(ends_it_all) from None
     return report
 
 

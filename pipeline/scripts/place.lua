@@ -17,13 +17,21 @@ local function size(command, key)
   return type(reply) == 'number' and reply or nil
 end
 
-local urls, running, free, is_sound, at = {}, {}, {}, {}, 5
+-- The caller's picture may be older than a breaker that has just opened, or that lets one probe through by now.
+local function slots_now(slots, open_until_ms)
+  open_until_ms = tonumber(open_until_ms or '') or 0
+  if open_until_ms * 1000 > now_us then return 0 end
+  return open_until_ms > 0 and math.min(slots, 1) or slots
+end
+
+local urls, running, free, health, is_sound, at = {}, {}, {}, {}, {}, 5
 for i = 1, count do
   local url = ARGV[at]
   urls[i] = url
   running[i] = size('ZCARD', KEY.running .. url)
+  health[i] = redis.pcall('HMGET', KEY.health .. url, 'us_per_token', 'tokens', 'open_until_ms', 'seen_ms')
   is_sound[url] = running[i] and size('ZCARD', KEY.leases .. url) and true or false
-  free[i] = is_sound[url] and tonumber(ARGV[at + 1]) - running[i] or 0
+  free[i] = is_sound[url] and slots_now(tonumber(ARGV[at + 1]), health[i][3]) - running[i] or 0
   at = at + 2
 end
 
@@ -99,10 +107,10 @@ end
 if unreadable and #taken == 0 then error(unreadable .. ' should be a stream') end
 local answer = {digits(now_us), waiting - #taken / 4}
 for i = 1, count do
-  local health = redis.pcall('HMGET', KEY.health .. urls[i], 'us_per_token', 'tokens', 'open_until_ms', 'seen_ms')
+  local known = health[i]
   answer[#answer + 1] = {
     is_sound[urls[i]] and running[i] or -1, is_sound[urls[i]] and call('ZCARD', KEY.leases .. urls[i]) or 0,
-    health[1] or '', health[2] or '', health[3] or '0', health[4] or '0',
+    known[1] or '', known[2] or '', known[3] or '0', known[4] or '0',
   }
 end
 for _, value in ipairs(taken) do answer[#answer + 1] = value end

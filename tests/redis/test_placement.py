@@ -323,6 +323,21 @@ async def test_foreign_running_place_is_respected(link: Link, settings: Settings
         assert len((await owner.streams.place([Replica(FIRST, slots=1)], [[FIRST]])).entries) == 1
 
 
+@pytest.mark.parametrize(("open_for_ms", "running", "taken"), [(60_000, 0, 0), (-1, 0, 1), (-1, 1, 0)])
+async def test_breaker_is_obeyed_whatever_the_caller_last_saw(
+    link: Link, settings: Settings, front: Front, open_for_ms: int, running: int, taken: int
+) -> None:
+    """It opened a moment ago: nothing is placed there. Its time is over: one probe, and no more."""
+    async with Hand(settings, "a", "llm", placed=True) as owner:
+        await front.submit(prompt(front))
+        await link.call("HSET", keys.HEALTH + FIRST, "open_until_ms", front.clock.now_ms() + open_for_ms)
+        if running:
+            await link.call("ZADD", keys.RUNNING + FIRST, 1, "elsewhere")
+        placed = await owner.streams.place([Replica(FIRST, slots=4)], [[FIRST]])
+        assert len(placed.entries) == taken
+        await link.call("DEL", keys.HEALTH + FIRST, keys.RUNNING + FIRST)
+
+
 async def test_replica_that_hangs_is_found_out_by_jobs_shorter_than_the_call_limit(
     link: Link, settings: Settings, front: Front
 ) -> None:
