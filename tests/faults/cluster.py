@@ -13,11 +13,11 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 import aiohttp
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -72,6 +72,14 @@ class Layout:
     proxied: frozenset[str] = frozenset()
     modules: Mapping[str, Sequence[str]] = field(default_factory=dict)
     wrap: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+class Holding(NamedTuple):
+    """An entry in somebody's hands, and how often it was delivered until then."""
+
+    stream: str
+    entry_id: bytes
+    deliveries: int
 
 
 def samples(text: str, name: str = "") -> dict[str, float]:
@@ -388,21 +396,17 @@ class Cluster:
     async def until_ready(self) -> None:
         """Wait until every gateway says that questions can be answered."""
         for url in self.gateway_urls:
-            await wait_until(lambda url=url: self._is_ready(url), timeout_s=READY_S, every_s=0.05)  # type: ignore[misc]
+            await wait_until(lambda url=url: self._is_well(f"{url}/readyz"), timeout_s=READY_S, every_s=0.05)  # type: ignore[misc]
         for part in self.workers:
             await self.until_works(part)
 
     async def listens(self, part: Part) -> bool:
         """Say whether a gateway or a replica answers HTTP."""
-        try:
-            async with self.http.get(f"{self.url_of(part)}/livez") as answer:
-                return answer.status == 200
-        except aiohttp.ClientError:
-            return False
+        return await self._is_well(f"{self.url_of(part)}/livez")
 
-    async def _is_ready(self, url: str) -> bool:
+    async def _is_well(self, url: str) -> bool:
         try:
-            async with self.http.get(f"{url}/readyz") as answer:
+            async with self.http.get(url) as answer:
                 return answer.status == 200
         except aiohttp.ClientError:
             return False
@@ -470,35 +474,33 @@ class Cluster:
                     raise ConnectionError(f"{part!r} does not tell its metrics: {type(error).__name__}") from error
             await asyncio.sleep(0.1)
 
-    async def in_hand(self, part: Part) -> list[tuple[str, bytes]]:
-        """Return the entries (stream, id) that the present life of a worker holds, as Redis has it."""
+    async def in_hand(self, part: Part) -> list[Holding]:
+        """Return the entries that the present life of a worker holds, as Redis has it."""
         held = []
         for priority in PRIORITIES:
             stream = keys.stream(part.stage, priority)
             for consumer in await self.redis.xinfo_consumers(stream, part.stage):
                 if consumer["name"].decode().startswith(part.worker + ":") and consumer["pending"]:
                     rows = await self.redis.xpending_range(stream, part.stage, "-", "+", 1000, consumer["name"])
-                    held += [(stream, row["message_id"]) for row in rows]
+                    held += [Holding(stream, row["message_id"], row["times_delivered"]) for row in rows]
         return held
 
-    async def owner(self, stream: str, entry: bytes) -> str | None:
+    async def owner(self, stream: str, entry_id: bytes) -> str | None:
         """Return the worker name (`llm-1.3`) that holds an entry; None when nobody does, or the entry is gone."""
         group = stream.removeprefix("job:").split("_in")[0]
-        rows = await self.redis.xpending_range(stream, group, entry, entry, 1)
+        rows = await self.redis.xpending_range(stream, group, entry_id, entry_id, 1)
         return rows[0]["consumer"].decode().partition(":")[0] if rows else None
 
-    async def deliveries(self, stream: str, entry: bytes) -> int:
-        """Return how often an entry was delivered; 0 when it is in nobody's hands."""
-        group = stream.removeprefix("job:").split("_in")[0]
-        rows = await self.redis.xpending_range(stream, group, entry, entry, 1)
-        return int(rows[0]["times_delivered"]) if rows else 0
+    async def lost(self, held: Iterable[Holding], part: Part) -> list[Holding]:
+        """Return which entries a worker holds no longer."""
+        return [one for one in held if await self.owner(one.stream, one.entry_id) != part.worker]
 
-    async def job_ids(self, held: Sequence[tuple[str, bytes]]) -> list[str]:
-        """Return the ids of the jobs in some entries that are still there."""
-        found = []
-        for stream, entry in held:
-            for _, fields in await self.redis.xrange(stream, entry, entry):
-                found.append(fields[b"data"].split(b'"', 8)[5].decode())
+    async def job_ids(self, held: Iterable[Holding]) -> dict[Holding, str]:
+        """Return the ids of the jobs in some entries; one that is gone already has none."""
+        found = {}
+        for one in held:
+            for _, fields in await self.redis.xrange(one.stream, one.entry_id, one.entry_id):
+                found[one] = fields[b"data"].split(b'"', 8)[5].decode()
         return found
 
     async def live_jobs(self) -> int:

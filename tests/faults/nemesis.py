@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
 from redis.exceptions import RedisError
 
-from tests.faults.cluster import Cluster, Part
+from pipeline.settings import WorkerSettings
+from tests.faults.cluster import Cluster, Holding, Part
 from tests.faults.history import Writer
 
 TRY_FOR_S: Final = 3.0
@@ -23,7 +24,8 @@ TRY_FOR_S: Final = 3.0
 WATCH_EVERY_S: Final = 0.02
 WATCH_FOR_S: Final = 60.0
 
-Held = list[tuple[str, bytes]]
+LAST_CHANCE: Final = WorkerSettings().max_deliveries
+"""Deliveries of an entry after which the next death of a holder buries it as poison, rightly: never harm that one."""
 
 
 @contextmanager
@@ -41,8 +43,8 @@ class Nemesis:
     """Injects faults into one cluster.
 
     Attributes:
-        recoveries_s: for every entry in the hands of a killed worker, unless its holder before had died, too: how long
-            until it was in other hands, or done.
+        recoveries_s: for every entry in the hands of a killed worker, or of one that was frozen for long enough, how
+            long until it was in other hands, or done; without those whose holder before had died, too.
     """
 
     def __init__(self, cluster: Cluster, writer: Writer, recoveries_s: list[float]) -> None:
@@ -55,14 +57,18 @@ class Nemesis:
         """Write down a fault; *held* is how much work it met, None for one that lasts and meets whatever comes."""
         self._writer.write("fault", fault=fault, victim=victim, held=held, **more)
 
-    async def freeze_at_work(self, part: Part, least: int = 1) -> Held:
-        """Freeze a worker (SIGSTOP) when it has at least so many entries in hand; return them. It stays frozen."""
+    async def freeze_at_work(self, part: Part, least: int = 1) -> list[Holding]:
+        """Freeze a worker (SIGSTOP) when it has at least so many entries in hand; return them. It stays frozen.
+
+        None of them is on its last chance: what is taken for poison after that would be so for no fault of its own.
+        """
         give_up_s = time.monotonic() + TRY_FOR_S
         while True:
             part.signal(signal.SIGSTOP)
             with _thawed_on_error(part):
                 held = await self._cluster.in_hand(part)
-            if len(held) >= least or time.monotonic() > give_up_s:
+            enough = len(held) >= least or time.monotonic() > give_up_s
+            if enough and all(one.deliveries < LAST_CHANCE for one in held):
                 return held
             part.signal(signal.SIGCONT)
             await asyncio.sleep(0.003)
@@ -88,41 +94,37 @@ class Nemesis:
         held = await self.freeze_at_work(part, least)
         with _thawed_on_error(part):
             frozen_s = time.monotonic()
-            id_of = await self._ids(held)  # now: an entry that another has settled meanwhile tells nothing any more
-            self.watch(held, part.worker)
+            id_of = await self._cluster.job_ids(held)  # now: before its heir can have settled it
+            watching = self.watch(held, part.worker)
             await asyncio.sleep(for_s)
-            lost = [entry for entry in held if await self._cluster.owner(*entry) != part.worker]
-            ids = [id_of[entry] for entry in lost if entry in id_of]
+            watching.cancel()  # what nobody took is its own again, and may take as long as the work does
+            lost = await self._cluster.lost(held, part)
         part.signal(signal.SIGCONT)
         self.note(
             "zombie",
             part.worker,
             held=len(held),
             lost=len(lost),
-            ids=ids,
+            ids=[id_of[one] for one in lost if one in id_of],
             frozen_s=round(time.monotonic() - frozen_s, 3),
         )
         return len(lost)
 
-    async def _ids(self, held: Held) -> dict[tuple[str, bytes], str]:
-        """Return the job ids in some entries; one that is gone already has none."""
-        found = [(entry, await self._cluster.job_ids([entry])) for entry in held]
-        return {entry: ids[0] for entry, ids in found if ids}
-
-    def watch(self, held: Held, dead: str) -> None:
-        """Measure from now on how long these entries stay in the hands of *dead*."""
+    def watch(self, held: Sequence[Holding], dead: str) -> asyncio.Task[None]:
+        """Measure from now on how long these entries stay in the hands of *dead*; cancel it when that one lives on."""
         task = asyncio.create_task(self._watch(held, dead), name=dead)
         self._watchers.add(task)
         task.add_done_callback(self._watchers.discard)
+        return task
 
-    async def _watch(self, held: Held, dead: str) -> None:
+    async def _watch(self, held: Sequence[Holding], dead: str) -> None:
         began_s = time.monotonic()
-        left = [entry for entry in held if not await self._is_suspect(entry)]
+        left = [one for one in held if one.deliveries == 1]  # others are suspects: one at a time, they take their time
         if len(left) < len(held):
             self._writer.write("suspects", victim=dead, entries=len(held) - len(left))
         while left:
             try:
-                still = [entry for entry in left if await self._cluster.owner(*entry) == dead]
+                still = [one for one in left if await self._cluster.owner(one.stream, one.entry_id) == dead]
             except RedisError:  # away at the same time: this is no longer about one worker
                 return
             since_s = time.monotonic() - began_s
@@ -135,13 +137,6 @@ class Nemesis:
                 return
             left = still
             await asyncio.sleep(WATCH_EVERY_S)
-
-    async def _is_suspect(self, entry: tuple[str, bytes]) -> bool:
-        """Say whether an entry's holders died twice: such entries run alone, one after another, and take their time."""
-        try:
-            return await self._cluster.deliveries(*entry) > 1
-        except RedisError:
-            return True
 
     async def until_recovered(self, stage: str = "") -> None:
         """Wait until nothing lies in the hands of killed workers of a stage, or of any, any more."""

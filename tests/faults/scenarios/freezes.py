@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from collections.abc import Awaitable
 from typing import Final
 
 from pipeline import keys
 from pipeline.settings import RedisSettings
 from tests.conftest import wait_until
 from tests.faults.cell import Cell
-from tests.faults.cluster import LEASE_S, READY_S, Cluster, Layout, Part
+from tests.faults.cluster import LEASE_S, READY_S, Cluster, Holding, Layout, Part
 from tests.faults.history import read
 from tests.faults.scenarios import scenario
 from tests.faults.troubled import block
@@ -52,10 +53,13 @@ async def zombies(cell: Cell) -> None:
         await sending
         await wait_until(lambda: not load.open, timeout_s=60)
         encoder = await _freeze_an_encoder(cell)
+        await wait_until(lambda: not load.open, timeout_s=60)  # or its question is among what the next one holds
         blocked = await _block_its_loop(cell, cluster, cluster["llm-2"])
     cell.verdict.figures |= {
         "refused_by_zombies": refused, "refused_by_encoder": encoder, "refused_by_blocked_loop": blocked,
     }  # fmt: skip
+    frozen = [(line["held"], line["lost"]) for line in read(cell.faults) if line.get("fault") == "zombie"]
+    cell.require(f"others take over all that the frozen hold, not {frozen}", all(held == lost for held, lost in frozen))
     cell.require(f"every thawed worker tries and is refused, not {refused}", refused != [] and all(refused))
     cell.require("the encoder that was thawed tries and is refused", encoder > 0)
     cell.require("the worker whose loop was blocked tries and is refused", blocked > 0)
@@ -81,10 +85,10 @@ async def _freeze_an_encoder(cell: Cell) -> int:
     return await _refused_by(cluster, holders[0], cell.nemesis.make_zombie(holders[0], LONG_S))
 
 
-async def _refused_by(cluster: Cluster, part: Part, harm: object) -> int:
+async def _refused_by(cluster: Cluster, part: Part, harm: Awaitable[object]) -> int:
     """Return how many stale writes of *part* are refused in consequence of some harm."""
     before = await cluster.metric(REFUSED, part)
-    await harm  # type: ignore[misc]  # an awaitable of whatever result
+    await harm
     give_up_s = time.monotonic() + 2 * LEASE_S
     while time.monotonic() < give_up_s:
         if after := await cluster.metric(REFUSED, part) - before:
@@ -100,16 +104,17 @@ async def _block_its_loop(cell: Cell, cluster: Cluster, part: Part) -> int:
     number = cell.load.send("background", suffix=f" {block('llm', BLOCKED_S)}")
     await wait_until(lambda: _holds(cluster, part, 1), timeout_s=READY_S)
     held = await cluster.in_hand(part)
-    id_of = {entry: (await cluster.job_ids([entry]))[0] for entry in held}  # before its heir can have ended it
+    id_of = await cluster.job_ids(held)  # before its heir can have settled it
     await other.start()
-    lost: list[str] = []
+    lost: list[Holding] = []
 
     async def wait_and_look() -> None:
         await asyncio.sleep(BLOCKED_S)  # it is blocked for longer, by the call before
-        lost.extend([id_of[entry] for entry in held if await cluster.owner(*entry) != part.worker])
+        lost.extend(await cluster.lost(held, part))
 
     count = await _refused_by(cluster, part, wait_and_look())
-    cell.nemesis.note("blocked loop", part.worker, held=len(held), lost=len(lost), ids=lost, n=number)
+    ids = [id_of[one] for one in lost]
+    cell.nemesis.note("blocked loop", part.worker, held=len(held), lost=len(lost), ids=ids, n=number)
     return count
 
 
@@ -151,14 +156,15 @@ async def cut_off(cell: Cell) -> None:
             else:
                 proxy.refuse()
                 proxy.cut()
-            nemesis.watch(held, part.worker)
+            watching = nemesis.watch(held, part.worker)
             await asyncio.sleep(LONG_S)
-            lost = [entry for entry in held if await cluster.owner(*entry) != part.worker]
-            ids = await cluster.job_ids(lost)
+            watching.cancel()
+            lost = await cluster.lost(held, part)
+            ids = list((await cluster.job_ids(lost)).values())
             nemesis.note(f"cut off ({how})", part.worker, held=len(held), lost=len(lost), ids=ids)
             healed_s = time.time()  # by the wall clock, as the replicas' records are
             proxy.heal()
-            cell.require("others took over what it held", len(ids) > 0)
+            cell.require(f"others took over what it held, not {len(ids)} of {len(held)}", 0 < len(ids) == len(held))
             await load.quiet()
             aborted_s = [ended_s - healed_s for ended_s in _aborted_s(cell, ids, since_s=began_s)]
             taken_s.append(round(max(aborted_s, default=0.0), 2))

@@ -156,7 +156,7 @@ async def rolling_restart(cell: Cell) -> None:
         repeated = cell.calls().repeated
         sending = cell.background(load.run(cell.jobs - load.sent, RATE / 2))
         for part in cluster.of("llm"):  # the others drain too fast to be killed meanwhile
-            held = await nemesis.freeze_at_work(part, least=4)
+            await nemesis.freeze_at_work(part, least=4)
             part.signal(signal.SIGCONT)
             part.signal(signal.SIGTERM)
             await asyncio.sleep(cell.rng.uniform(0.0, 0.1))

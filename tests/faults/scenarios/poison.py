@@ -134,8 +134,8 @@ async def _are_there(cluster: Cluster, numbers: list[int]) -> bool:
 
 async def _questions_in_hand(cluster: Cluster, part: Part) -> list[str]:
     found = []
-    for stream, entry in await cluster.in_hand(part):
-        found += [fields[b"data"].decode() for _, fields in await cluster.redis.xrange(stream, entry, entry)]
+    for stream, entry_id, _ in await cluster.in_hand(part):
+        found += [fields[b"data"].decode() for _, fields in await cluster.redis.xrange(stream, entry_id, entry_id)]
     return found
 
 
