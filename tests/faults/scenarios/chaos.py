@@ -29,6 +29,8 @@ NETWORK_OF_REPLICAS: Final = ("slow", "drip", "cut", "freeze")
 DRIP_BYTES_PER_S: Final = 4_000.0
 SICK: Final = ({"mode": "garbage"}, {"mode": "hang"}, {"mode": "truncated"}, {"status": 503}, {"fail_rate": 0.5})
 
+LIFE_S: Final = 80.0
+"""Of a question: two of its calls may hang (30 s each), and a third one still answers in time."""
 FORGETFUL: Final = (scripts.SUBMIT, scripts.SETTLE, scripts.CLAIM, scripts.RENEW, scripts.TAKE, scripts.PLACE)
 """Scripts whose replies a forgetful network loses."""
 
@@ -227,7 +229,7 @@ async def everything_at_once(cell: Cell) -> None:
     cell.may_refuse = {"ClientConnectorError"}  # both gateways may be dead at the same time
     cell.may_be_unknown = None  # Redis and gateways are away at any time
     layout = Layout(latency="lognormal:0.2,0.7", gateways=2, fsync="always", proxied=PROXIED)
-    async with cell.running(layout) as (cluster, load, nemesis):
+    async with cell.running(layout, fields={"timeout_s": LIFE_S}) as (cluster, load, nemesis):
         sending = cell.background(load.run(cell.jobs, 60.0))
         chaos = Chaos(cell, cluster, nemesis)
         await chaos.rage(sending.done)
