@@ -153,20 +153,24 @@ def mock_llm(
 @app.command()
 def ingest(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH...", help="Text or Markdown: files, or folders of them.")
+        list[Path], typer.Argument(metavar="PATH...", help="Markdown, text, HTML, PDF: files, or folders of them.")
     ],
     url: Annotated[str, typer.Option(help="The gateway.")] = GATEWAY_URL,
     api_key: Annotated[str | None, typer.Option(envvar="GATEWAY_API_KEY", help="Sent as bearer token.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Send also what the index holds unchanged.")] = False,
     json: AsJson = False,
 ) -> None:
-    """Index documents. Exit code 0: all indexed; 1: some were not, with reasons; 2: wrong use; 3: no gateway."""
+    """Index documents; what the index holds already is left alone, so it may be interrupted and started again.
+
+    Exit code 0: all are indexed; 1: some are not, with reasons; 2: wrong use; 3: no gateway.
+    """
     import asyncio
 
     from gateway.client import GatewayRefused, GatewayUnreachable
     from gateway.ingest import EXIT_UNREACHABLE, EXIT_USAGE, find_files
 
     try:
-        report = asyncio.run(_ingest(url, api_key, list(find_files(paths)), quiet=json))
+        report = asyncio.run(_ingest(url, api_key, list(find_files(paths)), again=again, quiet=json))
     except FileNotFoundError as error:
         sys.stderr.write(f"penstock: {error} does not exist\n")
         raise typer.Exit(EXIT_USAGE) from None
@@ -183,7 +187,7 @@ def ingest(
     raise typer.Exit(report.exit_code)
 
 
-async def _ingest(url: str, api_key: str | None, found: list[Any], *, quiet: bool) -> Any:
+async def _ingest(url: str, api_key: str | None, found: list[Any], *, again: bool, quiet: bool) -> Any:
     from gateway.client import Client
     from gateway.ingest import ingest as send
     from gateway.progress import watch
@@ -191,7 +195,7 @@ async def _ingest(url: str, api_key: str | None, found: list[Any], *, quiet: boo
     with watch(len(found), quiet=quiet) as watcher:
         async with Client(url, api_key, on_wait=watcher.waits) as client:
             await client.check()
-            report = await send(client, found, watcher.add)
+            report = await send(client, found, watcher.add, again=again)
         watcher.sum_up(report)
         return report
 
