@@ -177,7 +177,7 @@ class _Sheet:
     def text(self) -> str:
         """Return all of it."""
         self._end_block()
-        parts = []
+        parts: list[str] = []
         before = ""
         for kind, block in self._blocks:
             if parts:

@@ -372,11 +372,13 @@ async def _ingest_one(client: Client, extractor: Extractor, found: Found) -> Res
             read = await asyncio.to_thread(read_text, file)
         else:
             read = await extractor.read(file.path, found.kind)
-    except Unreadable as reason:
-        return Skipped(file.name, str(reason))
-    document = read if isinstance(read, Skipped) else await asyncio.to_thread(document_of, found, read)
-    if isinstance(document, Skipped) or isinstance(read, Skipped):
-        return document if isinstance(document, Skipped) else read
+    except Unreadable as error:
+        return Skipped(file.name, str(error))
+    if isinstance(read, Skipped):
+        return read
+    document = await asyncio.to_thread(document_of, found, read)
+    if isinstance(document, Skipped):
+        return document
     try:
         accepted = await client.send("POST", "/documents", document)
         outcome = await client.outcome(accepted.json()["job_id"])
