@@ -154,7 +154,8 @@ def _replicas(picture: Picture, *, is_wide: bool) -> tuple[tuple[str, ...], list
         health = picture.health[view.url]
         speed = "" if health.tokens_per_s is None else f"{health.tokens_per_s:.0f}"
         took = "" if view.service_ms is None else _span(view.service_ms)
-        cells = (view.url, str(view.leases), f"{view.running}/{view.slots}", took, speed, _state(health))
+        name = view.url if is_wide else view.url.removeprefix("http://")
+        cells = (name, str(view.leases), f"{view.running}/{view.slots}", took, speed, _state(health))
         if not is_wide:
             return cells
         quiet = "" if health.quiet_ms is None else _span(health.quiet_ms)
