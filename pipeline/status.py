@@ -21,7 +21,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.errors import PenstockError
+from pipeline.errors import BrokerUnavailable, PenstockError
 from pipeline.picture import Holding, Picture, look_closely
 
 if TYPE_CHECKING:
@@ -43,9 +43,11 @@ class Away:
     """Redis cannot be looked at.
 
     Attributes:
+        what: in a few words; `reason` says more.
         since_s: on the monotonic clock.
     """
 
+    what: str
     reason: str
     since_s: float
 
@@ -71,9 +73,9 @@ def render(picture: Picture, *, width: int, height: int | None = None) -> Render
 
 
 def away_line(away: Away, now_s: float, *, has_picture: bool) -> Text:
-    """Return what is said while Redis is away."""
-    below = " Below is what was last seen." if has_picture else " Start it, or name another: --redis-url."
-    text = f"Redis is away for {_span((now_s - away.since_s) * 1000)}: {away.reason}. Trying again.{below}"
+    """Return what is said while there is no picture of now."""
+    below = " Below is what was last seen." if has_picture else " Start Redis, or name another: --redis-url."
+    text = f"{away.what} for {_span((now_s - away.since_s) * 1000)}: {away.reason}. Trying again.{below}"
     return Text(text, style="bold red")
 
 
@@ -252,7 +254,7 @@ async def follow(connect: Callable[[], Link], console: Console, every_s: float) 
                         picture = await look_closely(link)
                     away = None
                 except TROUBLE as error:
-                    away = Away(reason_of(error), away.since_s if away else began_s)
+                    away = Away(*reason_of(error), away.since_s if away else began_s)
                     if link is not None:
                         await link.close()
                     link = None
@@ -269,10 +271,12 @@ TROUBLE: Final = (PenstockError, TimeoutError, ValueError, LookupError)
 """What looking may end with: Redis is away, or holds what we never wrote."""
 
 
-def reason_of(error: Exception) -> str:
-    """Return why there is no picture, in a line."""
+def reason_of(error: Exception) -> tuple[str, str]:
+    """Return why there is no picture: what is the matter, and the reason."""
     if isinstance(error, TimeoutError):
-        return f"no answer within {ANSWER_S:g} s"
+        return "Redis is away", f"no answer within {ANSWER_S:g} s"
+    if isinstance(error, BrokerUnavailable):
+        return "Redis is away", str(error).rstrip(": .")  # an error that says nothing leaves its colon behind
     if isinstance(error, PenstockError):
-        return str(error).rstrip(": .")  # an error that says nothing leaves its colon behind
-    return f"a key holds what Penstock never wrote ({type(error).__name__}: {error})"
+        return "No picture", str(error)
+    return "No picture", f"a key holds what Penstock never wrote ({type(error).__name__}: {error})"

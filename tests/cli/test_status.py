@@ -96,7 +96,7 @@ async def test_a_key_of_a_wrong_type_is_told_and_looked_at_again(own_redis: Redi
         await link.call("SET", "job:dead", "a string")
         await screen.until("WRONGTYPE")
         await link.call("DEL", "job:dead")
-        await screen.until("0 jobs alive", but_not="away")
+        await screen.until("0 jobs alive", but_not="No picture")
         await link.close()
 
 

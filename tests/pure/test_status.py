@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from pipeline.connection import CommandRefused
+from pipeline.errors import BrokerUnavailable
 from pipeline.overview import Overview, ReplicaView, StreamView, WorkerView
 from pipeline.picture import Holding, Picture, judge
 from pipeline.status import Away, away_line, reason_of, render
@@ -94,7 +96,7 @@ def test_no_size_of_a_terminal_breaks_it(height: int, width: int) -> None:
 
 def test_an_outage_is_told_with_its_length_and_reason() -> None:
     """And what to do where nothing was seen before."""
-    away = Away("no connection to Redis: refused", since_s=100.0)
+    away = Away("Redis is away", "no connection to Redis: refused", since_s=100.0)
     told = away_line(away, 112.0, has_picture=True).plain
     assert told.startswith("Redis is away for 12.0 s: no connection to Redis: refused. Trying again.")
     assert "--redis-url" in away_line(away, 112.0, has_picture=False).plain
@@ -102,8 +104,10 @@ def test_an_outage_is_told_with_its_length_and_reason() -> None:
 
 def test_every_trouble_has_a_reason() -> None:
     """A time-out has no text of its own."""
-    assert reason_of(TimeoutError()) == "no answer within 2 s"
-    assert "KeyError" in reason_of(KeyError("worker"))
+    assert reason_of(TimeoutError()) == ("Redis is away", "no answer within 2 s")
+    assert reason_of(BrokerUnavailable("no connection to Redis: ")) == ("Redis is away", "no connection to Redis")
+    assert reason_of(CommandRefused("WRONGTYPE")) == ("No picture", "WRONGTYPE")
+    assert "KeyError" in reason_of(KeyError("worker"))[1]
 
 
 @pytest.mark.parametrize(
