@@ -18,6 +18,16 @@ from pipeline.status import Away, away_line, reason_of, render
 NOW_MS = 1_700_000_000_000
 
 
+def stream(name: str, *, waiting: int = 0, in_hand: int = 0, oldest_ms: int = 0) -> StreamView:
+    return StreamView(name, waiting, in_hand, oldest_ms)
+
+
+def replica(
+    url: str, *, calls: int = 0, load: int = 0, breaker_open: bool = False, service_ms: float | None = None
+) -> ReplicaView:
+    return ReplicaView(url, slots=16, running=calls, leases=load, breaker_open=breaker_open, service_ms=service_ms)
+
+
 def picture(workers: int = 2) -> Picture:
     """Return a busy system: a backlog, a replica in trouble, a worker that has died."""
     health = judge(NOW_MS, named_ms=NOW_MS, failures=0, open_until_ms=0, good_ms=NOW_MS - 40, us_per_token=2000)
@@ -26,13 +36,13 @@ def picture(workers: int = 2) -> Picture:
     return Picture(
         Overview(
             streams=[
-                StreamView("job:llm_in:high", 0, 0, 0),
-                StreamView("job:llm_in", 1_200, 32, 900),
-                StreamView("job:llm_in:low", 3, 0, 0),
+                stream("job:llm_in:high"),
+                stream("job:llm_in", waiting=1_200, in_hand=32, oldest_ms=900),
+                stream("job:llm_in:low", waiting=3),
             ],
             replicas=[
-                ReplicaView(urls[0], slots=16, running=16, leases=20, breaker_open=False, service_ms=812.4),
-                ReplicaView(urls[1], slots=16, running=0, leases=0, breaker_open=True, service_ms=None),
+                replica(urls[0], calls=16, load=20, service_ms=812.4),
+                replica(urls[1], breaker_open=True),
             ],
             workers=[
                 WorkerView(f"machine-llm{n}:ab", f"machine-llm{n}", {"llm": None}, "machine", 4_711 + n, "127.0.0.1:9")
