@@ -11,7 +11,7 @@ from typing import Final
 from pydantic import BaseModel, Field, ValidationError
 
 from gateway.errors import Problem
-from gateway.operation import Answer, Call, Operation, answer, payload_of
+from gateway.operation import Answer, Call, Operation, Parameter, answer, payload_of
 from pipeline.flows import DocumentDeletion, DocumentPayload, Name
 from pipeline.job import Priority
 
@@ -63,6 +63,21 @@ async def delete(call: Call) -> Answer:
 
 
 OPERATIONS: Final = (
-    Operation("POST", "/documents", put, body=DocumentRequest, answers={202: DocumentAccepted}, idempotent=True),
-    Operation("DELETE", "/documents/{id}", delete, answers={202: DocumentAccepted}, errors=(422,)),
+    Operation(
+        "POST",
+        "/documents",
+        put,
+        body=DocumentRequest,
+        answers={202: DocumentAccepted},
+        idempotent=True,
+        example={"id": "manual", "title": "The manual", "text": "Turn the key to the right."},
+    ),
+    Operation(
+        "DELETE",
+        "/documents/{id}",
+        delete,
+        answers={202: DocumentAccepted},
+        errors=(422,),
+        parameters=(Parameter("id", "the document's id, as it was sent", required=True, type=Name),),
+    ),
 )

@@ -185,13 +185,22 @@ OPERATIONS: Final = (
         answers={200: QueryAnswer, 202: jobs.JobAccepted},
         errors=(409, 502, 504),
         idempotent=True,
+        example={"query": "What happens to a job when its worker dies?"},
     ),
-    Operation("GET", "/query/{job_id}", jobs.look, answers={200: jobs.JobStatus}, errors=(404,)),
+    Operation(
+        "GET",
+        "/query/{job_id}",
+        jobs.look,
+        answers={200: jobs.JobStatus},
+        errors=(404,),
+        parameters=(jobs.JOB_ID,),
+    ),
     Operation(
         "POST",
         "/query/{job_id}/cancel",
         jobs.cancel,
         answers={200: jobs.JobCancelled, 202: jobs.JobCancelled},
         errors=(404, 409),
+        parameters=(jobs.JOB_ID,),
     ),
 )
