@@ -86,8 +86,8 @@ async def look_at_many(call: Call) -> Answer:
     unknown = sorted(set(given) - {"ids"})
     if unknown:
         raise Problem(422, "invalid_field", f"{unknown[0][:128]}: there is no such parameter", param=unknown[0][:128])
-    ids = [part for text in given.get("ids", []) for part in text.split(",") if part]
-    if not 1 <= len(ids) <= MAX_IDS:
+    ids = [part for text in given.get("ids", []) for part in text.split(",")]
+    if not 1 <= len(ids) <= MAX_IDS or "" in ids:
         raise Problem(422, "invalid_field", f"ids: 1 to {MAX_IDS} ids, separated by commas", param="ids")
     found = await asyncio.gather(*(_look_among_others(call, job_id) for job_id in ids))
     return answer({"jobs": dict(zip(ids, found, strict=True))})
@@ -159,7 +159,7 @@ OPERATIONS: Final = (
                 "ids",
                 "ids of jobs, separated by commas",
                 required=True,
-                type=Annotated[list[Name], Field(min_length=1, max_length=MAX_IDS)],
+                type=Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_IDS)],
             ),
         ),
     ),

@@ -111,7 +111,7 @@ def _describe_one(operation: Operation) -> Json:
     described: Json = {
         "operationId": _operation_id(operation),
         "summary": summary.rstrip("."),
-        "tags": [operation.path.split("/")[1]],
+        "tags": [operation.path.split("/")[1] if operation.guarded else "health"],
         "responses": _responses(operation),
     }
     if text.strip():

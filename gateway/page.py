@@ -24,17 +24,12 @@ from pipeline.job import Json
 
 CONTENT_TYPE: Final = b"text/html; charset=utf-8"
 
-_BOUNDS: Final = {
-    "minLength": "{} characters or more",
-    "maxLength": "at most {} characters",
-    "minItems": "{} or more",
-    "maxItems": "at most {}",
-    "maxProperties": "at most {} entries",
-    "minimum": "from {}",
-    "exclusiveMinimum": "above {}",
-    "maximum": "to {}",
-    "pattern": "matching {}",
-}
+_BOUNDS: Final = (
+    ("minLength", "maxLength", " characters"),
+    ("minItems", "maxItems", " of them"),
+    ("minProperties", "maxProperties", " entries"),
+    ("minimum", "maximum", ""),
+)
 _CODE: Final = re.compile(r"`([^`]+)`")
 
 
@@ -112,7 +107,8 @@ def _operation(method: str, path: str, operation: Json) -> str:
         inside += "<h3>Parameters</h3>" + _list(_parameter(parameter) for parameter in parameters)
     if media:
         inside += f"<h3>Body</h3><p>JSON: {_type(media['schema'])}</p>"
-    inside += "<h3>Answers</h3>" + _list(_answer(status, answer) for status, answer in operation["responses"].items())
+    answers = (_answer(status, answer) for status, answer in operation["responses"].items())
+    inside += "<h3>Answers</h3>" + _list(answers, "narrow")
     inside += "<h3>Try it</h3>" + _form(method, path, parameters, media)
     return (
         f'<details id="{escape(operation["operationId"])}"><summary><b class="{method}">{method.upper()}</b> '
@@ -192,19 +188,36 @@ def _type(schema: Json) -> str:
         kind = f"list of {_type(schema.get('items', {}))}"
     elif isinstance(inner := schema.get("additionalProperties"), dict):
         kind = f"object of {_type(inner)}"
-    bounds = [text.format(_value(schema[bound])) for bound, text in _BOUNDS.items() if bound in schema]
-    return f"<span class=type>{', '.join([kind, *bounds])}</span>"
+    return f"<span class=type>{', '.join([kind, *_bounds(schema)])}</span>"
+
+
+def _bounds(schema: Json) -> Iterator[str]:
+    if "exclusiveMinimum" in schema:
+        yield f"above {_number(schema['exclusiveMinimum'])}"
+    for low, high, unit in _BOUNDS:
+        if low in schema and high in schema:
+            yield f"{_number(schema[low])} to {_number(schema[high])}{unit}"
+        elif low in schema:
+            yield f"{_number(schema[low])}{unit} or more"
+        elif high in schema:
+            yield f"at most {_number(schema[high])}{unit}"
+    if "pattern" in schema:
+        yield f"matching {_value(schema['pattern'])}"
 
 
 # --- Words -------------------------------------------------------------------------------------
 
 
-def _list(rows: Iterator[tuple[str, str]]) -> str:
-    return "<dl>" + "".join(f"<dt>{term}</dt><dd>{text}</dd>" for term, text in rows) + "</dl>"
+def _list(rows: Iterator[tuple[str, str]], kind: str = "") -> str:
+    return f'<dl class="{kind}">' + "".join(f"<dt>{term}</dt><dd>{text}</dd>" for term, text in rows) + "</dl>"
 
 
 def _value(value: object) -> str:
     return f"<code>{escape(orjson.dumps(value).decode() if not isinstance(value, str) else value)}</code>"
+
+
+def _number(value: float) -> str:
+    return f"{int(value):,}" if value == int(value) else f"{value:g}"
 
 
 def _prose(text: str) -> str:

@@ -130,7 +130,7 @@ async def test_a_question_is_answered_by_what_compose_starts(tmp_path: Path) -> 
             job = f"/jobs/{reply.json()['job_id']}"
 
             async def is_indexed() -> bool:
-                return (await http.get(job)).json()["status"] == "completed"
+                return bool((await http.get(job)).json()["status"] == "completed")
 
             await wait_until(is_indexed, timeout_s=30)
             answers = await asyncio.gather(*(http.post("/query", json={"query": QUESTION}) for _ in range(12)))
