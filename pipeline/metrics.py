@@ -9,7 +9,7 @@ from functools import cache
 
 from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 
-disable_created_metrics()  # a second series for each first one, which nobody asks for
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one, which nobody asks for
 
 # From what a hand-over costs to what is promised: a third of a lease (3.3 s), a call (30, 120 s), a life (60, 600 s).
 _SPANS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 30, 60, 120, 300, 600)
