@@ -401,6 +401,7 @@ def _print_overview(found: Overview) -> None:
             for view in found.replicas
         ],
     )
+    _print_table(console, ("gateway", "host", "pid"), [(view.address, view.host, view.pid) for view in found.gateways])
     _print_table(
         console,
         ("worker", "host", "pid", "state"),

@@ -16,7 +16,7 @@ import structlog
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway import documents, health, jobs, openapi, page, query
+from gateway import discovery, documents, health, jobs, openapi, page, query
 from gateway.auth import ApiKeys, refuse_cross_site
 from gateway.errors import RETRY_SOON_S, BrokenKey, ClientGone, Problem, problem_of
 from gateway.metrics import REFUSALS
@@ -33,7 +33,13 @@ _UNCHANGING: Final = frozenset({"GET", "HEAD"})
 
 def operations() -> tuple[Operation, ...]:
     """Return every operation of every service, the busy ones first: routes are tried in this order."""
-    services = (*query.OPERATIONS, *documents.OPERATIONS, *jobs.OPERATIONS, *health.OPERATIONS)
+    services = (
+        *query.OPERATIONS,
+        *documents.OPERATIONS,
+        *jobs.OPERATIONS,
+        *health.OPERATIONS,
+        *discovery.OPERATIONS,
+    )
 
     @cache
     def description() -> Json:

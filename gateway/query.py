@@ -14,12 +14,12 @@ import structlog
 from pydantic import BaseModel, Field
 
 from gateway import jobs
-from gateway.errors import ClientGone, Problem, problem_of_outcome
+from gateway.errors import ClientGone, Problem, problem_of, problem_of_outcome
 from gateway.idempotency import HEADER
 from gateway.metrics import LATENCY, QUERY_OUTCOME
 from gateway.operation import Answer, Call, Operation, answer, payload_of
 from pipeline.clock import monotonic_us
-from pipeline.errors import BrokerUnavailable, DeadlineExceeded, IdempotencyMismatch, JobLost, Overloaded, PenstockError
+from pipeline.errors import DeadlineExceeded, JobLost, PenstockError
 from pipeline.flows import FLOWS, Metadata, QueryPayload
 from pipeline.job import Completion, Json, Priority
 
@@ -110,9 +110,10 @@ def _kind_of(error: PenstockError) -> str:
             return "expired"
         case JobLost():
             return "lost"
-        case Problem() | Overloaded() | IdempotencyMismatch() | BrokerUnavailable():
-            return "refused"
-    return "error"
+    problem = problem_of(error)
+    if problem is None:
+        return "error"
+    return "unavailable" if problem.status >= 500 else "refused"
 
 
 def _check_length(call: Call, request: QueryRequest) -> None:
