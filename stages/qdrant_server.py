@@ -9,8 +9,8 @@ writes the newer head sees to it afterwards that no older chunk is left, and who
 look takes out what it wrote itself; so, whichever head came last, its owner or the other one cleans up, and nothing of
 the older version stays. An operation cut short is simply done again.
 
-**Which models filled it** stands in the collection's metadata. The collection is made by the first write, since only
-then it is known how long a dense vector is.
+**Which models filled it** stands in the collection's metadata. How long a dense vector is comes to be known with the
+first one, so that only then the collection gets room for them.
 
 **Tenants.** Every search and every count of how rare a word is (IDF) is confined to one tenant's chunks; whose chunks
 were found is looked at besides.
@@ -24,6 +24,7 @@ import asyncio
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from json import JSONDecodeError
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -32,6 +33,8 @@ from qdrant_client import AsyncQdrantClient
 from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 from qdrant_client.models import (
+    DenseVectorConfig,
+    DenseVectorNameConfig,
     Distance,
     FieldCondition,
     Filter,
@@ -52,11 +55,10 @@ from qdrant_client.models import (
     SearchParams,
     SparseVector,
     SparseVectorParams,
-    VectorParams,
     WriteOrdering,
 )
 
-from pipeline.errors import ConfigError, NotReady, PenstockError, RetryLater
+from pipeline.errors import ConfigError, NotReady, Reject, RetryLater
 from stages.index import (
     FORMAT,
     MEANING,
@@ -107,7 +109,9 @@ def connect(settings: RetrieverSettings, models: Models) -> ServerStore:
         timeout=settings.qdrant_timeout_s,
         check_compatibility=False,  # `open` looks at the version itself, and says what is missing
         # The client's own choice for a server on this machine is a new connection for every call.
-        limits=httpx.Limits(_CONNECTIONS, _CONNECTIONS, _KEEP_ALIVE_S),
+        limits=httpx.Limits(
+            max_connections=_CONNECTIONS, max_keepalive_connections=_CONNECTIONS, keepalive_expiry=_KEEP_ALIVE_S
+        ),
     )
     return ServerStore(client, url, settings.qdrant_collection, models)
 
@@ -116,7 +120,7 @@ class ServerStore:
     """One collection on a server; see `stages.stores.Store`.
 
     Attributes:
-        dimensions: of its dense vectors, None before the first one has come, or where that is not known here yet.
+        dimensions: of its dense vectors; None before the first one has come, or where that is not known here yet.
     """
 
     def __init__(self, client: AsyncQdrantClient, url: str, collection: str, models: Models) -> None:
@@ -125,10 +129,9 @@ class ServerStore:
         self._where = f"collection {collection} on {url}"
         self._collection = collection
         self._models = models
-        self._exists = False
 
     async def open(self) -> None:
-        """Look at the server and, where it is there already, at the collection.
+        """Look at the server and at the collection, which is made when missing.
 
         Raises:
             ConfigError: the server is too old or refuses our key; the collection is not ours, or another encoder's.
@@ -137,7 +140,7 @@ class ServerStore:
         try:
             with _translated():
                 _check_version((await self._client.info()).version, self._where)
-                await self._look()
+                await self._make()
         except RetryLater as error:
             if error.code == "index_refused_credentials":
                 raise ConfigError(f"{self._where}: {error}: set QDRANT_API_KEY") from error
@@ -149,23 +152,18 @@ class ServerStore:
         Raises:
             RetryLater: the server cannot answer now.
         """
-        if not self._exists:
+        if self.dimensions is None and any(search.dense is not None for search in searches):
             with _translated():
-                await self._look()  # another retriever may have made it
-        if not self._exists:
-            return [[] for _ in searches]
+                await self._look()  # another retriever may have written the first dense vector
         requests = [_request(search, has_meaning=self.dimensions is not None) for search in searches]
         asked = [request for request in requests if request is not None]
-        if not asked:
-            return [[] for _ in searches]
         try:
             with _translated():
-                answers = iter(await self._client.query_batch_points(self._collection, asked))
+                answers = iter(await self._client.query_batch_points(self._collection, asked) if asked else [])
         except RetryLater as error:
             if error.code != "index_gone":
                 raise
-            self._exists = False  # somebody deleted the collection; the next write makes it again
-            return [[] for _ in searches]
+            return [[] for _ in searches]  # somebody deleted the collection; the next write makes it again
         return [
             [] if request is None else _hits(search.tenant, next(answers).points)
             for search, request in zip(searches, requests, strict=True)
@@ -177,13 +175,14 @@ class ServerStore:
 
     async def forget_deleted(self, before_version: int) -> None:
         """Drop what is known of documents that were deleted with a version below *before_version*."""
-        if self._exists:
-            deleted = FieldCondition(key="state", match=MatchValue(value="deleted"))
+        deleted = FieldCondition(key="state", match=MatchValue(value="deleted"))
+        with _translated():
             await self._delete(Filter(must=[deleted, _version(lt=before_version)]))
 
     async def count(self) -> int:
         """Return how many chunks it holds, over all tenants."""
-        return await self._count(Filter(must_not=[IsEmptyCondition(is_empty=PayloadField(key="tenant"))]))
+        with _translated():
+            return await self._count(Filter(must_not=[IsEmptyCondition(is_empty=PayloadField(key="tenant"))]))
 
     async def close(self) -> None:
         """Close the connections."""
@@ -191,15 +190,31 @@ class ServerStore:
 
     # --- the collection --------------------------------------------------------------------------
 
-    async def _look(self) -> None:
-        """Find out whether the collection is there, and is ours.
+    async def _make(self) -> None:
+        """Make the collection, unless it is there or another retriever is first, and look at it.
 
         Raises:
-            ConfigError: it is not.
+            ConfigError: it is not ours.
         """
         if not await self._client.collection_exists(self._collection):
-            self._exists, self.dimensions = False, None
-            return
+            try:
+                await self._client.create_collection(
+                    self._collection,
+                    vectors_config={},
+                    sparse_vectors_config={WORDS: SparseVectorParams(modifier=Modifier.IDF)},
+                    metadata={_METADATA: {"format": FORMAT, "model": str(self._models)}},
+                )
+            except (UnexpectedResponse, ValueError):  # the latter in local mode
+                if not await self._client.collection_exists(self._collection):
+                    raise
+        await self._look()
+
+    async def _look(self) -> None:
+        """See whether the collection is ours, and how long its dense vectors are.
+
+        Raises:
+            ConfigError: it is not ours.
+        """
         found = await self._client.get_collection(self._collection)
         record = (found.config.metadata or {}).get(_METADATA)
         if not isinstance(record, dict):
@@ -214,24 +229,20 @@ class ServerStore:
                 f"(format {FORMAT}): set the encoder back, or name another PENSTOCK_RETRIEVER__QDRANT_COLLECTION "
                 "and ingest again"
             )
-        if not {"document", "tenant", "state"} <= set(found.payload_schema or {}):  # its making was cut short
+        if not {"document", "tenant", "state"} <= set(found.payload_schema or {}):  # new, or its making was cut short
             await self._make_payload_indexes()
-        self.dimensions = record.get("dimensions")
-        self._exists = True
+        vectors = found.config.params.vectors
+        meaning = vectors.get(MEANING) if isinstance(vectors, dict) else None
+        self.dimensions = meaning.size if meaning else None
 
-    async def _make(self, dimensions: int | None) -> None:
-        """Make the collection, unless another retriever is first."""
-        dense = {MEANING: VectorParams(size=dimensions, distance=Distance.COSINE)} if dimensions else {}
-        words = {WORDS: SparseVectorParams(modifier=Modifier.IDF)} if self._models.keywords else None
+    async def _make_room_for(self, dimensions: int) -> None:
+        """Let chunks have a dense vector; where another retriever was first, this changes nothing."""
+        room = DenseVectorNameConfig(dense=DenseVectorConfig(size=dimensions, distance=Distance.COSINE))
         try:
-            await self._client.create_collection(
-                self._collection,
-                vectors_config=dense,
-                sparse_vectors_config=words,
-                metadata={_METADATA: {"format": FORMAT, "model": str(self._models), "dimensions": dimensions}},
-            )
+            await self._client.create_vector_name(self._collection, MEANING, room)
         except (UnexpectedResponse, ValueError):  # the latter in local mode
-            if not await self._client.collection_exists(self._collection):
+            await self._look()
+            if self.dimensions is None:
                 raise
         await self._look()
 
@@ -246,26 +257,28 @@ class ServerStore:
     async def _write(self, prepare: Prepare) -> Written | Exception:
         try:
             operation = await asyncio.to_thread(prepare)
-            with _translated():
-                if not self._exists:
-                    await self._look()
-                if isinstance(operation, Delete):
-                    return await self._take_out(operation) if self._exists else Written(0)
-                return await self._put(operation)
-        except PenstockError as error:
-            if isinstance(error, RetryLater) and error.code == "index_gone":
-                self._exists = False
-            return error
+            try:
+                with _translated():
+                    return await self._done(operation)
+            except RetryLater as error:
+                if error.code != "index_gone":
+                    raise
+            with _translated():  # somebody deleted the collection
+                await self._make()
+                return await self._done(operation)
         except Exception as error:  # noqa: BLE001 - it becomes the job's outcome, which the worker logs
             return error
 
+    async def _done(self, operation: Put | Delete) -> Written:
+        return await (self._take_out(operation) if isinstance(operation, Delete) else self._put(operation))
+
     async def _put(self, put: Put) -> Written:
         first = put.passages[0].dense if put.passages else None
-        if not self._exists:
-            await self._make(len(first) if first is not None else None)
-        if first is not None and len(first) != self.dimensions:
+        if first is not None and self.dimensions is None:
+            await self._make_room_for(len(first))
+        if first is not None and len(first) != self.dimensions:  # another retriever's first vector came in between
             message = f"vectors of {len(first)} dimensions came for an index of {self.dimensions}"
-            raise RetryLater(message, code="encoder_mismatch")  # another retriever's first write came in between
+            raise Reject(message, code="encoder_mismatch")
         head = await self._head(put.tenant, put.document)
         if head and head["version"] > put.version:
             return Written(0, superseded=True)
@@ -313,14 +326,10 @@ class ServerStore:
         await self._client.upsert(self._collection, points, update_filter=older, ordering=_ORDERING)
 
     async def _delete(self, points: Filter) -> None:
-        with _translated():
-            await self._client.delete(self._collection, points, ordering=_ORDERING)
+        await self._client.delete(self._collection, points, ordering=_ORDERING)
 
     async def _count(self, chunks: Filter) -> int:
-        with _translated():
-            if not await self._client.collection_exists(self._collection):
-                return 0
-            return (await self._client.count(self._collection, count_filter=chunks, exact=True)).count
+        return (await self._client.count(self._collection, count_filter=chunks, exact=True)).count
 
     def __repr__(self) -> str:
         return f"<ServerStore {self._where} {self._models}>"
@@ -401,6 +410,8 @@ def _translated() -> Iterator[None]:
         raise RetryLater(message, code="index_busy", after_s=float(error.retry_after_s), charged=False) from error
     except UnexpectedResponse as error:
         raise _judge(error) from error
+    except JSONDecodeError as error:
+        raise RetryLater("the Qdrant server's answer is no JSON", code="index_error") from error
     except ResponseHandlingException as error:
         source = error.source
         is_refused = isinstance(source, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
