@@ -70,7 +70,10 @@ from stages.vectors import Dense, Sparse
 WORDS: Final = "words"
 MEANING: Final = "meaning"
 PORTION: Final = 64
-RRF_K: Final = 60  # of reciprocal rank fusion, 1 / (k + rank); "Reciprocal Rank Fusion ...", Cormack et al., 2009
+# Of reciprocal rank fusion: a hit counts 1 / (k + its rank from 0), over both ways. Qdrant's own default. The 60 of the
+# first paper on it (Cormack et al., 2009) is for lists of a thousand: over twenty, what both ways find by the way would
+# outdo what one of them finds first, an exact name, say.
+RRF_K: Final = 2
 _KEPT: Final = 4096  # payloads, of a kilobyte or two each
 _SEARCH_THREADS: Final = (
     1  # more only look for work, busily: an index that is never optimised has one segment to search
@@ -356,8 +359,8 @@ def hit(payload: Mapping[str, Any], score: float) -> Hit:
     return Hit(payload["document"], payload["title"], payload["chunk"], payload["text"], score)
 
 
-def _vectors(passage: Passage) -> dict[str, SparseVector | list[float]]:
-    vectors: dict[str, SparseVector | list[float]] = {}
+def _vectors(passage: Passage) -> dict[str, list[float] | SparseVector | list[list[float]]]:
+    vectors: dict[str, list[float] | SparseVector | list[list[float]]] = {}
     if passage.vector is not None:
         vectors[WORDS] = SparseVector(list(passage.vector.indices), list(passage.vector.values))
     if passage.dense is not None:
@@ -386,7 +389,7 @@ def _request(search: Search, *, is_alone: bool) -> QueryRequest:
     return QueryRequest(
         limit=search.limit,
         prefetches=[Prefetch(search.limit, query, params=params, filter=confined) for query, params in ways],
-        query=Fusion.Rrf(RRF_K),
+        query=cast("Fusion", Fusion.Rrf(RRF_K)),  # the stub does not say that it is one
         with_payload=False,
     )
 

@@ -305,7 +305,7 @@ async def test_bad_answer_is_tried_again_at_a_charge(server: EmbeddingsFake, new
 def test_address_or_key_that_cannot_be_used_is_refused_at_start(fields: dict[str, str]) -> None:
     """In the name of the setting."""
     with pytest.raises(ConfigError, match=r"encoder\.embeddings_(url|api_key)"):
-        embedder(EncoderSettings(embeddings_model="m", **fields))  # type: ignore[arg-type]  # pydantic makes it secret
+        embedder(EncoderSettings.model_validate({"embeddings_model": "m", **fields}))
 
 
 # --- sentence-transformers ---------------------------------------------------------------------------

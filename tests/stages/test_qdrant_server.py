@@ -23,6 +23,7 @@ from stages.qdrant_server import ServerStore, connect
 from stages.stores import Delete, Put
 from stages.vectors import Models, Sparse, pack
 from tests.stages.conftest import CONTEXT
+from tests.stages.qdrant_in_small import rest_client
 
 WORDS = Models("bm25/english/1")
 BOTH = Models("bm25/english/1", "dense/toy")
@@ -159,16 +160,17 @@ async def test_collection_of_somebody_else_is_left_alone(client: AsyncQdrantClie
     assert (await client.get_collection("documents")).points_count == 0
 
 
-async def test_collection_that_is_deleted_meanwhile_is_made_again(client: AsyncQdrantClient) -> None:
-    """Whoever deletes it wants to begin anew: no process needs a restart for that."""
+async def test_collection_that_is_deleted_meanwhile_is_made_again() -> None:
+    """Whoever deletes it wants to begin anew: questions find nothing, and no process needs a restart for the rest."""
+    client = rest_client()
     store = store_on(client)
     await store.open()
     await store.write([lambda: put("d", 1, "old")])
     await client.delete_collection("documents")
-    await store.open()
     assert await texts(store) == []
     assert await store.write([lambda: put("e", 2, "new")]) == [Written(1)]
     assert await texts(store) == ["new"]
+    await store.close()
 
 
 # --- A server in trouble ---------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What every store of an index promises, embedded or on a server: versions, tenants, words and meaning, whose it is.
 
-The server is the client's own local mode, which takes the same way through our code.
+The server is the client's own local mode, which takes the same way through our code; once as it is, and once behind
+the REST interface of a real one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from stages.index import Hit, Passage, Search, Written
 from stages.qdrant_server import ServerStore
 from stages.stores import Delete, EmbeddedStore, Put, Store
 from stages.vectors import Dense, Models, Sparse
+from tests.stages.qdrant_in_small import rest_client
 
 BOTH = Models("bm25/english/1", "dense/toy")
 OpenStore = Callable[[Models], Store]
@@ -25,13 +27,13 @@ OpenStore = Callable[[Models], Store]
 pytestmark = pytest.mark.filterwarnings("ignore:Payload indexes have no effect in the local Qdrant")
 
 
-@pytest.fixture(params=["embedded", "server"])
+@pytest.fixture(params=["embedded", "server", "rest"])
 async def new_store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[OpenStore]:
     """Makes stores that share one index, none of them open yet."""
     if request.param == "embedded":
         yield lambda models: EmbeddedStore(RetrieverSettings(path=tmp_path, lock_wait_s=0), models)
         return
-    client = AsyncQdrantClient(":memory:")
+    client = AsyncQdrantClient(":memory:") if request.param == "server" else rest_client()
     yield lambda models: ServerStore(client, "http://test", "documents", models)
     await client.close()
 
