@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -14,8 +15,8 @@ from pipeline.settings import EncoderSettings, RetrieverSettings, Settings
 from stages import retriever
 from stages.index import Hit, IndexInUse
 from stages.retriever import Retriever, spread
-from stages.tokens import estimate
-from stages.vectors import KeywordModel, Sparse, pack
+from stages.stores import EmbeddedStore
+from stages.vectors import Sparse, pack
 from tests.stages.conftest import CONTEXT, NewJob, Pipe
 
 LOCKS = "A lock lifts boats from one level of a canal to another."
@@ -158,8 +159,10 @@ async def test_question_does_not_wait_for_a_document_being_written(pipe: Pipe, n
     """A document is written in a thread of its own, and questions are answered meanwhile."""
     await pipe.run(new_job("document", document_id="d", text=LOCKS))
     finished = threading.Event()
-    assert pipe.retriever._writer is not None
-    writing = pipe.retriever._writer.submit(finished.wait)
+    store = pipe.retriever._store
+    assert isinstance(store, EmbeddedStore)
+    assert store._writer is not None
+    writing = store._writer.submit(finished.wait)
     [found] = await pipe.run(new_job("query", query="boats"))
     assert found["sources"]
     assert not writing.done()
@@ -188,13 +191,13 @@ async def test_job_without_a_readable_vector_is_refused(pipe: Pipe, new_job: New
 async def test_second_retriever_exits_unless_the_first_lets_go_in_time(settings: Settings, pipe: Pipe) -> None:
     """Without patience it fails at once; with some it takes over when the first one stops."""
 
-    def waiting_for(seconds: float) -> RetrieverSettings:
-        return settings.retriever.model_copy(update={"lock_wait_s": seconds})
+    def waiting_for(seconds: float) -> Retriever:
+        patience = settings.retriever.model_copy(update={"lock_wait_s": seconds})
+        return cast("Retriever", retriever.build(settings.model_copy(update={"retriever": patience})))
 
-    model = KeywordModel("english").name
     with pytest.raises(IndexInUse, match="QDRANT_URL"):
-        await Retriever(waiting_for(0), model, estimate).start(CONTEXT)
-    patient = Retriever(waiting_for(30), model, estimate)
+        await waiting_for(0).start(CONTEXT)
+    patient = waiting_for(30)
     waiting = asyncio.create_task(patient.start(CONTEXT))
     await pipe.retriever.stop()
     await waiting
