@@ -73,16 +73,19 @@ def test_the_ports_are_the_same() -> None:
 
 
 def test_what_is_installed_is_what_the_project_declares() -> None:
-    """With a Python that it supports, and nothing by name."""
+    """With the extra that the retriever's variables ask for, and with a Python that the project supports."""
     runs = [rest for name, rest in instructions() if name == "RUN"]
     installs = [re.findall(r"pip install ([^&]+)", run) for run in runs]
     assert [found.strip() for row in installs for found in row] == ["--requirement requirements.txt", "--no-deps ."]
     (made,) = [run for run in runs if "requirements.txt" in run]
-    line = re.search(r"python -c (\"[^\"]+\")", made)
+    (extras,) = [shlex.split(rest.partition("=")[2])[0] for name, rest in instructions() if name == "ARG"]
+    line = re.search(r"python -c (\"[^\"]+\") \$EXTRAS > requirements.txt ", made)
     assert line is not None
-    command = [sys.executable, "-c", *shlex.split(line[1])]
+    command = [sys.executable, "-c", *shlex.split(line[1]), *extras.split()]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert said.splitlines() == PROJECT["dependencies"]
+    wanted = [line for extra in extras.split() for line in PROJECT["optional-dependencies"][extra]]
+    assert said.splitlines() == [*PROJECT["dependencies"], *wanted]
+    assert ("qdrant" in extras.split()) == ("QDRANT_URL" in SERVICES["retriever"]["environment"])
     bases = {rest.split()[0] for name, rest in instructions() if name == "FROM"}
     (version,) = {re.fullmatch(r"python:(\d+\.\d+)-slim-\w+", base)[1] for base in bases}  # type: ignore[index]  # or fail
     assert f"Programming Language :: Python :: {version}" in PROJECT["classifiers"]
