@@ -9,13 +9,15 @@ from functools import cache
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from pipeline import histogram
+
 _SPANS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 JOBS = Counter("penstock_stage_jobs_total", "Entries let go of, by what became of them", ["stage", "outcome"])
-SERVICE_S = Histogram(
-    "penstock_stage_seconds", "Time from reading an entry to settling it", ["stage"], buckets=_SPANS_S
+SERVICE_S = histogram.Histogram(
+    "penstock_stage_seconds", "Time from reading an entry to settling it", "stage", _SPANS_S
 )
-WAIT_S = Histogram("penstock_stage_wait_seconds", "Time from being added to being read", ["stage"], buckets=_SPANS_S)
+WAIT_S = histogram.Histogram("penstock_stage_wait_seconds", "Time from being added to being read", "stage", _SPANS_S)
 IN_HAND = Gauge("penstock_stage_in_hand", "Entries in the hands of this process", ["stage"])
 READY = Gauge("penstock_stage_ready", "1 when the stage can work", ["stage"])
 STALE_WRITES = Counter(
