@@ -9,11 +9,12 @@ from prometheus_client import REGISTRY
 
 import gateway.metrics
 import pipeline.metrics
+import stages.embedders
 import stages.llm
 from tests.gateway.fake import NOTHING
 
 PAGE = Path(__file__).parents[2] / "docs" / "METRICS.md"
-MODULES = (gateway.metrics, pipeline.metrics, stages.llm)
+MODULES = (gateway.metrics, pipeline.metrics, stages.embedders, stages.llm)
 
 
 def test_every_metric_is_documented_and_every_documented_metric_exists() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import sys
 import warnings
 from typing import Any, TypeVar
 
@@ -67,8 +66,11 @@ class Small:
 
     async def create(self, request: Request) -> Response:
         body = await _read(request, models.CreateCollection)
-        fields = {"vectors_config": body.vectors, "sparse_vectors_config": body.sparse_vectors}
-        return ok(await self.client.create_collection(_name(request), metadata=body.metadata, **fields))
+        vectors, words, metadata = body.vectors, body.sparse_vectors, body.metadata
+        made = await self.client.create_collection(
+            _name(request), vectors_config=vectors, sparse_vectors_config=words, metadata=metadata
+        )
+        return ok(made)
 
     async def drop(self, request: Request) -> Response:
         return ok(await self.client.delete_collection(_name(request)))
@@ -145,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

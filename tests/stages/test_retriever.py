@@ -1,21 +1,25 @@
-"""The retriever: sources and a prompt for a question, documents into the index and out of it."""
+"""The retriever: sources for a question, documents into the index and out of it."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from array import array
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import cast
 
 import pytest
 
 from pipeline.errors import ConfigError, NotReady, Reject
-from pipeline.job import Done
+from pipeline.job import Done, Job
 from pipeline.settings import EncoderSettings, RetrieverSettings, Settings
 from stages import retriever
 from stages.index import Hit, IndexInUse
+from stages.prompt import MESSAGE_TOKENS, Source, augment
 from stages.retriever import Retriever, spread
 from stages.stores import EmbeddedStore
+from stages.tokens import estimate
 from stages.vectors import Sparse, pack
 from tests.stages.conftest import CONTEXT, NewJob, Pipe
 
@@ -24,7 +28,7 @@ WEIRS = "A weir is a low dam over which a river flows."
 
 
 async def test_question_is_answered_from_an_ingested_document(pipe: Pipe, new_job: NewJob) -> None:
-    """Prompt and sources agree: what is numbered there is listed here."""
+    """With its place in the document, and the text that the prompt is going to hold."""
     await pipe.run(
         new_job("document", document_id="locks", title="Locks", text=LOCKS),
         new_job("document", document_id="weirs", title="Weirs", text=WEIRS),
@@ -33,15 +37,13 @@ async def test_question_is_answered_from_an_ingested_document(pipe: Pipe, new_jo
     [source] = found["sources"]
     assert (source["document"], source["title"], source["chunk"], source["text"]) == ("locks", "Locks", 0, LOCKS)
     assert source["score"] > 0
-    assert found["messages"][1]["content"] == f"Sources:\n[1] Locks\n{LOCKS}\n\nQuestion: What lifts boats?"
 
 
-async def test_question_without_a_hit_still_gets_its_prompt(pipe: Pipe, new_job: NewJob) -> None:
+async def test_question_without_a_hit_goes_on_without_sources(pipe: Pipe, new_job: NewJob) -> None:
     """Nothing found is an answer, not a failure; a question of stop words is no exception."""
     for query in ("What lifts boats?", "of the and"):
         [found] = await pipe.run(new_job("query", query=query))
         assert found["sources"] == []
-        assert found["messages"][1]["content"].endswith(f"Question: {query}")
 
 
 async def test_question_says_how_many_sources_it_wants(pipe: Pipe, new_job: NewJob) -> None:
@@ -67,10 +69,9 @@ async def test_source_that_does_not_fit_is_not_listed(tmp_path: Path, new_job: N
     await pipe.run(*(new_job("document", document_id=f"d{n}", text=long) for n in range(4)))
     [found] = await pipe.run(new_job("query", query="boats"))
     await pipe.stop()
-    prompt = found["messages"][1]["content"]
-    assert 0 < len(found["sources"]) < 4
-    for number, source in enumerate(found["sources"], 1):
-        assert f"[{number}] {source['title']}\n{source['text']}\n\n" in prompt
+    used = [Source(source["title"], source["text"]) for source in found["sources"]]
+    assert 0 < len(used) < 4
+    assert sum(estimate(message["content"]) + MESSAGE_TOKENS for message in augment("boats", used)) <= 200
 
 
 async def test_question_over_the_budget_is_refused_alone(tmp_path: Path, new_job: NewJob) -> None:
@@ -186,6 +187,62 @@ async def test_job_without_a_readable_vector_is_refused(pipe: Pipe, new_job: New
     with pytest.raises(Reject) as refusal:
         await pipe.retriever.handle(job)
     assert refusal.value.code == "bad_vector"
+
+
+@pytest.fixture
+async def hybrid(tmp_path: Path) -> AsyncIterator[Retriever]:
+    """A retriever for words and meaning."""
+    encoder = EncoderSettings(embeddings_url="http://127.0.0.1:9", embeddings_model="m")
+    stage = retriever.build(Settings(encoder=encoder, retriever=RetrieverSettings(path=tmp_path / "hybrid")))
+    assert isinstance(stage, Retriever)
+    await stage.start(CONTEXT)
+    yield stage
+    await stage.stop()
+
+
+WORDS, MEANING = "bm25/english/1", "dense/m"
+
+
+def encoded(job: Job, *dense: Sequence[float], words: int = 1, chunks: int = 1) -> Job:
+    """Return *job* as an encoder of both kinds would hand it on."""
+    job.state["chunks"] = [{"text": LOCKS, "heading": ""}] * chunks
+    job.vector = pack({WORDS: [Sparse((1,), (1.0,))] * words, MEANING: [array("f", values) for values in dense]})
+    return job
+
+
+async def test_vectors_of_another_length_are_refused_whatever_their_name(hybrid: Retriever, new_job: NewJob) -> None:
+    """The model behind a name was exchanged: questions and documents say so, instead of failing inside the index."""
+    await hybrid.handle(encoded(new_job("document", document_id="a"), (1, 0, 0)))
+    for job in (new_job("query", query="boats"), new_job("document", document_id="b")):
+        with pytest.raises(
+            Reject, match=r"dense/m have 2 dimensions, and those in the index 3.*ingest again"
+        ) as refusal:
+            await hybrid.handle(encoded(job, (1, 0)))
+        assert refusal.value.code == "encoder_mismatch"
+    [source] = (await hybrid.handle(encoded(new_job("query", query="boats"), (1, 0, 0)))).value["sources"]
+    assert source["text"] == LOCKS
+
+
+@pytest.mark.parametrize(("words", "dense", "chunks"), [(2, 1, 1), (1, 2, 1), (1, 1, 2), (0, 0, 1)])
+async def test_document_needs_a_vector_of_each_kind_for_every_chunk(
+    hybrid: Retriever, new_job: NewJob, words: int, dense: int, chunks: int
+) -> None:
+    """Anything else was cut or mixed up on its way."""
+    job = encoded(new_job("document", document_id="a"), *[(1, 0)] * dense, words=words, chunks=chunks)
+    with pytest.raises(Reject) as refusal:
+        await hybrid.handle(job)
+    assert refusal.value.code == "bad_vector"
+
+
+async def test_encoder_without_the_dense_model_is_refused(hybrid: Retriever, new_job: NewJob) -> None:
+    """Nor is a dense vector under the name of words taken for one."""
+    job = new_job("query", query="boats")
+    job.vector = pack({WORDS: [Sparse((1,), (1.0,))]})
+    with pytest.raises(Reject, match=r"encoded by bm25/english/1, and the index holds bm25/english/1 \+ dense/m"):
+        await hybrid.handle(job)
+    job.vector = pack({WORDS: [array("f", (1, 0))], MEANING: [array("f", (1, 0))]})
+    with pytest.raises(Reject, match="wrong kind"):
+        await hybrid.handle(job)
 
 
 async def test_second_retriever_exits_unless_the_first_lets_go_in_time(settings: Settings, pipe: Pipe) -> None:

@@ -175,6 +175,15 @@ async def test_tenants_share_nothing(store: Store) -> None:
     assert (await texts(store, "red"), await texts(store, "blue")) == ([], ["blue plan"])
 
 
+async def test_other_tenants_chunks_take_no_place_among_the_hits(store: Store) -> None:
+    """However many of them are nearer: the search itself is confined, and not only what is shown of it."""
+    await put(store, "d", 1, passage("mine", 1, meaning(0.1, 1, 0)), tenant="red")
+    await put(store, "d", 2, *(passage(f"{number}", 1) for number in range(30)), tenant="blue")
+    at = meaning(1, 0, 0)
+    found = await find(store, Search("red", words(1), 2), Search("red", None, 2, at), Search("red", words(1), 2, at))
+    assert [[hit.text for hit in hits] for hits in found] == [["mine"]] * 3
+
+
 async def test_scores_do_not_tell_what_other_tenants_write(store: Store) -> None:
     """How rare a word is counts among the tenant's own chunks."""
     await put(store, "d", 1, passage("plan", 1), passage("other", 7), tenant="red")
