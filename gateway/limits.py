@@ -12,6 +12,9 @@ uvicorn bounds none of these with its fast parser. Two rules, kept by `BoundedHt
 An offer to upgrade (`Upgrade: h2c`, which Java's client makes with its first request) is ignored, as HTTP lets us. The
 parser would stop after its head and lose the body, so the request is parsed again without the offer.
 
+Head and body of an answer leave in one piece (`_OneWrite`): uvicorn writes each by itself, and a write costs more than
+anything else that an answer needs.
+
 Too many connections are told so once they have asked, and may still reach health and metrics: a busy gateway must not
 look like a dead one. Beyond `_CROWD` more, connections are dropped unheard.
 """
@@ -84,6 +87,32 @@ class _RefusedHead(Exception):  # travels through the parser only, never further
     """Stops the parser."""
 
 
+class _OneWrite:
+    """A transport that gathers what is written in one turn of the event loop."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._parts: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        if not self._parts:
+            self._loop.call_soon(self._flush)
+        self._parts.append(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        parts, self._parts = self._parts, []
+        if parts and not self._transport.is_closing():  # the client may have left meanwhile
+            self._transport.write(b"".join(parts))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 class BoundedHttp(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 protocol with bounds."""
 
@@ -98,7 +127,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._refusal = _INVALID
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        super().connection_made(transport)
+        super().connection_made(_OneWrite(transport, self.loop))  # type: ignore[arg-type]  # all that uvicorn uses of one
         surplus = len(self.connections) - self.limits.max_connections
         if surplus > _CROWD:
             REFUSALS.labels(_CROWDED.code).inc()

@@ -52,7 +52,7 @@ HEALTH: Final = "llm:health:"
 CANCEL_CHANNEL: Final = "job:cancelled"
 """Pub/sub: ids of running jobs to stop. A hint: the mark in the live record is the truth."""
 WAKE_CHANNEL: Final = "llm:wake"
-"""Pub/sub: a slot was freed or an entry was added. A hint: a slow poll stands behind it."""
+"""Pub/sub: an entry was added, or a slot was freed while one waited. A hint: a slow poll stands behind it."""
 
 LUA_KEYS: Final = {
     "completion": COMPLETION,
@@ -72,8 +72,10 @@ LUA_KEYS: Final = {
     "cancel_channel": CANCEL_CHANNEL,
     "wake_channel": WAKE_CHANNEL,
     "placed": "job:llm_in",
+    "placed_group": "llm",
 }
-"""What scripts know as `KEY`. `placed` begins the streams whose entries wait for a replica's slot."""
+"""What scripts know as `KEY`. `placed` begins the streams whose entries wait for a replica's slot, `placed_group` reads
+them."""
 
 BOUNDED: Final = {
     "job:*_in": "unfinished work, bounded by admission",

@@ -9,16 +9,18 @@ from functools import cache
 
 from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 
+from pipeline import histogram
+
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one, which nobody asks for
 
 # From what a hand-over costs to what is promised: a third of a lease (3.3 s), a call (30, 120 s), a life (60, 600 s).
 _SPANS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 30, 60, 120, 300, 600)
 
 JOBS = Counter("penstock_stage_jobs_total", "Entries let go of, by what became of them", ["stage", "outcome"])
-SERVICE_S = Histogram(
-    "penstock_stage_seconds", "Time from reading an entry to settling it", ["stage"], buckets=_SPANS_S
+SERVICE_S = histogram.Histogram(
+    "penstock_stage_seconds", "Time from reading an entry to settling it", "stage", _SPANS_S
 )
-WAIT_S = Histogram("penstock_stage_wait_seconds", "Time from being added to being read", ["stage"], buckets=_SPANS_S)
+WAIT_S = histogram.Histogram("penstock_stage_wait_seconds", "Time from being added to being read", "stage", _SPANS_S)
 IN_HAND = Gauge("penstock_stage_in_hand", "Entries in the hands of this process", ["stage"])
 READY = Gauge("penstock_stage_ready", "1 when the stage can work", ["stage"])
 STALE_WRITES = Counter(
@@ -35,11 +37,11 @@ EXPIRED = Counter("penstock_waiting_expired_total", "Jobs ended at their deadlin
 LOST = Counter("penstock_jobs_lost_total", "Jobs whose entry had vanished at their deadline")
 LOOP_LAG_S = Histogram("penstock_event_loop_lag_seconds", "How late the event loop ran a timer", buckets=_SPANS_S)
 BREAKER = Counter("penstock_breaker_transitions_total", "Circuit breaker changes", ["replica", "to"])
-TURN_WAIT_S = Histogram(
+TURN_WAIT_S = histogram.Histogram(
     "penstock_redis_turn_wait_seconds",
     "Time a command waited for others on its connection, where it had to",
-    ["connection"],
-    buckets=(0.0005, 0.001, 0.005, 0.025, 0.1, 0.5, 1, 5),  # few: there are a dozen connections
+    "connection",
+    (0.0005, 0.001, 0.005, 0.025, 0.1, 0.5, 1, 5),  # few: there are a dozen connections
 )
 
 OUTCOMES = (

@@ -237,16 +237,20 @@ class Streams:
             "lost" only when another consumer, or a later delivery, owns the entry; "settled" also when an earlier
             sending, whose reply was lost, may have done it.
         """
-        answers = await self._outbox.add_all(settlements)
-        return [await self._final(*pair) for pair in zip(settlements, answers, strict=True)]
+        answers: list[Answer] = []
+        for settlement, answer in zip(settlements, await self._outbox.add_all(settlements), strict=True):
+            final = await self._insist(settlement, answer) if isinstance(answer, CommandRefused) else answer
+            answers.append("settled" if final == "lost" and settlement.unknown else final)
+        return answers
 
-    async def _final(self, settlement: Settlement, answer: Answer | CommandRefused) -> Answer:
+    async def _insist(self, settlement: Settlement, answer: Answer | CommandRefused) -> Answer:
+        """Send an outcome again until Redis takes it."""
         while isinstance(answer, CommandRefused):
             # A key of the wrong type, say: an operator must act. The outcome is kept, and others pass by.
             log.error("redis refuses to settle an entry; trying again", stage=self.stage, error=str(answer))
             await asyncio.sleep(REFUSED_AGAIN_S)
             answer = await self._outbox.add(settlement)
-        return "settled" if answer == "lost" and settlement.unknown else answer
+        return answer
 
     async def adopt(self, entry: Entry, job: Job) -> Literal["adopted", "lost", "duplicate"]:
         """Put *job* in the place of a foreign entry. May be sent again after an unknown reply: it runs once."""

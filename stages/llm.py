@@ -33,6 +33,7 @@ from pipeline.job import Done, Job, Json
 from pipeline.stage import Context, Stage
 from stages.http import BrokenAnswer, HungUp, Pool, Response, Target, TooLarge, Unreachable
 from stages.openai_protocol import Answer, Failure, Verdict, encode_request, endpoint, read_response, shorten
+from stages.prompt import Source, augment
 
 if TYPE_CHECKING:
     from pipeline.settings import LlmSettings, Settings
@@ -216,12 +217,14 @@ class Llm(Stage):
 
 
 def messages_of(job: Job) -> list[Json]:
-    """Return the turns to send: a former stage's, else the sender's, else the sender's prompt as one turn.
+    """Return the turns to send: the question with the sources found for it, the sender's turns, or its prompt as one.
 
     Raises:
         Reject: the job has none of them.
     """
-    messages = job.state.get("messages") or job.payload.get("messages")
+    if "sources" in job.state:
+        return augment(job.payload["query"], [Source(one["title"], one["text"]) for one in job.state["sources"]])
+    messages = job.payload.get("messages")
     if messages:
         return list(messages)
     prompt = job.payload.get("prompt")

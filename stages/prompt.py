@@ -13,6 +13,9 @@ The user message has exactly this form, which replicas and tests may rely on:
 
 Sources stand best first. Those that do not fit are left out, the lowest first; the first that does not fit whole is
 cut at the end of a sentence when at least one sentence fits. The question is never cut.
+
+The retriever decides what fits, and the sources travel with the job, since they are a part of its answer; the llm
+stage puts the prompt together from them, so that no text travels twice.
 """
 
 from __future__ import annotations
@@ -46,21 +49,13 @@ class Source:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt within its budget.
-
-    Attributes:
-        messages: as the chat-completions protocol spells them.
-        texts: of each source that is in the prompt, in its numbering, the text as it stands there.
-    """
-
-    messages: list[dict[str, str]]
-    texts: list[str]
+def augment(query: str, sources: Sequence[Source]) -> list[dict[str, str]]:
+    """Return the prompt that asks *query* of *sources*, as messages of the chat-completions protocol."""
+    return [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": _message(query, sources)}]
 
 
-def build_prompt(query: str, sources: Sequence[Source], budget: int, count: TokenCount) -> Prompt:
-    """Return the prompt that asks *query* of as many of *sources* as fit.
+def fit(query: str, sources: Sequence[Source], budget: int, count: TokenCount) -> list[Source]:
+    """Return as many of *sources* as fit into a prompt that asks *query*, the last one perhaps cut.
 
     Args:
         sources: best first.
@@ -82,8 +77,7 @@ def build_prompt(query: str, sources: Sequence[Source], budget: int, count: Toke
         whole = _last_fitting([used[:number] for number in range(1, len(used))], fits) or []
         beginnings = [[*whole, cut] for cut in _beginnings(used[len(whole)])]
         used = _last_fitting(beginnings, fits) or whole
-    messages = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": _message(query, used)}]
-    return Prompt(messages, [source.text for source in used])
+    return used
 
 
 def frame_tokens(count: TokenCount) -> int:

@@ -1,4 +1,4 @@
-"""The retriever stage: finds the sources of a question and builds its prompt; keeps the index.
+"""The retriever stage: finds the sources of a question, as many as its prompt can hold; keeps the index.
 
 Searches of one batch run as one, in the event loop's own thread: the index holds the interpreter lock while it
 searches, so another thread would keep the loop waiting all the same, and cost the hand-over besides. Writes are many
@@ -22,7 +22,7 @@ from pipeline.job import Done, Job
 from pipeline.settings import RetrieverSettings, Settings
 from pipeline.stage import Context, Outcome, Stage
 from stages.index import EmbeddedIndex, Hit, IndexInUse, Passage, Search, Written
-from stages.prompt import Source, build_prompt, frame_tokens
+from stages.prompt import Source, fit, frame_tokens
 from stages.tokens import TokenCount, token_count
 from stages.vectors import KeywordModel, Sparse, unpack
 
@@ -130,7 +130,7 @@ class Retriever(Stage):
         searches = [_attempt(self._search, job) for job in jobs]
         hits = iter(index.search_batch([search for search in searches if isinstance(search, Search)]))
         return [
-            _attempt(self._prompt, job, next(hits)) if isinstance(search, Search) else search
+            _attempt(self._sources, job, next(hits)) if isinstance(search, Search) else search
             for job, search in zip(jobs, searches, strict=True)
         ]
 
@@ -143,15 +143,15 @@ class Retriever(Stage):
     def _top_k(self, job: Job) -> int:
         return job.payload.get("top_k") or self._settings.top_k
 
-    def _prompt(self, job: Job, found: Sequence[Hit]) -> Done:
+    def _sources(self, job: Job, found: Sequence[Hit]) -> Done:
         hits = spread(found, self._top_k(job))
         sources = [Source(hit.title, hit.text) for hit in hits]
-        prompt = build_prompt(job.payload["query"], sources, self._settings.prompt_tokens, self._count)
+        fitting = fit(job.payload["query"], sources, self._settings.prompt_tokens, self._count)
         used = [
-            {"document": hit.document, "title": hit.title, "chunk": hit.chunk, "score": hit.score, "text": text}
-            for hit, text in zip(hits, prompt.texts, strict=False)  # the lowest hits may not have fitted
+            {"document": hit.document, "title": hit.title, "chunk": hit.chunk, "score": hit.score, "text": source.text}
+            for hit, source in zip(hits, fitting, strict=False)  # the lowest hits may not have fitted
         ]
-        return Done({"messages": prompt.messages, "sources": used})
+        return Done({"sources": used})
 
     # --- Documents -----------------------------------------------------------------------------
 

@@ -27,11 +27,26 @@ local function field_of(fields, name)
   return nil
 end
 
--- What is said once per script call, at its end: a wake-up, when an entry was added to a placed stage or one of its slots
--- was freed; to each gateway the jobs of its that have ended; the stamp that was given last.
-local wake, told, last_stamp = false, {}, nil
+-- Whether an entry waits for a place at a replica. What cannot be looked at is taken to wait: a wake-up too many is
+-- better than one too few.
+local function somebody_waits()
+  for _, suffix in ipairs({'', ':high', ':low'}) do
+    local stream = KEY.placed .. suffix
+    local length = redis.pcall('XLEN', stream)
+    if type(length) ~= 'number' then return true end
+    if length > 0 then
+      local in_hand = redis.pcall('XPENDING', stream, KEY.placed_group)
+      if in_hand.err or length > in_hand[1] then return true end
+    end
+  end
+  return false
+end
+
+-- What is said once per script call, at its end: a wake-up, when an entry was added to a placed stage, or one of its slots
+-- was freed and an entry waits for one; to each gateway the jobs of its that have ended; the stamp that was given last.
+local wake, freed, told, last_stamp = false, false, {}, nil
 local function conclude()
-  if wake then call('PUBLISH', KEY.wake_channel, '') end
+  if wake or (freed and somebody_waits()) then call('PUBLISH', KEY.wake_channel, '') end
   for reply, ids in pairs(told) do call('XADD', reply, 'NOMKSTREAM', 'MAXLEN', '~', 10000, '*', unpack(ids)) end
   if last_stamp then call('SET', KEY.stamp, digits(last_stamp)) end
 end
@@ -90,7 +105,7 @@ end
 -- Give back a job's running place and its lease.
 local function unlease(id, url)
   if not url then return end
-  if call('ZREM', KEY.running .. url, id) == 1 then wake = true end
+  if call('ZREM', KEY.running .. url, id) == 1 then freed = true end
   if call('ZREM', KEY.leases .. url, id) == 1 then set_load(url) end
 end
 

@@ -33,9 +33,10 @@ def main() -> int:
     cells = {line["number"]: line for line in lines if "number" in line}
     breaks = {line["break"]: line for line in lines if "break" in line}
     page = PAGE.read_text()
-    page = put(page, "matrix", table(COLUMNS, [row(cells[number]) for number in sorted(cells) if number != LONG]))
+    matrix = [cells[number] for number in sorted(cells) if number != LONG]
+    page = put(page, "matrix", f"{table(COLUMNS, [row(cell) for cell in matrix])}\n\n{caption(matrix)}")
     if LONG in cells:
-        page = put(page, "long run", long_run(cells[LONG]))
+        page = put(page, "long run", f"{long_run(cells[LONG])}\n\n{caption([cells[LONG]])}")
     page = put(page, "breaks", table(("What was broken", "Caught by"), [break_row(line) for line in breaks.values()]))
     PAGE.write_text(page)
     red = [str(number) for number, line in cells.items() if not line["green"]]
@@ -59,6 +60,16 @@ def row(cell: Json) -> list[str]:
         "green" if cell["green"] else "**red**",
     ]  # fmt: skip
     return [str(value) for value in values]
+
+
+def caption(cells: Sequence[Json]) -> str:
+    """Return what was measured, when, and on what; and what all cells together showed."""
+    totals = {name: sum(cell[name] for cell in cells) for name in ("accepted", "kills", "faults", "lost", "duplicated")}
+    about = {
+        name: sorted({str(cell[name]) for cell in cells if cell.get(name)}) for name in ("date", "server", "commit")
+    }
+    told = "; ".join(f"{name} {', '.join(values)}" for name, values in about.items() if values)
+    return f"Together: {_words(totals)}. Measured: {told}."
 
 
 def long_run(cell: Json) -> str:

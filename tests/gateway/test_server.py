@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -56,6 +57,31 @@ async def test_answers_leave_at_once(start: Start) -> None:
     (connection,) = gateway.server.server_state.connections
     accepted = connection.transport.get_extra_info("socket")
     assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+async def test_an_answer_leaves_in_one_piece(start: Start) -> None:
+    """Each piece costs a system call, and may cost a packet."""
+    gateway = await start()
+    await gateway.http.get("/livez")
+    (connection,) = gateway.server.server_state.connections
+    pieces: list[bytes] = []
+
+    class Spy:
+        def __init__(self, transport: asyncio.Transport) -> None:
+            self._transport = transport
+
+        def write(self, data: bytes) -> None:
+            pieces.append(data)
+            self._transport.write(data)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._transport, name)
+
+    transport: Any = connection.transport
+    transport._transport = Spy(transport._transport)  # the same connection is used again
+    assert (await gateway.http.get("/livez")).status_code == 200
+    (piece,) = pieces
+    assert piece.startswith(b"HTTP/1.1 200")
 
 
 def test_an_address_that_is_no_address_is_a_config_error() -> None:

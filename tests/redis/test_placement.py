@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from random import Random
 
 import pytest
@@ -311,6 +311,39 @@ async def test_freed_slot_wakes_the_other_worker(
         async with asyncio.timeout(5):
             for job in jobs:
                 await front.wait(job.id, job.tenant, job.deadline_ms)
+
+
+async def test_freed_slot_is_told_only_while_an_entry_waits(link: Link, settings: Settings, front: Front) -> None:
+    """Else every worker would look in vain after each call."""
+    heard: list[bytes] = []
+
+    async def listen() -> None:
+        async with aclosing(Link(settings.redis, "ear").subscribe(keys.WAKE_CHANNEL)) as messages:
+            async for _, message in messages:
+                heard.append(message or b"wake")
+                if message == b"end":
+                    return
+
+    async with Hand(settings, "a", "llm", placed=True) as hand:
+        for _ in range(2):
+            await front.submit(prompt(front))
+        first, last = [
+            await hand.streams.place([Replica(FIRST, slots=1)], [[FIRST]]),
+            await hand.streams.place([Replica(SECOND, slots=1)], [[SECOND]]),
+        ]
+        await front.submit(prompt(front))
+        listening = asyncio.create_task(listen())
+        await wait_until(lambda: heard)
+        heard.clear()
+        await hand.settle(complete(first.entries[0]))
+        await wait_until(lambda: heard)
+        assert heard == [b"wake"]
+        third = await hand.streams.place([Replica(FIRST, slots=1)], [[FIRST]])
+        for placed in (last, third):
+            await hand.settle(complete(placed.entries[0]))
+        await link.call("PUBLISH", keys.WAKE_CHANNEL, "end")
+        await listening
+        assert heard == [b"wake", b"end"]
 
 
 async def test_foreign_running_place_is_respected(link: Link, settings: Settings, front: Front) -> None:

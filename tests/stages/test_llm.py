@@ -21,6 +21,7 @@ from pipeline.settings import Settings
 from stages.http import BrokenAnswer, HungUp, TooLarge, Unreachable
 from stages.llm import Llm, build, messages_of, read_error
 from stages.openai_protocol import Answer, Failure, Verdict
+from stages.prompt import Source, augment
 from tests.stages.llm_bench import Build, FakeContext, FakeReplicas, Observation, benches, calls, reply, say
 
 
@@ -79,15 +80,17 @@ async def test_the_model_setting_stands_in_and_no_key_is_made_up(bench: Build) -
     assert "authorization" not in exchange.headers
 
 
-def test_messages_of_a_former_stage_come_before_the_senders() -> None:
-    """The augmented prompt replaces the bare one."""
+def test_question_is_asked_of_the_sources_that_were_found_for_it() -> None:
+    """The augmented prompt; else what the sender wrote."""
     job = Job("j", "message", {"prompt": "p", "messages": [{"role": "user", "content": "m"}]}, [], 0)
     assert messages_of(job) == [{"role": "user", "content": "m"}]
-    job.state["messages"] = [{"role": "user", "content": "s"}]
-    assert messages_of(job) == [{"role": "user", "content": "s"}]
     assert messages_of(Job("j", "message", {"prompt": "p"}, [], 0)) == [{"role": "user", "content": "p"}]
+    question = Job("j", "query", {"query": "q"}, [], 0)
     with pytest.raises(Reject):
-        messages_of(Job("j", "query", {"query": "q"}, [], 0))
+        messages_of(question)
+    for found in ([], [{"document": "d", "title": "t", "chunk": 0, "score": 1.0, "text": "words"}]):
+        question.state["sources"] = found
+        assert messages_of(question) == augment("q", [Source("t", "words")] * len(found))
 
 
 async def test_every_call_is_observed_once(bench: Build) -> None:

@@ -7,7 +7,6 @@ connections (`Outside`), since these belong to the test's loop.
 from __future__ import annotations
 
 import asyncio
-import fnmatch
 import os
 import select
 import signal
@@ -31,6 +30,7 @@ from redis.asyncio import Redis
 from pipeline import keys
 from tests.cli.conftest import clean_environment, lives
 from tests.conftest import wait_until
+from tests.faults.checkers import leftovers
 
 Json = dict[str, Any]
 
@@ -387,28 +387,13 @@ class Outside:
         """Say whether *count* jobs are accepted and not ended."""
         return int(await self.redis.zcard(keys.LIVE_INDEX)) == count
 
-    async def leftovers(self) -> list[str]:
-        """Return what an idle system must not hold: work, leases, calls, keys that would stay for ever."""
-        found = []
-        for name in sorted(key.decode() for key in await self.redis.keys("*")):
-            if fnmatch.fnmatchcase(name, "job:*_in*") and await self.redis.xlen(name):
-                found.append(f"{name} holds entries")
-            if name.startswith(keys.LOAD) and int(await self.redis.get(name) or 0) != 0:
-                found.append(f"{name} is not 0")
-            if name.startswith((keys.LEASES, keys.RUNNING, keys.LIVE, keys.LIVE_INDEX, keys.DELAYED, keys.IN_FLIGHT)):
-                found.append(f"{name} is there")
-            is_bounded = any(fnmatch.fnmatchcase(name, pattern) for pattern in keys.BOUNDED)
-            if not is_bounded and await self.redis.pttl(name) == -1:
-                found.append(f"{name} has no TTL")
-        return found
-
     async def until_idle(self) -> None:
-        """Wait until nothing is left; fail with what is."""
-        left: list[str] = []
+        """Wait until nothing is left: work, leases, calls, keys that would stay for ever; fail with what is."""
+        left: leftovers.Leftovers | None = None
 
         async def is_idle() -> bool:
             nonlocal left
-            left = await self.leftovers()
+            left = await leftovers.check(self.redis)
             return not left
 
         try:
