@@ -1,4 +1,4 @@
-"""A gateway on a real Redis, asked in process, and a word for what Debian's package must bring."""
+"""Gateways asked in process, with a Redis and without one; and what Debian's package `prometheus` brings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from gateway.app import create_app
 from pipeline.front import Front
-from pipeline.settings import Settings
+from pipeline.settings import RedisSettings, Settings
 
 
 @pytest.fixture
@@ -19,6 +19,16 @@ async def gateway(front: Front, settings: Settings) -> AsyncIterator[httpx.Async
     transport = httpx.ASGITransport(create_app(settings, front))
     async with httpx.AsyncClient(base_url="http://127.0.0.1", transport=transport) as client:
         yield client
+
+
+@pytest.fixture
+async def cut_off() -> AsyncIterator[httpx.AsyncClient]:
+    """A gateway whose Redis is away."""
+    settings = Settings(redis=RedisSettings(url="redis://127.0.0.1:1"))
+    async with Front(settings, "test") as front:
+        transport = httpx.ASGITransport(create_app(settings, front))
+        async with httpx.AsyncClient(base_url="http://127.0.0.1", transport=transport) as client:
+            yield client
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
+from dataclasses import replace
 
 import httpx
 import orjson
@@ -13,16 +15,12 @@ from gateway.discovery import enlisted, reachable, target_groups
 from pipeline import keys
 from pipeline.connection import Link
 from pipeline.consumer import Consumer
-from pipeline.errors import BrokerUnavailable
 from pipeline.front import OVERVIEW_FOR_S, Front
 from pipeline.overview import GatewayView, WorkerView
 from pipeline.settings import Settings
 from tests.conftest import wait_until
-from tests.gateway.conftest import Running, start
 from tests.gateway.fake import NOTHING
 from tests.rig import Scripted, changed, echo
-
-__all__ = ["start"]  # a fixture
 
 
 @pytest.mark.parametrize(
@@ -47,8 +45,6 @@ def test_a_process_is_named_where_it_is_reached_from_here(address: str, host: st
 
 def test_every_process_is_a_target_of_its_own_in_a_steady_order() -> None:
     """Gateways and stages; a worker that serves nothing is left out."""
-    from dataclasses import replace
-
     overview = replace(
         NOTHING,
         gateways=[GatewayView("g", "127.0.0.1:8000", "here", 1)],
@@ -117,11 +113,11 @@ async def test_a_gateway_is_listed_again_after_redis_was_emptied(link: Link, fro
         await wait_until(lambda: link.call("EXISTS", keys.GATEWAYS))
 
 
-async def test_without_redis_the_answer_is_503_so_that_prometheus_keeps_what_it_knows(start) -> None:  # type: ignore[no-untyped-def]
+async def test_without_redis_the_answer_is_503_so_that_prometheus_keeps_what_it_knows(
+    cut_off: httpx.AsyncClient,
+) -> None:
     """An empty list would take all targets away in every outage."""
-    running: Running = await start()
-    running.front.broken = BrokerUnavailable("refused")
-    reply = await running.http.get("/sd/targets")
+    reply = await cut_off.get("/sd/targets")
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "redis_unavailable")
 
 
@@ -135,8 +131,6 @@ async def test_a_list_that_a_stranger_wrote_is_an_error_that_says_so(gateway: ht
 
 async def test_however_many_ask_redis_is_looked_at_once(front: Front, link: Link) -> None:
     """Those who come together, and those who come within a second."""
-    import asyncio
-
     pictures = await asyncio.gather(*(front.overview() for _ in range(20)))
     assert all(picture is pictures[0] for picture in pictures)
     made_us, picture = front._overview or (0, NOTHING)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway.metrics import pipeline_metrics
+from gateway.metrics import QUERY_OUTCOME, pipeline_metrics
 from pipeline import keys, scripts
 from pipeline.connection import Link
 from pipeline.consumer import Consumer
-from pipeline.front import Front
+from pipeline.metrics import TURN_WAIT_S
 from pipeline.overview import WorkerView, look
 from pipeline.settings import RedisSettings, Settings
 from tests.conftest import wait_until
 from tests.gateway.fake import NOTHING
 from tests.rig import FIRST, SECOND, Scripted, changed, echo
 from tests.servers import RedisServer
-
-Labels = dict[str, str]
 
 
 async def test_depth_pending_and_age_are_told_by_stage_and_priority(link: Link, gateway: httpx.AsyncClient) -> None:
@@ -85,12 +84,11 @@ def test_a_worker_of_two_stages_counts_at_both() -> None:
 async def test_a_worker_that_ended_without_a_word_is_told_of_and_one_that_signed_off_is_not(
     link: Link, settings: Settings
 ) -> None:
-    """For ten minutes."""
+    """For ten minutes. Signing off needs no group: Redis may have been emptied meanwhile."""
     killed = Consumer([Scripted("encoder", echo)], settings)
     ended = Consumer([Scripted("encoder", echo)], settings)
     try:
         for consumer in (killed, ended):
-            await consumer.workers[0].streams.ensure_groups()
             await consumer.renew()
         assert (await look(link)).lapsed_workers == 0
         await link.call("DEL", keys.WORKER + killed.name)
@@ -144,19 +142,12 @@ async def test_room_is_told_beside_what_is_taken(link: Link, gateway: httpx.Asyn
     assert told("penstock_redis_up") == 1
 
 
-async def test_without_redis_nothing_old_is_told() -> None:
-    """Only that it is away, within a second."""
-    front = Front(Settings(redis=RedisSettings(url="redis://127.0.0.1:1")), "test")
-    from gateway.app import create_app
-
-    transport = httpx.ASGITransport(create_app(Settings(), front))
-    async with httpx.AsyncClient(base_url="http://127.0.0.1", transport=transport) as client:
-        told = await _told(client)
+async def test_without_redis_nothing_old_is_told(cut_off: httpx.AsyncClient) -> None:
+    """Only that it is away."""
+    told = await _told(cut_off)
     assert told("penstock_redis_up") == 0
     assert told("penstock_jobs_live") is None
     assert told("penstock_stage_workers", stage="llm", state="ready") is None
-    await front._looker.close()
-    await front._link.close()
 
 
 async def test_a_key_of_a_wrong_type_takes_the_figures_and_not_the_rest(link: Link, gateway: httpx.AsyncClient) -> None:
@@ -169,16 +160,10 @@ async def test_a_key_of_a_wrong_type_takes_the_figures_and_not_the_rest(link: Li
 
 
 @pytest.mark.parametrize(("question", "outcome"), [("", "refused"), ("Why?", "unavailable")])
-async def test_a_refusal_is_the_clients_fault_or_ours(question: str, outcome: str) -> None:
+async def test_a_refusal_is_the_clients_fault_or_ours(cut_off: httpx.AsyncClient, question: str, outcome: str) -> None:
     """A wrong field spends nobody's budget; Redis away spends ours."""
-    from gateway.app import create_app
-    from gateway.metrics import QUERY_OUTCOME
-
     before = QUERY_OUTCOME[outcome]._value.get()
-    front = Front(Settings(redis=RedisSettings(url="redis://127.0.0.1:1")), "test")
-    transport = httpx.ASGITransport(create_app(Settings(), front))
-    async with httpx.AsyncClient(base_url="http://127.0.0.1", transport=transport) as client:
-        await client.post("/query", json={"query": question})
+    await cut_off.post("/query", json={"query": question})
     assert QUERY_OUTCOME[outcome]._value.get() == before + 1
 
 
@@ -186,10 +171,6 @@ async def test_a_command_that_waits_for_its_turn_is_timed_and_one_that_does_not_
     redis_server: RedisServer,
 ) -> None:
     """The hot path pays nothing."""
-    import asyncio
-
-    from pipeline.metrics import TURN_WAIT_S
-
     connection = Link(RedisSettings(url=redis_server.url), "turns")
 
     def waits() -> float:

@@ -20,7 +20,7 @@ from pipeline import leash
 from pipeline.local import free_port
 from tests.monitoring.files import PROMETHEUS
 
-INTERVAL: Final = "500ms"
+INTERVAL: Final = "1s"
 STOP_S: Final = 10.0
 
 
@@ -46,7 +46,7 @@ class Prometheus:
         return f"http://127.0.0.1:{self._port}"
 
     def _make_config(self, gateway: str) -> Path:
-        """Copy the configuration: another gateway, and half a second for what takes a quarter of a minute."""
+        """Copy the configuration: another gateway, one second for a quarter of a minute, two for each `for`."""
         shutil.copytree(PROMETHEUS, self.directory / "config")
         config = self.directory / "config" / "prometheus.yml"
         text = config.read_text()
@@ -56,7 +56,7 @@ class Prometheus:
         assert changed == 4
         config.write_text(text)
         for rules in config.parent.glob("rules/*.yml"):
-            rules.write_text(re.sub(r"for: \d+m", "for: 1s", rules.read_text()))
+            rules.write_text(re.sub(r"for: \d+m", "for: 2s", rules.read_text()))
         return config
 
     async def ask(self, http: httpx.AsyncClient, path: str, **parameters: str) -> Any:
