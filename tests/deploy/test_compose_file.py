@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.settings import load
+from stages.qdrant_server import LEAST_VERSION
 from tests.cli.conftest import ROOT
 from tests.deploy import compose
 
@@ -137,6 +138,13 @@ def test_redis_keeps_what_it_is_given() -> None:
     assert (options["--appendonly"], options["--maxmemory-policy"]) == ("yes", "noeviction")
     assert redis["volumes"] == ["redis:/data"]
     assert 2 * int(options["--maxmemory"].removesuffix("mb")) <= int(redis["mem_limit"].removesuffix("m"))
+
+
+def test_qdrant_is_new_enough() -> None:
+    """The retriever refuses an older server."""
+    version = re.search(r":v(\d+)\.(\d+)", SERVICES["qdrant"]["image"])
+    assert version is not None
+    assert tuple(map(int, version.groups())) >= LEAST_VERSION
 
 
 def test_what_is_mounted_is_there() -> None:
