@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import cache
 from typing import Final
 
 import orjson
@@ -15,13 +16,14 @@ import structlog
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway import documents, health, jobs, openapi, query
+from gateway import discovery, documents, health, jobs, openapi, page, query
 from gateway.auth import ApiKeys, refuse_cross_site
 from gateway.errors import RETRY_SOON_S, BrokenKey, ClientGone, Problem, problem_of
 from gateway.metrics import REFUSALS
-from gateway.operation import Answer, Call, Gateway, Operation
+from gateway.operation import Answer, Call, Gateway, Operation, answer
 from pipeline.errors import PenstockError
 from pipeline.front import Front
+from pipeline.job import Json
 from pipeline.settings import Settings
 
 logger = structlog.get_logger()
@@ -31,17 +33,35 @@ _UNCHANGING: Final = frozenset({"GET", "HEAD"})
 
 def operations() -> tuple[Operation, ...]:
     """Return every operation of every service, the busy ones first: routes are tried in this order."""
-    services = (*query.OPERATIONS, *documents.OPERATIONS, *jobs.OPERATIONS, *health.OPERATIONS)
-    description: bytes | None = None
+    services = (
+        *query.OPERATIONS,
+        *documents.OPERATIONS,
+        *jobs.OPERATIONS,
+        *health.OPERATIONS,
+        *discovery.OPERATIONS,
+    )
+
+    @cache
+    def description() -> Json:
+        return openapi.describe(services)
+
+    @cache
+    def page_made() -> bytes:
+        return page.render(description())
 
     async def describe(call: Call) -> Answer:
-        """Describe this API."""
-        nonlocal description
-        if description is None:
-            description = openapi.describe(services)
-        return Answer(200, description)
+        """Describe this API to programs."""
+        return answer(description())
 
-    return (*services, Operation("GET", "/openapi.json", describe, answers={200: None}, guarded=False))
+    async def show(call: Call) -> Answer:
+        """Describe this API to people."""
+        return Answer(200, page_made(), page.headers(), page.CONTENT_TYPE)
+
+    return (
+        *services,
+        Operation("GET", "/openapi.json", describe, answers={200: None}, guarded=False),
+        Operation("GET", "/docs", show, answers={200: None}, guarded=False),
+    )
 
 
 def create_app(settings: Settings, front: Front) -> ASGIApp:

@@ -109,6 +109,21 @@ OPERATIONS: Final = (
         errors=(409, 422, 502, 504),
         parameters=(Parameter("ids", f"1 to {MAX_LOOKUP} document ids, separated by commas", required=True),),
     ),
-    Operation("POST", "/documents", put, body=DocumentRequest, answers={202: DocumentAccepted}, idempotent=True),
-    Operation("DELETE", "/documents/{id}", delete, answers={202: DocumentAccepted}, errors=(422,)),
+    Operation(
+        "POST",
+        "/documents",
+        put,
+        body=DocumentRequest,
+        answers={202: DocumentAccepted},
+        idempotent=True,
+        example={"id": "manual", "title": "The manual", "text": "Turn the key to the right."},
+    ),
+    Operation(
+        "DELETE",
+        "/documents/{id}",
+        delete,
+        answers={202: DocumentAccepted},
+        errors=(422,),
+        parameters=(Parameter("id", "the document's id, as it was sent", required=True, type=Name),),
+    ),
 )

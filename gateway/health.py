@@ -1,7 +1,8 @@
 """Whether the gateway lives, whether the pipeline behind it can answer, and the numbers that tell how it does.
 
 `/livez` asks nobody: only a process that should be killed fails it. `/readyz` asks Redis, and what the workers of each
-stage say of themselves. None of these needs an API key, and none waits longer than a second.
+stage say of themselves; `/metrics` tells this process' numbers, and what Redis says of the pipeline. None of them needs
+an API key, and none waits longer than a second.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 from pydantic import BaseModel, Field
 
 from gateway.errors import BrokenKey, Problem
-from gateway.metrics import REPLICA_LOAD
+from gateway.metrics import REPLICA_LOAD, Told, pipeline_metrics
 from gateway.operation import Answer, Call, Operation, answer
 from pipeline.connection import CommandRefused
 from pipeline.errors import BrokerUnavailable
 from pipeline.front import Health
+from pipeline.overview import Overview
 
 logger = structlog.get_logger()
 
@@ -71,19 +73,24 @@ async def _health(call: Call) -> Health:
 
 
 async def metrics(call: Call) -> Answer:
-    """Show this process' numbers to Prometheus."""
+    """Show this process' numbers, and the pipeline's, to Prometheus."""
+    loads: dict[str, int] = {}
+    overview: Overview | None = None  # not known now: better absent than old
+    redis_up = True
     try:
         async with asyncio.timeout(PATIENCE_S):
             loads = await call.front.replica_loads()
+            overview = await call.front.overview()
     except (BrokerUnavailable, TimeoutError):
-        loads = {}  # not known now: better absent than old
+        redis_up = False
     except _BROKEN as error:
-        loads = {}
         _tell_broken(call, error)
     REPLICA_LOAD.clear()
     for replica, load in loads.items():
         REPLICA_LOAD.labels(replica).set(load)
-    return Answer(200, generate_latest(REGISTRY), content_type=CONTENT_TYPE_LATEST.encode())
+    of_pipeline = pipeline_metrics(overview, redis_up=redis_up, max_jobs=call.gateway.settings.admission.max_jobs)
+    page = generate_latest(REGISTRY) + generate_latest(Told(of_pipeline))
+    return Answer(200, page, content_type=CONTENT_TYPE_LATEST.encode())
 
 
 def _tell_broken(call: Call, error: Exception) -> BrokenKey:

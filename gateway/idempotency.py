@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Final
+from typing import Annotated, Final
 
 import orjson
+from pydantic import StringConstraints, TypeAdapter, ValidationError
 
 from gateway.errors import Problem
 from pipeline.front import Idempotency
@@ -21,6 +22,9 @@ from pipeline.job import Json
 HEADER: Final = b"idempotency-key"
 TTL_S: Final = 86_400.0
 MAX_CHARS: Final = 255
+Key = Annotated[str, StringConstraints(pattern=rf"^[\x21-\x7e]{{1,{MAX_CHARS}}}$")]
+
+_KEY: Final = TypeAdapter(Key)
 
 
 def read_key(headers: Mapping[bytes, bytes], tenant: str, path: str, body: Json) -> Idempotency | None:
@@ -32,9 +36,11 @@ def read_key(headers: Mapping[bytes, bytes], tenant: str, path: str, body: Json)
     sent = headers.get(HEADER)
     if sent is None:
         return None
-    if not 1 <= len(sent) <= MAX_CHARS or not all(0x21 <= byte <= 0x7E for byte in sent):
+    try:
+        _KEY.validate_python(sent.decode("latin-1"))
+    except ValidationError:
         message = f"an Idempotency-Key is 1 to {MAX_CHARS} printable ASCII characters without spaces"
-        raise Problem(422, "invalid_idempotency_key", message, param="Idempotency-Key")
+        raise Problem(422, "invalid_idempotency_key", message, param="Idempotency-Key") from None
     scope = hashlib.sha256(b"\n".join((tenant.encode(), path.encode(), sent)))  # no part can hold a line break
     value = hashlib.sha256(orjson.dumps(body, option=orjson.OPT_SORT_KEYS))
     return Idempotency(key=scope.hexdigest(), body_hash=value.hexdigest(), ttl_s=TTL_S)

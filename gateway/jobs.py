@@ -6,7 +6,7 @@ The id of another tenant's job, an id that no job ever had, and one whose comple
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 from urllib.parse import parse_qs
 
 import structlog
@@ -15,11 +15,13 @@ from pydantic import BaseModel, Field
 from gateway.errors import BrokenKey, Problem
 from gateway.operation import Answer, Call, Operation, Parameter, answer
 from pipeline.connection import CommandRefused
+from pipeline.flows import Name
 from pipeline.job import Json, error_body, is_valid_id
 
 logger = structlog.get_logger()
 
 MAX_IDS: Final = 100  # of our own ids, so that the request's head stays within its bound
+JOB_ID: Final = Parameter("job_id", "the job's id, as it was answered", required=True, type=Name)
 
 
 class JobAccepted(BaseModel):
@@ -84,8 +86,8 @@ async def look_at_many(call: Call) -> Answer:
     unknown = sorted(set(given) - {"ids"})
     if unknown:
         raise Problem(422, "invalid_field", f"{unknown[0][:128]}: there is no such parameter", param=unknown[0][:128])
-    ids = [part for text in given.get("ids", []) for part in text.split(",") if part]
-    if not 1 <= len(ids) <= MAX_IDS:
+    ids = [part for text in given.get("ids", []) for part in text.split(",")]
+    if not 1 <= len(ids) <= MAX_IDS or "" in ids:
         raise Problem(422, "invalid_field", f"ids: 1 to {MAX_IDS} ids, separated by commas", param="ids")
     found = await asyncio.gather(*(_look_among_others(call, job_id) for job_id in ids))
     return answer({"jobs": dict(zip(ids, found, strict=True))})
@@ -152,14 +154,22 @@ OPERATIONS: Final = (
         look_at_many,
         answers={200: JobStatuses},
         errors=(422,),
-        parameters=(Parameter("ids", f"1 to {MAX_IDS} job ids, separated by commas", required=True),),
+        parameters=(
+            Parameter(
+                "ids",
+                "ids of jobs, separated by commas",
+                required=True,
+                type=Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_IDS)],
+            ),
+        ),
     ),
-    Operation("GET", "/jobs/{job_id}", look, answers={200: JobStatus}, errors=(404,)),
+    Operation("GET", "/jobs/{job_id}", look, answers={200: JobStatus}, errors=(404,), parameters=(JOB_ID,)),
     Operation(
         "POST",
         "/jobs/{job_id}/cancel",
         cancel,
         answers={200: JobCancelled, 202: JobCancelled},
         errors=(404, 409),
+        parameters=(JOB_ID,),
     ),
 )

@@ -38,7 +38,7 @@ from pipeline.job import new_id
 from pipeline.settings import GatewaySettings
 
 MAX_HEAD_BYTES: Final = 16 * 1024  # as much as Node takes; browsers and proxies stay below 8 KiB
-PROBES: Final = frozenset({"/livez", "/readyz", "/healthz", "/metrics"})
+PROBES: Final = frozenset({"/livez", "/readyz", "/healthz", "/metrics", "/sd/targets"})
 _CROWD: Final = 256
 
 _INVALID = Problem(400, "invalid_http", "the request line or its headers cannot be read")

@@ -1,10 +1,22 @@
-"""What the gateway counts. No label is unbounded: codes and outcomes come from our own tables, never from a client."""
+"""What the gateway counts, and what it tells of the pipeline behind it.
+
+Depths, loads and breakers are Redis' own, not a process's: every gateway tells the same of them, made from one look at
+Redis (`pipeline/overview.py`) when it is asked. Who adds them up over processes takes the largest, never the sum.
+
+No label is unbounded: codes and outcomes come from our own tables, never from a client.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from pipeline.overview import Overview
 
 OUTCOMES: Final = (
     "completed",
@@ -14,7 +26,8 @@ OUTCOMES: Final = (
     "accepted",  # in the background: its outcome is nobody's answer here
     "disconnected",
     "lost",
-    "refused",
+    "refused",  # for a reason of the client's own: a wrong field, too many jobs in flight
+    "unavailable",  # for a reason of ours: overloaded, Redis away, a broken key
     "error",
 )
 
@@ -29,3 +42,90 @@ REPLICA_LOAD: Final = Gauge("api_gateway_replica_load", "Jobs now leased to an L
 REFUSALS: Final = Counter("penstock_gateway_refusals_total", "Requests refused, by error code", ["reason"])
 
 QUERY_OUTCOME: Final = {outcome: QUERIES.labels(outcome) for outcome in OUTCOMES}
+
+for _reason in ("overloaded", "too_many_in_flight", "redis_unavailable"):  # one that begins at 1 shows no increase
+    REFUSALS.labels(_reason)
+
+
+def pipeline_metrics(overview: Overview | None, *, redis_up: bool, max_jobs: int) -> list[Metric]:
+    """Return what is to be told of the pipeline; None: nothing is known of it now, and nothing old is told.
+
+    Args:
+        max_jobs: unfinished jobs from which nothing is accepted any more.
+    """
+    told: list[Metric] = [_gauge("penstock_redis_up", "1 when Redis answers this gateway", redis_up)]
+    if overview is None:
+        return told
+    by_stream = ("stage", "priority")
+    streams = [((view.stage, view.priority), view) for view in overview.streams]
+    told += [
+        _gauges("penstock_stream_waiting", "Entries that no worker has read", by_stream,
+                [(of, view.waiting) for of, view in streams]),
+        _gauges("penstock_stream_pending", "Entries in the hands of workers", by_stream,
+                [(of, view.in_hand) for of, view in streams]),
+        _gauges("penstock_stream_oldest_pending_seconds", "How long the longest-held entry has been in hand", by_stream,
+                [(of, view.oldest_ms / 1000) for of, view in streams]),
+        _gauges("penstock_stream_lag", "Entries to be read, as Redis estimates; absent where it cannot", by_stream,
+                [(of, view.lag) for of, view in streams if view.lag is not None]),
+        _gauges("penstock_stream_lag_known", "1 where Redis can tell the lag", by_stream,
+                [(of, view.lag is not None) for of, view in streams]),
+        _gauges("penstock_stage_workers", "Live worker processes, by whether they can work", ("stage", "state"),
+                _workers_by_stage(overview)),
+        _gauge("penstock_workers_lapsed", "Workers that ended without a word in the last ten minutes",
+               overview.lapsed_workers),
+        _gauge("penstock_gateways", "Live gateways", len(overview.gateways)),
+        _gauge("penstock_jobs_live", "Unfinished jobs", overview.live_jobs),
+        _gauge("penstock_jobs_limit", "Unfinished jobs from which nothing is accepted any more", max_jobs),
+        _gauge("penstock_jobs_delayed", "Jobs that wait for their time: retries", overview.delayed),
+        _gauge("penstock_dead_letters_kept", "Dead letters there are now", overview.dead_letters),
+        CounterMetricFamily("penstock_dead_letters_written", "Dead letters ever written", overview.letters_ever),
+        _gauge("penstock_redis_memory_bytes", "Memory that Redis uses", overview.memory_bytes),
+        _gauge("penstock_redis_memory_limit_bytes", "Redis' maxmemory; 0: none", overview.memory_limit_bytes),
+    ]  # fmt: skip
+    replicas = [((view.url,), view) for view in overview.replicas]
+    told += [
+        _gauges("penstock_replica_slots", "Calls that a replica may be given at once", ("replica",),
+                [(of, view.slots) for of, view in replicas]),
+        _gauges("penstock_replica_running", "Calls that a replica works on", ("replica",),
+                [(of, view.running) for of, view in replicas]),
+        _gauges("penstock_replica_breaker_open", "1 from a breaker's opening until a call succeeds", ("replica",),
+                [(of, view.breaker_tripped) for of, view in replicas]),
+    ]  # fmt: skip
+    return told
+
+
+class Told(Collector):
+    """What was told, as prometheus-client takes it to make a page of."""
+
+    def __init__(self, metrics: Sequence[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the metrics."""
+        return self._metrics
+
+
+def _workers_by_stage(overview: Overview) -> list[tuple[tuple[str, str], int]]:
+    """Return how many workers each stage has: ready, and not."""
+    reasons: dict[str, list[str | None]] = {view.stage: [] for view in overview.streams}
+    for worker in overview.workers:
+        for stage, reason in worker.stages.items():
+            reasons.setdefault(stage, []).append(reason)
+    counts = []
+    for stage, found in reasons.items():
+        ready = found.count(None)
+        counts += [((stage, "ready"), ready), ((stage, "not_ready"), len(found) - ready)]
+    return counts
+
+
+def _gauge(name: str, about: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, about, value)
+
+
+def _gauges(
+    name: str, about: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]
+) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, about, labels=labels)
+    for of, value in values:
+        family.add_metric(of, value)
+    return family

@@ -1,4 +1,7 @@
-"""`/openapi.json`, made from the same rows and models that route and validate."""
+"""The description of the API, made from the same rows and models that route and validate.
+
+`/openapi.json` shows it to programs, `/docs` to people (`gateway.page`).
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,23 @@ import re
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from inspect import getdoc
-from typing import Any, Final
+from typing import Final
 
-import orjson
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
+from gateway import idempotency
 from gateway.errors import TYPES
-from gateway.operation import Operation
+from gateway.operation import Operation, Parameter
 from pipeline.job import Json
 
 _ANYWHERE: Final = (400, 408, 431, 500, 503)
 _GUARDED: Final = (401, 429)
 _CHANGING: Final = (403,)
 _WITH_BODY: Final = (413, 422)
+_WITH_PARAMETER: Final = (404,)  # an id with a slash in it leads nowhere
+_RETRY_AFTER: Final = frozenset({429, 503})
+_TEXT: Final[Json] = {"type": "string"}
 _REF: Final = "#/components/schemas/{model}"
 _PARAMETER: Final = re.compile(r"\{(\w+)\}")
 
@@ -59,8 +65,18 @@ class ErrorAnswer(BaseModel):
     job_id: str | None = Field(None, description="the job this is about; absent where none was accepted")
 
 
-def describe(operations: Sequence[Operation]) -> bytes:
-    """Return the OpenAPI 3.1 description of *operations* as JSON."""
+_HEADERS: Final[Json] = {
+    "RequestId": {
+        "description": "names the request in the gateway's log: the caller's own `x-request-id`, or one made here",
+        "required": True,
+        "schema": {"type": "string"},
+    },
+    "RetryAfter": {"description": "seconds after which trying again may help", "schema": {"type": "integer"}},
+}
+
+
+def describe(operations: Sequence[Operation]) -> Json:
+    """Return the OpenAPI 3.1 description of *operations*."""
     requests = {operation.body for operation in operations if operation.body}
     answers = {model for operation in operations for model in operation.answers.values() if model} | {ErrorAnswer}
     _, schemas = models_json_schema(
@@ -73,22 +89,21 @@ def describe(operations: Sequence[Operation]) -> bytes:
     paths: dict[str, Json] = {}
     for operation in operations:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _describe_one(operation)
-    return orjson.dumps(
-        {
-            "openapi": "3.1.0",
-            "info": {
-                "title": "Penstock",
-                "version": _version(),
-                "description": "A pipeline over Redis Streams that leads requests to language models.",
-                "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
-            },
-            "paths": paths,
-            "components": {
-                "schemas": schemas["$defs"],
-                "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
-            },
-        }
-    )
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Penstock",
+            "version": _version(),
+            "description": "A pipeline over Redis Streams that leads requests to language models.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "paths": paths,
+        "components": {
+            "schemas": schemas["$defs"],
+            "headers": _HEADERS,
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+        },
+    }
 
 
 def _describe_one(operation: Operation) -> Json:
@@ -96,7 +111,7 @@ def _describe_one(operation: Operation) -> Json:
     described: Json = {
         "operationId": _operation_id(operation),
         "summary": summary.rstrip("."),
-        "tags": [operation.path.split("/")[1]],
+        "tags": [operation.path.split("/")[1] if operation.guarded else "health"],
         "responses": _responses(operation),
     }
     if text.strip():
@@ -105,8 +120,10 @@ def _describe_one(operation: Operation) -> Json:
     if parameters:
         described["parameters"] = parameters
     if operation.body:
-        content = {"application/json": {"schema": _ref(operation.body)}}
-        described["requestBody"] = {"required": True, "content": content}
+        media: Json = {"schema": _ref(operation.body)}
+        if operation.example is not None:
+            media["example"] = operation.example
+        described["requestBody"] = {"required": True, "content": {"application/json": media}}
     if operation.guarded:
         described["security"] = [{"bearer": []}, {}]
     return described
@@ -118,15 +135,17 @@ def _operation_id(operation: Operation) -> str:
 
 
 def _responses(operation: Operation) -> Json:
-    responses: Json = {}
-    for status, model in operation.answers.items():
-        responses[str(status)] = {"description": _MEANING[status]}
-        if model:
-            responses[str(status)]["content"] = {"application/json": {"schema": _ref(model)}}
-    for status in sorted(errors_of(operation)):
-        content = {"application/json": {"schema": _ref(ErrorAnswer)}}
-        responses[str(status)] = {"description": _MEANING[status], "content": content}
-    return responses
+    answers: dict[int, type[BaseModel] | None] = {**operation.answers}
+    answers.update((status, ErrorAnswer) for status in sorted(errors_of(operation)))
+    return {str(status): _response(status, model) for status, model in answers.items()}
+
+
+def _response(status: int, model: type[BaseModel] | None) -> Json:
+    headers = {"x-request-id": {"$ref": "#/components/headers/RequestId"}}
+    if status in _RETRY_AFTER:
+        headers["retry-after"] = {"$ref": "#/components/headers/RetryAfter"}
+    content: Json = {"application/json": {"schema": _ref(model)}} if model else {"text/plain": {"schema": _TEXT}}
+    return {"description": _MEANING[status], "headers": headers, "content": content}
 
 
 def errors_of(operation: Operation) -> set[int]:
@@ -138,30 +157,37 @@ def errors_of(operation: Operation) -> set[int]:
         statuses |= {*_CHANGING}
     if operation.body:
         statuses |= {*_WITH_BODY}
+    if _PARAMETER.search(operation.path):
+        statuses |= {*_WITH_PARAMETER}
     assert statuses <= TYPES.keys()
     return statuses
 
 
 def _parameters(operation: Operation) -> list[Json]:
-    parameters: list[Json] = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-        for name in _PARAMETER.findall(operation.path)
-    ]
-    parameters += [
-        {
-            "name": parameter.name,
-            "in": "query",
-            "required": parameter.required,
-            "description": parameter.description,
-            "schema": {"type": "string"},
-        }
-        for parameter in operation.parameters
-    ]
+    in_path = _PARAMETER.findall(operation.path)
+    known = {parameter.name: parameter for parameter in operation.parameters}
+    rows = [*(known.get(name, Parameter(name, "")) for name in in_path)]
+    rows += [parameter for parameter in operation.parameters if parameter.name not in in_path]
+    parameters = [_parameter(row, "path" if row.name in in_path else "query") for row in rows]
     if operation.idempotent:
-        text = "the same key and body within 24 h repeat the first answer instead of doing the work again"
-        schema: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": 255}
-        parameters.append({"name": "Idempotency-Key", "in": "header", "description": text, "schema": schema})
+        hours = idempotency.TTL_S / 3600
+        text = f"the same key and body within {hours:g} h repeat the first answer instead of doing the work again"
+        parameters.append(_parameter(Parameter("Idempotency-Key", text, type=idempotency.Key), "header"))
     return parameters
+
+
+def _parameter(parameter: Parameter, place: str) -> Json:
+    schema = TypeAdapter(parameter.type).json_schema()
+    described: Json = {
+        "name": parameter.name,
+        "in": place,
+        "required": parameter.required or place == "path",
+        "description": parameter.description,
+        "schema": schema,
+    }
+    if schema.get("type") == "array":
+        described |= {"style": "form", "explode": False}
+    return described
 
 
 def _ref(model: type[BaseModel]) -> Json:

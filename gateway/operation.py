@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Final, Self, TypeVar, cast
+from typing import Any, Final, Self, TypeVar, cast
 
 import orjson
 from pydantic import BaseModel, ValidationError
@@ -51,11 +51,16 @@ def answer(value: Json, status: int = 200, headers: Headers | None = None) -> An
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter in the query string, as the description shows it."""
+    """A parameter in the path, or in the query string, as the description shows it.
+
+    Attributes:
+        type: what it may be, as pydantic spells types; a list is written with commas.
+    """
 
     name: str
     description: str
     required: bool = False
+    type: Any = str
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,7 @@ class Operation:
         errors: statuses of the errors it may give, besides those that any operation may.
         guarded: whether it asks for an API key where any is configured.
         idempotent: whether it honours `Idempotency-Key`.
+        example: a body that shows the reader how to begin.
     """
 
     method: str
@@ -80,6 +86,7 @@ class Operation:
     parameters: tuple[Parameter, ...] = ()
     guarded: bool = True
     idempotent: bool = False
+    example: Json | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,12 @@ import structlog
 from pydantic import BaseModel, Field
 
 from gateway import jobs
-from gateway.errors import ClientGone, Problem, problem_of_outcome
+from gateway.errors import ClientGone, Problem, problem_of, problem_of_outcome
 from gateway.idempotency import HEADER
 from gateway.metrics import LATENCY, QUERY_OUTCOME
 from gateway.operation import Answer, Call, Operation, answer, payload_of
 from pipeline.clock import monotonic_us
-from pipeline.errors import BrokerUnavailable, DeadlineExceeded, IdempotencyMismatch, JobLost, Overloaded, PenstockError
+from pipeline.errors import DeadlineExceeded, JobLost, PenstockError
 from pipeline.flows import FLOWS, Metadata, QueryPayload
 from pipeline.job import Completion, Json, Priority
 
@@ -110,9 +110,10 @@ def _kind_of(error: PenstockError) -> str:
             return "expired"
         case JobLost():
             return "lost"
-        case Problem() | Overloaded() | IdempotencyMismatch() | BrokerUnavailable():
-            return "refused"
-    return "error"
+    problem = problem_of(error)
+    if problem is None:
+        return "error"
+    return "unavailable" if problem.status >= 500 else "refused"
 
 
 def _check_length(call: Call, request: QueryRequest) -> None:
@@ -185,13 +186,22 @@ OPERATIONS: Final = (
         answers={200: QueryAnswer, 202: jobs.JobAccepted},
         errors=(409, 502, 504),
         idempotent=True,
+        example={"query": "What happens to a job when its worker dies?"},
     ),
-    Operation("GET", "/query/{job_id}", jobs.look, answers={200: jobs.JobStatus}, errors=(404,)),
+    Operation(
+        "GET",
+        "/query/{job_id}",
+        jobs.look,
+        answers={200: jobs.JobStatus},
+        errors=(404,),
+        parameters=(jobs.JOB_ID,),
+    ),
     Operation(
         "POST",
         "/query/{job_id}/cancel",
         jobs.cancel,
         answers={200: jobs.JobCancelled, 202: jobs.JobCancelled},
         errors=(404, 409),
+        parameters=(jobs.JOB_ID,),
     ),
 )

@@ -22,10 +22,12 @@ from starlette.types import ASGIApp
 
 from gateway.app import create_app
 from gateway.auth import ApiKeys, refuse_open_address
+from gateway.discovery import enlisted
 from gateway.limits import bounded
 from pipeline.errors import ConfigError
 from pipeline.front import Front
 from pipeline.job import new_id
+from pipeline.metrics import LOOP_LAG_S
 from pipeline.settings import GatewaySettings, Settings
 
 logger = structlog.get_logger()
@@ -57,7 +59,11 @@ async def serve(
         address = _address(listener)
         stop = asyncio.Event()
         with _stopped_by_signals(stop):
-            async with make_front(settings, _name(settings)) as front:
+            name = _name(settings)
+            async with (
+                make_front(settings, name) as front,
+                enlisted(front, settings, name, address.removeprefix("http://")),
+            ):
                 server = Server(settings, create_app(settings, front), stop)
                 gc.collect()
                 gc.freeze()  # what was imported stays: walking over it would stop the loop for 25 ms now and then
@@ -121,12 +127,16 @@ class Server(uvicorn.Server):
         yield
 
     async def main_loop(self) -> None:
-        """Refresh the `date` header every second until told to stop."""
+        """Refresh the `date` header every second until told to stop, and note how late each second came."""
+        loop = asyncio.get_running_loop()
         while not self._stop.is_set():
             await self.on_tick(0)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1):
+            due_s = loop.time() + 1
+            try:
+                async with asyncio.timeout_at(due_s):
                     await self._stop.wait()
+            except TimeoutError:
+                LOOP_LAG_S.observe(max(0.0, loop.time() - due_s))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain; see the module."""

@@ -22,6 +22,7 @@ from redis.backoff import NoBackoff
 from pipeline.clock import monotonic_us
 from pipeline.errors import BrokerUnavailable, ConfigError, PenstockError
 from pipeline.limit import Limit
+from pipeline.metrics import TURN_WAIT_S
 
 if TYPE_CHECKING:
     from redis.asyncio.connection import AbstractConnection
@@ -74,7 +75,7 @@ class Link:
         self.connected_at_us: int | None = None
         self.client_id = 0
         self._settings = settings
-        self._turn = asyncio.Lock()
+        self._turn = _Turn(name)
         self._limit = Limit()
         self._connection = _make_connection(settings, name)
 
@@ -195,6 +196,22 @@ class Link:
 
     def __repr__(self) -> str:
         return f"<Link {self.name} connected={self.connected_at_us is not None}>"
+
+
+class _Turn(asyncio.Lock):
+    """The right to use a connection; a wait for it is measured, and where there is none nothing is."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._wait_s = TURN_WAIT_S.labels(name)
+
+    async def __aenter__(self) -> None:
+        if not self.locked():
+            await self.acquire()
+            return
+        since_us = monotonic_us()
+        await self.acquire()
+        self._wait_s.observe((monotonic_us() - since_us) / 1e6)
 
 
 class _ScriptMissing(PenstockError):

@@ -132,9 +132,9 @@ class Consumer:
         try:
             async with asyncio.timeout(1.0):
                 await self._link.call("DEL", keys.WORKER + self.name)
+                await self._link.call("ZREM", keys.WORKERS, self.name)
                 for worker in self.workers:
                     await self._leave_groups(worker)
-                await self._link.call("ZREM", keys.WORKERS, self.name)
         except (PenstockError, TimeoutError) as error:
             log.warning("could not sign off; the lease will lapse", error=str(error))
         for link in (self._link, self._ticker, self._listener):

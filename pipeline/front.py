@@ -32,6 +32,7 @@ from pipeline.errors import (
 )
 from pipeline.job import Completion, Job
 from pipeline.limit import within
+from pipeline.overview import Overview, look
 from pipeline.replicas import read_registry
 from pipeline.streams import number
 
@@ -52,6 +53,8 @@ BLOCK_MS: Final = 1_000
 REPLY_STREAM_TTL_MS: Final = 60_000
 GRACE_S: Final = 3.0
 """How long after its deadline an outcome is waited for: whoever holds the job, or the next tick, writes it."""
+OVERVIEW_FOR_S: Final = 1.0
+"""Whoever asks within this time sees the same picture: however many ask, Redis is looked at once a second."""
 REGISTERED_FOR_S: Final = 30.0
 """A replica that no llm worker has registered for so long is not leased to."""
 
@@ -122,6 +125,9 @@ class Front:
         self._link = Link(settings.redis, "front")
         self._sweeper = Link(settings.redis, "sweep")
         self._reader = Link(settings.redis, "replies")
+        self._looker = Link(settings.redis, "overview")
+        self._overview: tuple[int, Overview] | None = None  # when it was made, on the monotonic clock
+        self._looking = asyncio.Lock()
         self._outbox: Batcher[_Submission, tuple[str, str]] = Batcher(self._send)
         self._waiting: dict[str, _Waiting] = {}
         self._replicas: list[str] = []
@@ -155,7 +161,7 @@ class Front:
             async with asyncio.timeout(1.0):
                 await self._link.call("DEL", self._reply_stream)
         await self._outbox.close()
-        for link in (self._submitter, self._link, self._sweeper, self._reader):
+        for link in (self._submitter, self._link, self._sweeper, self._reader, self._looker):
             await link.close()
 
     # --- submitting ------------------------------------------------------------------------------
@@ -458,6 +464,28 @@ class Front:
             return []
         values = await self._within(self._link.call("MGET", *[keys.WORKER + name for name in names]))
         return [(name, orjson.loads(value)) for name, value in zip(names, values, strict=True) if value]
+
+    async def overview(self) -> Overview:
+        """Return what runs and how deep each queue is; at most a second old.
+
+        Raises:
+            BrokerUnavailable: Redis does not answer within a second.
+            CommandRefused, ValueError, TypeError, LookupError: a key is not what it should be.
+        """
+        async with self._looking:  # whoever waits here takes what the one before has brought
+            if self._overview is None or monotonic_us() - self._overview[0] > OVERVIEW_FOR_S * 1e6:
+                self._overview = None
+                found = await self._within(look(self._looker, thorough=False))
+                self._overview = (monotonic_us(), found)
+            return self._overview[1]
+
+    async def enlist(self, record: bytes, ttl_s: float) -> None:
+        """Say that the gateway of this record lives, for a while."""
+        await self._ask(scripts.ENLIST, (record, int(ttl_s * 1000)))
+
+    async def sign_off(self, record: bytes) -> None:
+        """Say that the gateway of this record ends."""
+        await self._within(self._link.call("ZREM", keys.GATEWAYS, record))
 
     async def replica_loads(self) -> dict[str, int]:
         """Return the live leases of every registered replica."""

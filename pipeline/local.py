@@ -29,7 +29,7 @@ import structlog
 
 from pipeline import private_redis
 from pipeline.errors import ConfigError
-from pipeline.settings import Settings
+from pipeline.settings import RetrieverSettings, Settings
 from pipeline.supervisor import Program, Supervisor
 
 STAGES: Final = ("encoder", "retriever", "llm")
@@ -111,7 +111,7 @@ async def _run(plan: Plan, supervisor: Supervisor, port: int, mocks: Sequence[in
     settings, data_dir = plan.settings, plan.data_dir
     environ = dict(plan.environ) | {"PENSTOCK_GATEWAY__PORT": str(port), "PENSTOCK_METRICS__PORT": "0"}  # one port each
     redis_url = settings.redis.url
-    unfilled = _mark_if_empty(settings.retriever.path, data_dir / "index.unfilled")
+    unfilled = _mark_if_empty(settings.retriever, data_dir / "index.unfilled")
     for number, mock_port in enumerate(mocks, start=1):
         command = ["penstock", "mock-llm", "--port", str(mock_port)]
         supervisor.start(replace(_program(f"mock{number}", command, environ), quiet=True))
@@ -157,9 +157,15 @@ def _import_path() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
-def _mark_if_empty(index: Path, mark: Path) -> Path:
-    """Remember in the file *mark*, beyond a crash, that the index is still to be filled; returns that file."""
-    if not index.is_dir() or not any(index.iterdir()):
+def _mark_if_empty(retriever: RetrieverSettings, mark: Path) -> Path:
+    """Remember in the file *mark*, beyond a crash, that the index is still to be filled; returns that file.
+
+    An index on a server is not ours to fill: others may share it.
+    """
+    index = retriever.path
+    if retriever.qdrant_url:
+        mark.unlink(missing_ok=True)
+    elif not index.is_dir() or not any(index.iterdir()):
         mark.touch()
     return mark
 

@@ -1,20 +1,24 @@
-"""What runs and how deep each queue is: one look at Redis, for `penstock status`."""
+"""What runs and how deep each queue is: one look at Redis, for `penstock status` and the gateway's metrics."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
-from pipeline import keys
-from pipeline.connection import GroupMissing
-from pipeline.job import PRIORITIES
+from pipeline import flows, keys
+from pipeline.connection import CommandRefused, parse_info
+from pipeline.job import PRIORITIES, Priority
 from pipeline.replicas import read_registry
 from pipeline.streams import number
 
 if TYPE_CHECKING:
     from pipeline.connection import Link
+
+LAPSED_WITHIN_S: Final = 600.0
+"""A worker that ended without a word is told of for so long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,23 +29,33 @@ class StreamView:
         waiting: entries that no worker has read.
         in_hand: entries in the hands of workers.
         oldest_ms: how long the longest-held entry has been in hand, 0 where none is.
+        lag: what Redis takes for the number of entries that no worker has read; None where it cannot tell, since an
+            entry was deleted before it was read (a cancelled job's, say). `waiting` is always known.
     """
 
     stream: str
     waiting: int
     in_hand: int
     oldest_ms: int
+    stage: str
+    priority: Priority
+    lag: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """One LLM replica: slots, calls running, jobs assigned, and whether its breaker keeps callers away."""
+    """One LLM replica: slots, calls running, jobs assigned, and whether its breaker keeps callers away.
+
+    Attributes:
+        breaker_tripped: its breaker opened and no call has succeeded since; open, or one call may probe it.
+    """
 
     url: str
     slots: int
     running: int
     leases: int
     breaker_open: bool
+    breaker_tripped: bool
     service_ms: float | None
 
 
@@ -58,35 +72,73 @@ class WorkerView:
 
 
 @dataclass(frozen=True, slots=True)
+class GatewayView:
+    """One gateway.
+
+    Attributes:
+        address: where it listens, host and port.
+    """
+
+    name: str
+    address: str
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
 class Overview:
-    """Everything at one instant (almost: one command after the other)."""
+    """Everything at one instant (almost: one command after the other).
+
+    Attributes:
+        lapsed_workers: workers that ended without a word within the last ten minutes.
+        letters_ever: dead letters ever written to this Redis, those included that are gone.
+        memory_limit_bytes: 0 where Redis has none.
+    """
 
     streams: list[StreamView]
     replicas: list[ReplicaView]
     workers: list[WorkerView]
+    gateways: list[GatewayView]
+    lapsed_workers: int
     live_jobs: int
     delayed: int
     dead_letters: int
+    letters_ever: int
+    memory_bytes: int
+    memory_limit_bytes: int
 
 
-async def look(link: Link) -> Overview:
+async def look(link: Link, *, thorough: bool = True) -> Overview:
     """Look at Redis once.
+
+    Args:
+        thorough: look for streams of stages that no flow passes and no worker works on, too. That walks over all keys.
 
     Raises:
         BrokerUnavailable: Redis does not answer.
+        CommandRefused, ValueError, TypeError, LookupError: a key is not what it should be.
     """
     seconds, micros = await link.call("TIME")
     now_ms = int(seconds) * 1000 + int(micros) // 1000
-    workers = await _workers(link)
-    stages = sorted({stage for worker in workers for stage in worker.stages} | await _stages_with_streams(link))
-    streams = [await _stream(link, stage, keys.stream(stage, p)) for stage in stages for p in PRIORITIES]
+    workers, lapsed = await _workers(link, now_ms)
+    stages = {stage for flow in flows.FLOWS.values() for stage in flow.route}
+    stages |= {stage for worker in workers for stage in worker.stages}
+    if thorough:
+        stages |= await _stages_with_streams(link)
+    streams = [await _stream(link, stage, priority) for stage in sorted(stages) for priority in PRIORITIES]
+    memory = parse_info(await link.call("INFO", "memory"))
     return Overview(
         streams=streams,
         replicas=await _replicas(link, now_ms),
         workers=workers,
+        gateways=await _gateways(link),
+        lapsed_workers=lapsed,
         live_jobs=int(await link.call("ZCARD", keys.LIVE_INDEX)),
         delayed=int(await link.call("ZCARD", keys.DELAYED)),
         dead_letters=int(await link.call("XLEN", keys.DEAD)),
+        letters_ever=await _letters_ever(link),
+        memory_bytes=int(memory.get("used_memory", "0")),
+        memory_limit_bytes=int(memory.get("maxmemory", "0")),
     )
 
 
@@ -101,14 +153,43 @@ async def _stages_with_streams(link: Link) -> set[str]:
             return found
 
 
-async def _stream(link: Link, stage: str, stream: str) -> StreamView:
+async def _stream(link: Link, stage: str, priority: Priority) -> StreamView:
+    stream = keys.stream(stage, priority)
     length = int(await link.call("XLEN", stream))
+    group = await _group(link, stream, stage)
+    held = int(group.get("pending", 0))
+    oldest = await link.call("XPENDING", stream, stage, "-", "+", 1) if held else []
+    return StreamView(
+        stream,
+        waiting=max(0, length - held),
+        in_hand=held,
+        oldest_ms=int(oldest[0][2]) if oldest else 0,
+        stage=stage,
+        priority=priority,
+        lag=group.get("lag"),
+    )
+
+
+async def _group(link: Link, stream: str, stage: str) -> dict[str, Any]:
+    """Return what Redis says of the stage's group, by name; nothing where there is no stream or no group."""
     try:
-        held = int((await link.call("XPENDING", stream, stage))[0])
-        oldest = await link.call("XPENDING", stream, stage, "-", "+", 1) if held else []
-    except GroupMissing:
-        held, oldest = 0, []
-    return StreamView(stream, max(0, length - held), held, int(oldest[0][2]) if oldest else 0)
+        groups = [_named(row) for row in await link.call("XINFO", "GROUPS", stream)]
+    except CommandRefused:  # there is no such stream: one of another type was refused before
+        return {}
+    return next((group for group in groups if group["name"] == stage.encode()), {})
+
+
+async def _letters_ever(link: Link) -> int:
+    try:
+        return int(_named(await link.call("XINFO", "STREAM", keys.DEAD))["entries-added"])
+    except CommandRefused:  # there was never one
+        return 0
+
+
+def _named(row: Iterable[Any]) -> dict[str, Any]:
+    """Return the values of a flat list of names and values by name."""
+    values = iter(row)
+    return {name.decode(): value for name, value in zip(values, values, strict=True)}
 
 
 async def _replicas(link: Link, now_ms: int) -> list[ReplicaView]:
@@ -124,20 +205,33 @@ async def _replicas(link: Link, now_ms: int) -> list[ReplicaView]:
                 running=int(await link.call("ZCARD", keys.RUNNING + url)),
                 leases=int(await link.call("ZCARD", keys.LEASES + url)),
                 breaker_open=(open_until or 0) > now_ms,
+                breaker_tripped=bool(open_until),
                 service_ms=per_token * tokens / 1000 if per_token and tokens else None,
             )
         )
     return views
 
 
-async def _workers(link: Link) -> list[WorkerView]:
-    names = [name.decode() for name in await link.call("ZRANGE", keys.WORKERS, 0, -1)]
-    if not names:
-        return []
-    records = await link.call("MGET", *[keys.WORKER + name for name in names])
+async def _workers(link: Link, now_ms: int) -> tuple[list[WorkerView], int]:
+    """Return those that live, and how many have ended without a word (who signs off leaves the list)."""
+    listed = await link.call("ZRANGE", keys.WORKERS, 0, -1, "WITHSCORES")
+    seen_ms = {name.decode(): float(score) / 1000 for name, score in zip(listed[::2], listed[1::2], strict=True)}
+    if not seen_ms:
+        return [], 0
+    records = await link.call("MGET", *[keys.WORKER + name for name in seen_ms])
     views = []
-    for name, record in zip(names, records, strict=True):
+    lapsed = 0
+    for name, record in zip(seen_ms, records, strict=True):
         if record:
             body: dict[str, Any] = orjson.loads(record)
             views.append(WorkerView(name, body["worker"], body["stages"], body["host"], body["pid"], body["metrics"]))
-    return sorted(views, key=lambda view: view.worker)
+        elif now_ms - seen_ms[name] < LAPSED_WITHIN_S * 1000:
+            lapsed += 1
+    return sorted(views, key=lambda view: view.worker), lapsed
+
+
+async def _gateways(link: Link) -> list[GatewayView]:
+    records = await link.call("ZRANGE", keys.GATEWAYS, 0, -1)
+    bodies = [orjson.loads(record) for record in records]
+    views = [GatewayView(body["name"], body["address"], body["host"], body["pid"]) for body in bodies]
+    return sorted(views, key=lambda view: view.name)

@@ -95,12 +95,33 @@ class EncoderSettings(Section):
     chunk_tokens: int = Field(300, ge=16, le=8192)
     overlap_tokens: int = Field(20, ge=0)
     max_chunks: int = Field(5_000, ge=1, description="of one document; a longer one is refused")
+    keywords: bool = Field(True, description="find by words (BM25)")
     language: str = Field("english", description="stemming and stop words of BM25")
+    embeddings_url: str = Field("", description="find by meaning: base address of an OpenAI-compatible server")
+    embeddings_model: str = Field("", max_length=100, description="sent to that server; it has to be named")
+    embeddings_dimensions: int = Field(0, ge=0, le=65_536, description="asked for; 0: the model's own")
+    embeddings_api_key: SecretStr | None = Field(None, description="sent to that server as bearer token")
+    embeddings_timeout_s: float = Field(30.0, gt=0, le=600, description="for one call")
+    embeddings_batch: int = Field(32, ge=1, le=2048, description="texts in one call")
+    embeddings_calls: int = Field(4, ge=2, le=256, description="calls under way at once; one is kept for questions")
+    sentence_transformer: str = Field("", max_length=100, description="find by meaning: folder or name of a model")
+    query_prefix: str = Field("", max_length=100, description="put before a question that becomes a dense vector")
+    passage_prefix: str = Field("", max_length=100, description="put before a chunk that becomes a dense vector")
 
     @model_validator(mode="after")
     def _overlap_below_chunk(self) -> Self:
         if self.overlap_tokens >= self.chunk_tokens:
             raise ValueError(f"overlap_tokens ({self.overlap_tokens}) must be below chunk_tokens ({self.chunk_tokens})")
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_at_least(self) -> Self:
+        if self.embeddings_url and self.sentence_transformer:
+            raise ValueError("embeddings_url and sentence_transformer are both set: an index has one dense model")
+        if self.embeddings_url and not self.embeddings_model:
+            raise ValueError("embeddings_url is set, but not embeddings_model: the index records which model filled it")
+        if not (self.keywords or self.embeddings_url or self.sentence_transformer):
+            raise ValueError("keywords is off: then set embeddings_url or sentence_transformer")
         return self
 
 
@@ -114,6 +135,10 @@ class RetrieverSettings(Section):
     prompt_tokens: int = Field(3000, ge=64, description="budget of the augmented prompt")
     lock_wait_s: float = Field(2.0, ge=0, le=60, description="patience with another retriever that has the index")
     tokenizer: str = Field("estimate", description="`estimate`, or the path of a Hugging Face tokenizer.json")
+    qdrant_url: str = Field("", description="a Qdrant server in place of the embedded index; then path is not used")
+    qdrant_api_key: SecretStr | None = None
+    qdrant_collection: str = Field("penstock", pattern=r"^[A-Za-z0-9._-]{1,128}$", description="made when missing")
+    qdrant_timeout_s: int = Field(10, ge=1, le=600, description="for one call to the server")
 
 
 class LlmSettings(Section):
@@ -224,6 +249,8 @@ ALIASES: Final[dict[str, tuple[str, str]]] = {
     "LLM_MODEL": ("llm", "model"),
     "LLM_SLOTS": ("llm", "slots"),
     "OPENAI_API_KEY": ("llm", "api_key"),
+    "QDRANT_URL": ("retriever", "qdrant_url"),
+    "QDRANT_API_KEY": ("retriever", "qdrant_api_key"),
     "WORKER_NAME": ("worker", "name"),
     "MAX_RETRIES": ("retry", "max_retries"),
     "PENSTOCK_API_KEYS": ("gateway", "api_keys"),
@@ -241,8 +268,6 @@ def load(environ: Mapping[str, str], overrides: Mapping[str, Mapping[str, Any]] 
     """
     values: dict[str, dict[str, Any]] = _read_file(environ.get("PENSTOCK_CONFIG"))
     wrong: list[str] = []
-    if environ.get("QDRANT_URL"):  # better refused than ignored: the answers would come from another index
-        wrong.append("QDRANT_URL: this version has the embedded index only; a Qdrant server comes with a later one")
     for name, (section, field) in ALIASES.items():
         if environ.get(name):
             values.setdefault(section, {})[field] = environ[name]

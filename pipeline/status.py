@@ -66,6 +66,7 @@ def render(picture: Picture, *, width: int, height: int | None = None) -> Render
         _Section("stream", *_streams(picture, is_wide=is_wide)),
         _Section("replica", *_replicas(picture, is_wide=is_wide)),
         _Section("worker", *_workers(picture, is_wide=is_wide)),
+        _Section("gateway", ("gateway", "pid", "host"), _gateways(picture)),
     ]
     if height is not None:
         _fit(sections, height - 1)
@@ -190,6 +191,10 @@ def _workers(picture: Picture, *, is_wide: bool) -> tuple[tuple[str, ...], list[
         rows.append((*cells, state, "", "") if is_wide else (*cells, state))
     columns = ("worker", "pid", "holds", "held for", "state")
     return (*columns, "host", "metrics") if is_wide else columns, rows
+
+
+def _gateways(picture: Picture) -> list[tuple[str | Text, ...]]:
+    return [(view.address, str(view.pid), view.host) for view in picture.seen.gateways]
 
 
 def _held(worker: str, pid: str, holding: Holding) -> tuple[str | Text, ...]:

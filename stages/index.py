@@ -6,7 +6,7 @@ What it hides:
 holder dies, however it dies.
 
 **The interpreter lock.** Qdrant Edge (0.9) holds it during every call, so a thread does not keep a long call from
-stopping the event loop. So no call is long: writes go in portions of `_PORTION` chunks (about 5 ms), and the segments
+stopping the event loop. So no call is long: writes go in portions of `PORTION` chunks (about 5 ms), and the segments
 are never optimised while the index is open: 40 us per chunk in one call, for searches that get no faster (sparse
 vectors are searched by posting lists with or without it, and the room of replaced chunks is used again).
 
@@ -28,29 +28,32 @@ from __future__ import annotations
 import fcntl
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, TypedDict, cast
 
 import orjson
 from qdrant_edge import (
     CountRequest,
+    Distance,
     EdgeConfig,
     EdgeShard,
     EdgeSparseVectorParams,
     FacetRequest,
     FieldCondition,
     Filter,
-    HasVectorCondition,
+    Fusion,
     IdfParams,
+    IsEmptyCondition,
     KeywordIndexParams,
     MatchValue,
     Modifier,
     PayloadSchemaType,
     Point,
+    Prefetch,
     Query,
     QueryBatchRequest,
     QueryRequest,
@@ -62,16 +65,23 @@ from qdrant_edge import (
 )
 
 from pipeline.errors import ConfigError, NotReady
-from stages.vectors import Sparse
+from stages.vectors import Dense, Sparse
 
-_VECTOR: Final = "words"
-_PORTION: Final = 64
+WORDS: Final = "words"
+MEANING: Final = "meaning"
+PORTION: Final = 64
+# Of reciprocal rank fusion: a hit counts 1 / (k + its rank from 0), over both ways. Qdrant's own default. The 60 of the
+# first paper on it (Cormack et al., 2009) is for lists of a thousand: over twenty, what both ways find by the way would
+# outdo what one of them finds first, an exact name, say.
+RRF_K: Final = 2
 _KEPT: Final = 4096  # payloads, of a kilobyte or two each
 _SEARCH_THREADS: Final = (
     1  # more only look for work, busily: an index that is never optimised has one segment to search
 )
 _NAMESPACE: Final = uuid.UUID("6f0c3c1e-6d0b-4f7a-9d55-0b7f2f6d9a11")  # any constant: ids must be the same every time
-_FORMAT: Final = 1
+FORMAT: Final = 1
+
+_NO_WORDS: Final = Sparse((), ())
 
 _PointVersion = tuple[int, int]  # a point's id, whose own hash takes Python code, as a number; and its version
 
@@ -86,11 +96,17 @@ class IndexBroken(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """One search: *limit* chunks of *tenant* nearest to *vector*."""
+    """One search: *limit* chunks of *tenant* nearest to a question.
+
+    Attributes:
+        vector: the question's words; None where it is not looked for by words.
+        dense: the question's meaning; None where it is not looked for by meaning.
+    """
 
     tenant: str
-    vector: Sparse
+    vector: Sparse | None
     limit: int
+    dense: Dense | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +115,7 @@ class Hit:
 
     Attributes:
         chunk: its number within the document, from 0.
-        score: BM25; greater is nearer.
+        score: greater is nearer: BM25, or the cosine, or for both together what their ranks make (`RRF_K`).
     """
 
     document: str
@@ -111,11 +127,12 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """One chunk to be indexed: what is shown, and the vector it is found by."""
+    """One chunk to be indexed: what is shown, and the vectors it is found by."""
 
     title: str
     text: str
-    vector: Sparse
+    vector: Sparse | None
+    dense: Dense | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +148,24 @@ class Written:
     superseded: bool = False
 
 
-class EmbeddedIndex:
-    """An open index. Reads may run in one thread while writes run in another; writes only ever in one."""
+class Standing(TypedDict):
+    """How a document stands in the index: its chunks, and what its sender named its version ("": nothing)."""
 
-    def __init__(self, path: Path, shard: EdgeShard, lock: int) -> None:
+    chunks: int
+    digest: str
+
+
+class EmbeddedIndex:
+    """An open index. Reads may run in one thread while writes run in another; writes only ever in one.
+
+    Attributes:
+        dimensions: of its dense vectors; None before the first one has come. Written by the thread of writes.
+    """
+
+    def __init__(self, path: Path, model: str, dimensions: int | None, shard: EdgeShard, lock: int) -> None:
+        self.dimensions = dimensions
         self._path = path
+        self._model = model
         self._shard = shard
         self._lock = lock
         self._kept: dict[_PointVersion, Any] = {}  # used by searches only, which run in one thread
@@ -159,9 +189,9 @@ class EmbeddedIndex:
         except OSError as error:
             raise NotReady(f"the index cannot be opened: {error.strerror}: {error.filename or path}") from error
         try:
-            _check_model(path / "collection.json", model)
+            dimensions = _check_model(path / "collection.json", model)
             with _translated(NotReady, f"the index in {path} cannot be opened"):
-                return cls(path, _open_shard(path / "shard"), lock)
+                return cls(path, model, dimensions, _open_shard(path / "shard"), lock)
         except OSError as error:
             os.close(lock)
             raise NotReady(f"the index cannot be opened: {error.strerror}: {error.filename or path}") from error
@@ -171,13 +201,15 @@ class EmbeddedIndex:
 
     def search_batch(self, searches: Sequence[Search]) -> list[list[Hit]]:
         """Return the hits of each search, best first."""
+        if self.dimensions is None:
+            searches = [_by_words(search) for search in searches]
         requests = [_request(search, is_alone=self._tenants <= {search.tenant}) for search in searches]
         with _translated(IndexBroken, "search"):
             answers = self._shard.query_batch(QueryBatchRequest(requests)) if requests else []
         nearest = [[(_version_of(point), point.score) for point in points] for points in answers]
         self._read({point for points in nearest for point, _ in points} - self._kept.keys())
         hits = [
-            [_hit(self._kept[point], score) for point, score in points if _is_of(search.tenant, self._kept.get(point))]
+            [hit(self._kept[point], score) for point, score in points if _is_of(search.tenant, self._kept.get(point))]
             for search, points in zip(searches, nearest, strict=True)
         ]
         for point in list(islice(self._kept, max(0, len(self._kept) - _KEPT))):  # the oldest
@@ -209,35 +241,34 @@ class EmbeddedIndex:
         head = self._head(tenant, document)
         if head and head["version"] >= version:
             return _as_before(head, version)
+        if self.dimensions is None and passages and passages[0].dense is not None:
+            self._make_room_for(len(passages[0].dense))
         self._tenants.add(tenant)  # before anything of theirs can be found
         points = [
             Point(
-                _point_id(tenant, document, number),
-                {_VECTOR: SparseVector(list(passage.vector.indices), list(passage.vector.values))},
-                {
-                    "tenant": tenant,
-                    "document": document,
-                    "version": version,
-                    "chunk": number,
-                    "title": passage.title,
-                    "text": passage.text,
-                },
+                point_id(tenant, document, number),
+                _vectors(passage),
+                chunk_payload(tenant, document, version, number, passage),
             )
             for number, passage in enumerate(passages)
         ]
-        for start in range(0, len(points), _PORTION):
-            self._update(UpdateOperation.upsert_points(points[start : start + _PORTION]))
+        for start in range(0, len(points), PORTION):
+            self._update(UpdateOperation.upsert_points(points[start : start + PORTION]))
         left_over = _chunks_of(tenant, document, [FieldCondition("version", match=MatchValue(version))])
         self._update(UpdateOperation.delete_points_by_filter(left_over))
         self._write_head(tenant, document, version, "indexed", len(points), digest)
         return Written(len(points))
 
-    def standing(self, tenant: str, document: str) -> dict[str, Any] | None:
-        """Return how many chunks of the document are here, and its digest; None where it is not."""
-        head = self._head(tenant, document)
-        if not head or head["state"] != "indexed":
-            return None
-        return {"chunks": head["chunks"], "digest": head.get("digest", "")}
+    def standing(self, tenant: str, document: str) -> Standing | None:
+        """Return how the document stands here; None where it does not."""
+        return standing(self._head(tenant, document))
+
+    def _make_room_for(self, dimensions: int) -> None:
+        """Let chunks have a dense vector; how long they are is known from the first one only."""
+        self._update(UpdateOperation.create_dense_vector(MEANING, dimensions, Distance.Cosine))
+        self.flush()  # the file must not tell of more than there is
+        _record(self._path / "collection.json", self._model, dimensions)
+        self.dimensions = dimensions
 
     def delete(self, tenant: str, document: str, version: int) -> Written:
         """Take the document out.
@@ -269,7 +300,7 @@ class EmbeddedIndex:
     def count(self, tenant: str | None = None) -> int:
         """Return the number of chunks, of one tenant or of all."""
         if tenant is None:
-            return self._count(Filter(must=[HasVectorCondition(_VECTOR)]))
+            return self._count(Filter(must_not=[IsEmptyCondition("tenant")]))
         return self._count(Filter(must=[FieldCondition("tenant", match=MatchValue(tenant))]))
 
     def close(self) -> None:
@@ -294,7 +325,7 @@ class EmbeddedIndex:
     def _head(self, tenant: str, document: str) -> dict[str, Any] | None:
         with _translated(IndexBroken, "read"):
             # The stub calls the last two optional; the call fails without them (qdrant-edge-py 0.9.0).
-            records = self._shard.retrieve([_point_id(tenant, document, "head")], True, False)
+            records = self._shard.retrieve([point_id(tenant, document, "head")], True, False)
         return cast("dict[str, Any]", records[0].payload) if records else None
 
     def _write_head(
@@ -303,7 +334,7 @@ class EmbeddedIndex:
         # No `tenant` and no vector: no search and no count can meet it.
         head = {"head": document, "owner": tenant, "state": state, "version": version, "chunks": chunks}
         head |= {"digest": digest} if digest else {}
-        self._update(UpdateOperation.upsert_points([Point(_point_id(tenant, document, "head"), {}, head)]))
+        self._update(UpdateOperation.upsert_points([Point(point_id(tenant, document, "head"), {}, head)]))
         return head
 
 
@@ -311,7 +342,8 @@ def _as_before(head: dict[str, Any], version: int) -> Written:
     return Written(0, superseded=True) if head["version"] > version else Written(head["chunks"])
 
 
-def _point_id(tenant: str, document: str, part: int | str) -> uuid.UUID:
+def point_id(tenant: str, document: str, part: int | str) -> uuid.UUID:
+    """Return the id of a document's point: of a chunk by its number, of the head by that word."""
     return uuid.uuid5(_NAMESPACE, f"{tenant}\0{document}\0{part}")
 
 
@@ -325,15 +357,61 @@ def _chunks_of(tenant: str, document: str, but_not: list[FieldCondition] | None 
     )
 
 
+def chunk_payload(tenant: str, document: str, version: int, number: int, passage: Passage) -> dict[str, Any]:
+    """Return what stands with the vectors of a chunk."""
+    return {
+        "tenant": tenant,
+        "document": document,
+        "version": version,
+        "chunk": number,
+        "title": passage.title,
+        "text": passage.text,
+    }
+
+
+def standing(head: Mapping[str, Any] | None) -> Standing | None:
+    """Return what a document's head tells of it; None where it is not indexed."""
+    if not head or head["state"] != "indexed":
+        return None
+    return Standing(chunks=head["chunks"], digest=head.get("digest", ""))
+
+
+def hit(payload: Mapping[str, Any], score: float) -> Hit:
+    """Return the chunk that `chunk_payload` told of."""
+    return Hit(payload["document"], payload["title"], payload["chunk"], payload["text"], score)
+
+
+def _vectors(passage: Passage) -> dict[str, list[float] | SparseVector | list[list[float]]]:
+    vectors: dict[str, list[float] | SparseVector | list[list[float]]] = {}
+    if passage.vector is not None:
+        vectors[WORDS] = SparseVector(list(passage.vector.indices), list(passage.vector.values))
+    if passage.dense is not None:
+        vectors[MEANING] = passage.dense.tolist()
+    return vectors
+
+
+def _by_words(search: Search) -> Search:
+    """Return the search of an index without any dense vector: by words, and finding nothing where there are none."""
+    return Search(search.tenant, search.vector or _NO_WORDS, search.limit)
+
+
 def _request(search: Search, *, is_alone: bool) -> QueryRequest:
     """Return the request; for a tenant that *is_alone*, without the filter, which costs more than all the rest."""
     own = Filter(must=[FieldCondition("tenant", match=MatchValue(search.tenant))])
-    vector = SparseVector(list(search.vector.indices), list(search.vector.values))
+    confined = None if is_alone else own
+    ways: list[tuple[Query, SearchParams | None]] = []
+    if search.vector is not None:
+        words = SparseVector(list(search.vector.indices), list(search.vector.values))
+        ways.append((Query.Nearest(words, using=WORDS), SearchParams(idf=IdfParams(corpus=own))))
+    if search.dense is not None:
+        ways.append((Query.Nearest(search.dense.tolist(), using=MEANING), None))
+    if len(ways) == 1:
+        [(query, params)] = ways
+        return QueryRequest(limit=search.limit, query=query, filter=confined, params=params, with_payload=False)
     return QueryRequest(
         limit=search.limit,
-        query=Query.Nearest(vector, using=_VECTOR),
-        filter=None if is_alone else own,
-        params=SearchParams(idf=IdfParams(corpus=own)),
+        prefetches=[Prefetch(search.limit, query, params=params, filter=confined) for query, params in ways],
+        query=cast("Fusion", Fusion.Rrf(RRF_K)),  # the stub does not say that it is one
         with_payload=False,
     )
 
@@ -347,14 +425,10 @@ def _is_of(tenant: str, payload: Any) -> bool:
     return payload is not None and bool(payload["tenant"] == tenant)
 
 
-def _hit(payload: Any, score: float) -> Hit:
-    return Hit(payload["document"], payload["title"], payload["chunk"], payload["text"], score)
-
-
 def _open_shard(path: Path) -> EdgeShard:
     # IDF: without the modifier every word would weigh the same, however common it is.
     words = EdgeSparseVectorParams(modifier=Modifier.Idf)
-    config = EdgeConfig(sparse_vectors={_VECTOR: words}, max_search_threads=_SEARCH_THREADS)
+    config = EdgeConfig(sparse_vectors={WORDS: words}, max_search_threads=_SEARCH_THREADS)
     if (path / "edge_config.json").exists():
         shard = EdgeShard.load(str(path), config)
     else:
@@ -376,30 +450,35 @@ def _take_lock(path: Path) -> int:
         os.close(lock)
         message = (
             f"the index in {path.parent} is in use by another retriever, and an embedded index has one owner: "
-            "set PENSTOCK_RETRIEVER__PATH to give this one its own; to share one, set QDRANT_URL (a Qdrant server; "
-            "this version does not speak to one yet)"
+            "set PENSTOCK_RETRIEVER__PATH to give this one its own; to share one, set QDRANT_URL (a Qdrant server)"
         )
         raise IndexInUse(message) from None
     return lock
 
 
-def _check_model(path: Path, model: str) -> None:
-    """Compare *model* with what the file says of the collection beside it, or write the file."""
+def _check_model(path: Path, model: str) -> int | None:
+    """Compare *model* with what the file says of the collection beside it, or write the file; return the dimensions."""
     if not path.exists():
-        fresh = path.with_suffix(".new")
-        fresh.write_bytes(orjson.dumps({"format": _FORMAT, "model": model}))
-        fresh.replace(path)
-        return
+        _record(path, model, None)
+        return None
     try:
         collection = orjson.loads(path.read_bytes())
-        filled_by, form = collection["model"], collection["format"]
-    except (ValueError, KeyError, TypeError) as error:
+        filled_by, form, dimensions = collection["model"], collection["format"], collection.get("dimensions")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise NotReady(f"the index cannot be opened: {path} does not say what filled it: {error}") from error
-    if (filled_by, form) != (model, _FORMAT):
+    if (filled_by, form) != (model, FORMAT):
         raise ConfigError(
             f"the index in {path.parent} was filled by {filled_by} (format {form}), and this encoder is {model} "
-            f"(format {_FORMAT}): set the encoder back, or name another PENSTOCK_RETRIEVER__PATH and ingest again"
+            f"(format {FORMAT}): set the encoder back, or name another PENSTOCK_RETRIEVER__PATH and ingest again"
         )
+    return cast("int | None", dimensions)
+
+
+def _record(path: Path, model: str, dimensions: int | None) -> None:
+    """Write what fills the collection into the file beside it, whole or not at all."""
+    fresh = path.with_suffix(".new")
+    fresh.write_bytes(orjson.dumps({"format": FORMAT, "model": model, "dimensions": dimensions}))
+    fresh.replace(path)
 
 
 @contextmanager

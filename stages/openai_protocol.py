@@ -131,11 +131,11 @@ Verdict = Answer | Failure
 # --- What we send --------------------------------------------------------------------------------
 
 
-def endpoint(base: str) -> str:
+def endpoint(base: str, path: str = "/chat/completions") -> str:
     """Return where to post, for a base address with or without its closing `/v1`."""
     base = base.rstrip("/")
     has_version = urlsplit(base).path.endswith("/v1")
-    return base + ("/chat/completions" if has_version else "/v1/chat/completions")
+    return base + (path if has_version else f"/v1{path}")
 
 
 def encode_request(messages: Sequence[Json], *, model: str, max_tokens: int, temperature: float) -> bytes:
@@ -166,6 +166,16 @@ def read_response(status: int, headers: Mapping[str, str], body: bytes, *, asked
     complaint = _read_complaint(_parse(body), body)
     after_s = retry_after_s(headers.get("retry-after"), headers.get("date"))
     return _judge_error(status, complaint, after_s)
+
+
+def complaint_of(body: bytes) -> str:
+    """Return what an error body says, for people, on one line; empty where it says nothing."""
+    return _read_complaint(_parse(body), body).message
+
+
+def is_loading(body: bytes) -> bool:
+    """Whether an error body is that of a server which does no work yet, or none more; see *Busy* above."""
+    return _BUSY.search(_read_complaint(_parse(body), body).words) is not None
 
 
 def retry_after_s(value: str | None, date: str | None = None) -> float | None:

@@ -1,34 +1,31 @@
 """The retriever stage: finds the sources of a question, as many as its prompt can hold; keeps the index.
 
-Searches of one batch run as one, in the event loop's own thread: the index holds the interpreter lock while it
-searches, so another thread would keep the loop waiting all the same, and cost the hand-over besides. Writes are many
-calls, between which the loop gets its turns: they run in the order of their batch, in one thread, and are on the disk
-before their jobs are done. Which of two operations on one document counts is decided by when they were accepted
-(`Job.accepted_us`), never by when they arrive here, so that retries and repeats do no harm.
+Where the index is, `stages/stores.py` hides. Searches of one batch run as one; writes run in the order of their batch,
+and are safe before their jobs are done. Which of two operations on one document counts is decided by when they were
+accepted (`Job.accepted_us`), never by when they arrive here, so that retries and repeats do no harm.
 """
 
 from __future__ import annotations
 
-import asyncio
-import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from typing import Any, Final, TypeVar
+from functools import lru_cache, partial
+from typing import Any, Final, TypeVar, cast
 
-from pipeline.errors import ConfigError, NotReady, Reject
+from pipeline.errors import ConfigError, PenstockError, Reject
 from pipeline.job import Done, Job
 from pipeline.settings import RetrieverSettings, Settings
 from pipeline.stage import Context, Outcome, Stage
-from stages.index import EmbeddedIndex, Hit, IndexInUse, Passage, Search, Written
+from stages.index import Hit, Passage, Search, Written
 from stages.prompt import Source, fit, frame_tokens
+from stages.stores import Delete, EmbeddedStore, Look, Operation, Put, Standings, Store
 from stages.tokens import TokenCount, token_count
-from stages.vectors import KeywordModel, Sparse, unpack
+from stages.vectors import Dense, Encoded, Models, Sparse, models, unpack
 
 T = TypeVar("T")
+V = TypeVar("V")
 
-_LOCK_POLL_S: Final = 0.05
 _WRITES: Final = frozenset({"document", "document_deletion", "document_lookup"})  # a lookup tells what they left
 _FETCH: Final = 4  # hits looked at for each source wanted
 _SAME_DOCUMENT: Final = 0.8
@@ -43,11 +40,12 @@ class Retriever(Stage):
 
     name = "retriever"
 
-    def __init__(self, settings: RetrieverSettings, model: str, count: TokenCount) -> None:
+    def __init__(self, settings: RetrieverSettings, models: Models, store: Store, count: TokenCount) -> None:
         """Prepare; nothing is opened yet.
 
         Args:
-            model: name of the encoder's model; vectors of another are refused.
+            models: of the encoder; vectors of others are refused.
+            store: holds vectors of these models.
             count: the token count that `prompt_tokens` is measured with.
         Raises:
             ConfigError: `prompt_tokens` leaves no room for a question.
@@ -60,43 +58,27 @@ class Retriever(Stage):
         self.slots = settings.slots
         self.batch = settings.batch
         self._settings = settings
-        self._model = model
+        self._models = models
+        self._store = store
         self._count = lru_cache(_COUNTS)(count)
-        self._index: EmbeddedIndex | None = None
-        self._writer: ThreadPoolExecutor | None = None
-        self._forgot_us = 0  # written and read in the thread of writes only
+        self._forgot_us = 0
 
     async def start(self, context: Context) -> None:
         """Open the index.
 
         Raises:
-            IndexInUse: another retriever has it, and kept it for `lock_wait_s`.
-            ConfigError: another encoder filled it.
+            ConfigError: another retriever keeps it, or another encoder filled it.
             NotReady: it cannot be opened for now.
         """
-        give_up_at = time.monotonic() + self._settings.lock_wait_s
-        while True:
-            try:
-                self._index = await asyncio.to_thread(EmbeddedIndex.open, self._settings.path, self._model)
-            except IndexInUse:
-                if time.monotonic() >= give_up_at:
-                    raise
-                await asyncio.sleep(_LOCK_POLL_S)
-            else:
-                break
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="index-writer")
+        await self._store.open()
 
     async def stop(self) -> None:
-        """Finish the call in hand, drop what waits behind it, close the index."""
-        if self._writer:
-            await asyncio.to_thread(self._writer.shutdown, wait=True, cancel_futures=True)
-        if self._index:
-            index, self._index = self._index, None
-            await asyncio.to_thread(index.close)
+        """Finish the write in hand, drop what waits behind it, close the index."""
+        await self._store.close()
 
     async def chunks(self) -> int:
         """Return how many chunks the index holds, over all tenants."""
-        return await asyncio.to_thread(self._opened().count)
+        return await self._store.count()
 
     async def handle(self, job: Job) -> Done:
         """Do one job."""
@@ -107,38 +89,33 @@ class Retriever(Stage):
 
     async def handle_batch(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
         """Answer the searches as one, write the rest one after another; one outcome per job, in order."""
-        index = self._opened()
         writes = [job for job in jobs if job.flow in _WRITES]
         queries = [job for job in jobs if job.flow not in _WRITES]
-        answers = iter(self._answer(index, queries))
-        acknowledgements = iter(await self._written(index, writes))
+        answers = iter(await self._answer(queries))
+        acknowledgements = iter(await self._written(writes))
         return [next(acknowledgements if job.flow in _WRITES else answers) for job in jobs]
-
-    def _opened(self) -> EmbeddedIndex:
-        if self._index is None:
-            raise NotReady("the index is not open")
-        return self._index
-
-    async def _written(self, index: EmbeddedIndex, jobs: Sequence[Job]) -> list[Outcome]:
-        if not jobs:
-            return []  # questions must not queue behind somebody's document only to hear that there is nothing to do
-        return await asyncio.get_running_loop().run_in_executor(self._writer, self._write, index, jobs)
 
     # --- Questions -----------------------------------------------------------------------------
 
-    def _answer(self, index: EmbeddedIndex, jobs: Sequence[Job]) -> list[Outcome]:
-        searches = [_attempt(self._search, job) for job in jobs]
-        hits = iter(index.search_batch([search for search in searches if isinstance(search, Search)]))
+    async def _answer(self, jobs: Sequence[Job]) -> list[Outcome]:
+        dimensions = self._store.dimensions
+        searches = [_attempt(self._search, job, dimensions) for job in jobs]
+        try:
+            hits = iter(await self._store.search_batch([search for search in searches if isinstance(search, Search)]))
+        except PenstockError as error:  # the index is out of reach for all of them: to ask for each tells no more
+            return [error if isinstance(search, Search) else search for search in searches]
         return [
             _attempt(self._sources, job, next(hits)) if isinstance(search, Search) else search
             for job, search in zip(jobs, searches, strict=True)
         ]
 
-    def _search(self, job: Job) -> Search:
-        vectors = self._vectors(job)
-        if len(vectors) != 1:
-            raise Reject(f"a question came with {len(vectors)} vectors", code="bad_vector")
-        return Search(job.tenant, vectors[0], _FETCH * self._top_k(job))
+    def _search(self, job: Job, dimensions: int | None) -> Search:
+        words, meaning = self._vectors(job, dimensions)
+        count = len(words if words is not None else meaning or ())
+        if count != 1:
+            raise Reject(f"a question came with {count} vectors", code="bad_vector")
+        limit = _FETCH * self._top_k(job)
+        return Search(job.tenant, words[0] if words else None, limit, meaning[0] if meaning else None)
 
     def _top_k(self, job: Job) -> int:
         return job.payload.get("top_k") or self._settings.top_k
@@ -155,42 +132,79 @@ class Retriever(Stage):
 
     # --- Documents -----------------------------------------------------------------------------
 
-    def _write(self, index: EmbeddedIndex, jobs: Sequence[Job]) -> list[Outcome]:
-        outcomes = [_attempt(self._write_one, index, job) for job in jobs]
-        self._forget_old_deletions(index, max(job.accepted_us for job in jobs))
-        index.flush()
-        return outcomes
+    async def _written(self, jobs: Sequence[Job]) -> list[Outcome]:
+        if not jobs:
+            return []  # questions must not queue behind somebody's document only to hear that there is nothing to do
+        done = await self._store.write([partial(self._operation, job) for job in jobs])
+        await self._forget_old_deletions(max(job.accepted_us for job in jobs))
+        return [
+            written if isinstance(written, Exception) else _done(job, written)
+            for job, written in zip(jobs, done, strict=True)
+        ]
 
-    def _write_one(self, index: EmbeddedIndex, job: Job) -> Done:
+    def _operation(self, job: Job) -> Operation:
         if job.flow == "document_lookup":
-            return Done({"documents": {name: index.standing(job.tenant, name) for name in job.payload["document_ids"]}})
+            return Look(job.tenant, job.payload["document_ids"])
         document = job.payload["document_id"]
         if job.flow == "document_deletion":
-            return _done(document, "deleted", index.delete(job.tenant, document, job.accepted_us))
-        chunks, vectors = job.state["chunks"], self._vectors(job)
-        if len(chunks) != len(vectors):
-            raise Reject(f"{len(chunks)} chunks came with {len(vectors)} vectors", code="bad_vector")
-        title, digest = job.payload.get("title") or document, job.payload.get("digest") or ""
+            return Delete(job.tenant, document, job.accepted_us)
+        chunks = job.state["chunks"]
+        words, meaning = self._vectors(job, self._store.dimensions)
+        for vectors in (words, meaning):
+            if vectors is not None and len(vectors) != len(chunks):
+                raise Reject(f"{len(chunks)} chunks came with {len(vectors)} vectors", code="bad_vector")
+        title = job.payload.get("title") or document
         passages = [
-            Passage(_label(title, chunk["heading"]), chunk["text"], vector)
-            for chunk, vector in zip(chunks, vectors, strict=True)
+            Passage(
+                _label(title, chunk["heading"]),
+                chunk["text"],
+                words[number] if words else None,
+                meaning[number] if meaning else None,
+            )
+            for number, chunk in enumerate(chunks)
         ]
-        return _done(document, "chunks", index.put(job.tenant, document, job.accepted_us, passages, digest))
+        return Put(job.tenant, document, job.accepted_us, passages, job.payload.get("digest") or "")
 
-    def _forget_old_deletions(self, index: EmbeddedIndex, now_us: int) -> None:
+    async def _forget_old_deletions(self, now_us: int) -> None:
         if now_us - self._forgot_us >= _FORGET_EVERY_US:
-            index.forget_deleted(now_us - _DAY_US)
-            self._forgot_us = now_us
+            self._forgot_us = now_us  # where it fails, the next hour is early enough
+            await self._store.forget_deleted(now_us - _DAY_US)
 
-    def _vectors(self, job: Job) -> list[Sparse]:
+    # --- Vectors -------------------------------------------------------------------------------
+
+    def _vectors(self, job: Job, dimensions: int | None) -> tuple[list[Sparse] | None, list[Dense] | None]:
+        """Return the job's vectors by words and by meaning; None for a way that the index is not searched by.
+
+        Args:
+            dimensions: of the dense vectors that the index holds, None when it holds none yet.
+        """
         try:
             encoded = unpack(job.vector or b"")
         except ValueError as error:
             raise Reject(f"the job's vector cannot be read: {error}", code="bad_vector") from error
-        if self._model not in encoded:
-            message = f"the job was encoded by {', '.join(encoded) or 'nothing'}, and the index holds {self._model}"
+        keywords, dense = self._models.keywords, self._models.dense
+        if (keywords and keywords not in encoded) or (dense and dense not in encoded):
+            message = f"the job was encoded by {' + '.join(encoded) or 'nothing'}, and the index holds {self._models}"
             raise Reject(message, code="encoder_mismatch")
-        return encoded[self._model]
+        words: list[Sparse] | None = _of_kind(Sparse, encoded, keywords) if keywords else None
+        meaning: list[Dense] | None = _of_kind(array, encoded, dense) if dense else None
+        if words is not None and meaning is not None and len(words) != len(meaning):
+            message = f"{len(words)} vectors of {keywords} came with {len(meaning)} of {dense}"
+            raise Reject(message, code="bad_vector")
+        if meaning and dimensions not in (None, len(meaning[0])):
+            message = (
+                f"the job's vectors of {dense} have {len(meaning[0])} dimensions, and those in the index {dimensions}: "
+                "the model behind that name is another one now; set it back, or begin another index and ingest again"
+            )
+            raise Reject(message, code="encoder_mismatch")
+        return words, meaning
+
+
+def _of_kind(kind: type[V], encoded: Encoded, model: str) -> list[V]:
+    vectors = encoded[model]
+    if vectors and not isinstance(vectors[0], kind):
+        raise Reject(f"the vectors of {model} are of the wrong kind", code="bad_vector")
+    return cast("list[V]", vectors)
 
 
 def spread(hits: Sequence[Hit], top_k: int) -> list[Hit]:
@@ -219,9 +233,12 @@ def _attempt(call: Callable[..., T], *args: Any) -> T | Exception:
         return error
 
 
-def _done(document: str, counted: str, written: Written) -> Done:
+def _done(job: Job, written: Written | Standings) -> Done:
+    if not isinstance(written, Written):
+        return Done({"documents": written})
+    counted = "deleted" if job.flow == "document_deletion" else "chunks"
     superseded = {"superseded": True} if written.superseded else {}
-    return Done({"document_id": document, counted: written.chunks} | superseded)
+    return Done({"document_id": job.payload["document_id"], counted: written.chunks} | superseded)
 
 
 def _label(title: str, heading: str) -> str:
@@ -232,6 +249,23 @@ def _label(title: str, heading: str) -> str:
 
 
 def build(settings: Settings) -> Stage:
-    """Return the stage as *settings* say."""
-    model = KeywordModel(settings.encoder.language).name
-    return Retriever(settings.retriever, model, token_count(settings.retriever.tokenizer))
+    """Return the stage as *settings* say.
+
+    Raises:
+        ConfigError: they cannot work, or name a Qdrant server and the package for it is missing.
+    """
+    filled_by = models(settings.encoder)
+    count = token_count(settings.retriever.tokenizer)
+    return Retriever(settings.retriever, filled_by, _store(settings.retriever, filled_by), count)
+
+
+def _store(settings: RetrieverSettings, filled_by: Models) -> Store:
+    if not settings.qdrant_url:
+        return EmbeddedStore(settings, filled_by)
+    try:
+        from stages.qdrant_server import connect  # an optional extra: imported only when it is asked for
+    except ImportError as error:
+        raise ConfigError(
+            f"QDRANT_URL names {settings.qdrant_url}, which needs an optional package: pip install 'penstock[qdrant]'"
+        ) from error
+    return connect(settings, filled_by)

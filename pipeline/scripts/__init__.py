@@ -34,6 +34,7 @@ def _load(name: str) -> Script:
 ADOPT: Final = _load("adopt")
 CANCEL: Final = _load("cancel")
 CLAIM: Final = _load("claim")
+ENLIST: Final = _load("enlist")
 EXPIRE: Final = _load("expire")
 FORGET: Final = _load("forget")
 GROUPS: Final = _load("groups")

@@ -86,7 +86,7 @@ async def test_status_works_while_nothing_runs(redis_server: RedisServer, link: 
     assert max(len(line) for line in out.splitlines()) <= 80
     code, out, _ = await penstock("status", "--json", "--redis-url", redis_server.url)
     assert code == 0
-    assert orjson.loads(out)["workers"] == []
+    assert orjson.loads(out)["workers"] == orjson.loads(out)["gateways"] == []
 
 
 async def test_dead_letters_are_listed_shown_retried_and_discarded(redis_server: RedisServer, link: Link) -> None:

@@ -17,8 +17,15 @@ from pipeline.clock import Clock
 from pipeline.errors import DeadlineExceeded, IdempotencyMismatch, Overloaded, PenstockError
 from pipeline.front import Accepted, Front, Health, Idempotency
 from pipeline.job import Completion, Job
+from pipeline.overview import Overview
 
 GRACE_S = 0.05
+
+NOTHING = Overview(
+    streams=[], replicas=[], workers=[], gateways=[], lapsed_workers=0, live_jobs=0, delayed=0, dead_letters=0,
+    letters_ever=0, memory_bytes=0, memory_limit_bytes=0,
+)  # fmt: skip
+"""A Redis that nobody has worked on yet."""
 
 
 @dataclass
@@ -41,6 +48,8 @@ class FakeFront(Front):
         cancels: ids that were cancelled, in order.
         kept: outcomes that outlive their job, by Idempotency-Key.
         foreign: given back by `wait` and `look` instead of the right outcome.
+        picture: what `overview` shows.
+        enlisted: what the gateway says of itself; None: it has signed off.
     """
 
     def __init__(self) -> None:
@@ -49,6 +58,8 @@ class FakeFront(Front):
         self.broken: PenstockError | None = None
         self.stages: dict[str, str | None] = {"encoder": None, "retriever": None, "llm": None}
         self.loads: dict[str, int] = {}
+        self.picture = NOTHING
+        self.enlisted: bytes | None = None
         self.cancels: list[str] = []
         self.kept: dict[str, Completion] = {}
         self.foreign: Completion | None = None
@@ -140,6 +151,16 @@ class FakeFront(Front):
 
     async def health(self) -> Health:
         return Health(redis=str(self.broken) if self.broken else None, stages=self.stages)
+
+    async def overview(self) -> Overview:
+        self._reach_redis()
+        return self.picture
+
+    async def enlist(self, record: bytes, ttl_s: float) -> None:
+        self.enlisted = record
+
+    async def sign_off(self, record: bytes) -> None:
+        self.enlisted = None
 
     async def replica_loads(self) -> dict[str, int]:
         self._reach_redis()

@@ -93,7 +93,7 @@ async def test_a_key_has_so_many_jobs_in_flight_and_no_more(start: Start) -> Non
 
 async def test_health_needs_no_key(guarded: Running) -> None:
     """Probes and scrapers come without one."""
-    for path in ("/livez", "/readyz", "/healthz", "/metrics", "/openapi.json"):
+    for path in ("/livez", "/readyz", "/healthz", "/metrics", "/sd/targets", "/openapi.json", "/docs"):
         assert (await guarded.http.get(path)).status_code == 200
 
 

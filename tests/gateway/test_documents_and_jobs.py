@@ -159,7 +159,13 @@ async def test_a_job_that_cannot_be_read_is_503_and_harms_no_other(on_redis: htt
 
 @pytest.mark.parametrize(
     ("query", "param"),
-    [("", "ids"), ("?ids=", "ids"), ("?ids=" + ",".join("x" * (MAX_IDS + 1)), "ids"), ("?ids=a&idz=b", "idz")],
+    [
+        ("", "ids"),
+        ("?ids=", "ids"),
+        ("?ids=a,,b", "ids"),
+        ("?ids=" + ",".join("x" * (MAX_IDS + 1)), "ids"),
+        ("?ids=a&idz=b", "idz"),
+    ],
 )
 async def test_a_wrong_list_of_jobs_is_422(gateway: Running, query: str, param: str) -> None:
     """None, too many, or a parameter that does not exist."""

@@ -9,18 +9,21 @@ from prometheus_client import REGISTRY
 
 import gateway.metrics
 import pipeline.metrics
+import stages.embedders
 import stages.llm
+from tests.gateway.fake import NOTHING
 
 PAGE = Path(__file__).parents[2] / "docs" / "METRICS.md"
-MODULES = (gateway.metrics, pipeline.metrics, stages.llm)
+MODULES = (gateway.metrics, pipeline.metrics, stages.embedders, stages.llm)
 
 
 def test_every_metric_is_documented_and_every_documented_metric_exists() -> None:
     """A new metric costs one line in its table and one in its document."""
     assert MODULES
+    of_pipeline = gateway.metrics.pipeline_metrics(NOTHING, redis_up=True, max_jobs=1)
     ours = {
         family.name + ("_total" if family.type == "counter" else "")
-        for family in REGISTRY.collect()
+        for family in [*REGISTRY.collect(), *of_pipeline]
         if family.name.startswith(("penstock_", "api_gateway_"))
     }
     documented = set(re.findall(r"^\| `([a-z_]+)` \|", PAGE.read_text(), re.MULTILINE))

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from pipeline.connection import CommandRefused
 from pipeline.errors import BrokerUnavailable
-from pipeline.overview import Overview, ReplicaView, StreamView, WorkerView
+from pipeline.overview import GatewayView, Overview, ReplicaView, StreamView, WorkerView
 from pipeline.picture import Holding, Picture, judge
 from pipeline.status import Away, away_line, reason_of, render
 
@@ -19,13 +19,21 @@ NOW_MS = 1_700_000_000_000
 
 
 def stream(name: str, *, waiting: int = 0, in_hand: int = 0, oldest_ms: int = 0) -> StreamView:
-    return StreamView(name, waiting, in_hand, oldest_ms)
+    return StreamView(name, waiting, in_hand, oldest_ms, "llm", "normal", lag=waiting)
 
 
 def replica(
     url: str, *, calls: int = 0, load: int = 0, breaker_open: bool = False, service_ms: float | None = None
 ) -> ReplicaView:
-    return ReplicaView(url, slots=16, running=calls, leases=load, breaker_open=breaker_open, service_ms=service_ms)
+    return ReplicaView(
+        url,
+        slots=16,
+        running=calls,
+        leases=load,
+        breaker_open=breaker_open,
+        breaker_tripped=breaker_open,
+        service_ms=service_ms,
+    )
 
 
 def picture(workers: int = 2) -> Picture:
@@ -48,9 +56,14 @@ def picture(workers: int = 2) -> Picture:
                 WorkerView(f"machine-llm{n}:ab", f"machine-llm{n}", {"llm": None}, "machine", 4_711 + n, "127.0.0.1:9")
                 for n in range(workers)
             ],
+            gateways=[GatewayView("machine-gateway", "127.0.0.1:8000", "machine", 4_700)],
+            lapsed_workers=1,
             live_jobs=1_235,
             delayed=0,
             dead_letters=1,
+            letters_ever=1,
+            memory_bytes=2 << 20,
+            memory_limit_bytes=0,
         ),
         oldest_ms={"job:llm_in": 125_000, "job:llm_in:low": 40},
         health={urls[0]: health, urls[1]: broken},
@@ -86,6 +99,7 @@ def test_everything_that_matters_fits(width: int) -> None:
     assert ("127.0.0.1:9" in found["machine-llm0"]) == (width == 160)
     assert found["machine-llm1"][1:] == ["4712", "-", "ready", *(["machine", "127.0.0.1:9"] if width == 160 else [])]
     assert " ".join(found["machine-old"][1:]) == "2 llm 70.0 s gone: being taken over"
+    assert found["127.0.0.1:8000"][1:] == ["4700", "machine"]
 
 
 def test_what_does_not_fit_is_counted() -> None:

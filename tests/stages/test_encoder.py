@@ -10,7 +10,7 @@ from pipeline.errors import ConfigError, Reject
 from pipeline.job import Done
 from pipeline.settings import EncoderSettings, Settings
 from stages import encoder
-from stages.vectors import KeywordModel, unpack
+from stages.vectors import KeywordModel, Sparse, unpack
 from tests.stages.conftest import CONTEXT, NewJob, Pipe
 
 RIVER = "# Rivers\n\nA river runs to the sea.\n\n## Locks\n\nA lock lifts boats."
@@ -43,6 +43,7 @@ async def test_chunk_is_found_by_its_title_and_headings(settings: Settings, new_
     model = KeywordModel("english")
     assert done.vector is not None
     [[vector]] = unpack(done.vector).values()
+    assert isinstance(vector, Sparse)
     assert set(model.query_vector("canal").indices) <= set(vector.indices)
 
 

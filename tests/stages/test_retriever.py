@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from array import array
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from pipeline.errors import ConfigError, NotReady, Reject
-from pipeline.job import Done
+from pipeline.job import Done, Job
 from pipeline.settings import EncoderSettings, RetrieverSettings, Settings
 from stages import retriever
 from stages.index import Hit, IndexInUse
 from stages.prompt import MESSAGE_TOKENS, Source, augment
 from stages.retriever import Retriever, spread
+from stages.stores import EmbeddedStore
 from stages.tokens import estimate
-from stages.vectors import KeywordModel, Sparse, pack
+from stages.vectors import Sparse, pack
 from tests.stages.conftest import CONTEXT, NewJob, Pipe
 
 LOCKS = "A lock lifts boats from one level of a canal to another."
@@ -178,8 +182,10 @@ async def test_question_does_not_wait_for_a_document_being_written(pipe: Pipe, n
     """A document is written in a thread of its own, and questions are answered meanwhile."""
     await pipe.run(new_job("document", document_id="d", text=LOCKS))
     finished = threading.Event()
-    assert pipe.retriever._writer is not None
-    writing = pipe.retriever._writer.submit(finished.wait)
+    store = pipe.retriever._store
+    assert isinstance(store, EmbeddedStore)
+    assert store._writer is not None
+    writing = store._writer.submit(finished.wait)
     [found] = await pipe.run(new_job("query", query="boats"))
     assert found["sources"]
     assert not writing.done()
@@ -205,16 +211,72 @@ async def test_job_without_a_readable_vector_is_refused(pipe: Pipe, new_job: New
     assert refusal.value.code == "bad_vector"
 
 
+@pytest.fixture
+async def hybrid(tmp_path: Path) -> AsyncIterator[Retriever]:
+    """A retriever for words and meaning."""
+    encoder = EncoderSettings(embeddings_url="http://127.0.0.1:9", embeddings_model="m")
+    stage = retriever.build(Settings(encoder=encoder, retriever=RetrieverSettings(path=tmp_path / "hybrid")))
+    assert isinstance(stage, Retriever)
+    await stage.start(CONTEXT)
+    yield stage
+    await stage.stop()
+
+
+WORDS, MEANING = "bm25/english/1", "dense/m"
+
+
+def encoded(job: Job, *dense: Sequence[float], words: int = 1, chunks: int = 1) -> Job:
+    """Return *job* as an encoder of both kinds would hand it on."""
+    job.state["chunks"] = [{"text": LOCKS, "heading": ""}] * chunks
+    job.vector = pack({WORDS: [Sparse((1,), (1.0,))] * words, MEANING: [array("f", values) for values in dense]})
+    return job
+
+
+async def test_vectors_of_another_length_are_refused_whatever_their_name(hybrid: Retriever, new_job: NewJob) -> None:
+    """The model behind a name was exchanged: questions and documents say so, instead of failing inside the index."""
+    await hybrid.handle(encoded(new_job("document", document_id="a"), (1, 0, 0)))
+    for job in (new_job("query", query="boats"), new_job("document", document_id="b")):
+        with pytest.raises(
+            Reject, match=r"dense/m have 2 dimensions, and those in the index 3.*ingest again"
+        ) as refusal:
+            await hybrid.handle(encoded(job, (1, 0)))
+        assert refusal.value.code == "encoder_mismatch"
+    [source] = (await hybrid.handle(encoded(new_job("query", query="boats"), (1, 0, 0)))).value["sources"]
+    assert source["text"] == LOCKS
+
+
+@pytest.mark.parametrize(("words", "dense", "chunks"), [(2, 1, 1), (1, 2, 1), (1, 1, 2), (0, 0, 1)])
+async def test_document_needs_a_vector_of_each_kind_for_every_chunk(
+    hybrid: Retriever, new_job: NewJob, words: int, dense: int, chunks: int
+) -> None:
+    """Anything else was cut or mixed up on its way."""
+    job = encoded(new_job("document", document_id="a"), *[(1, 0)] * dense, words=words, chunks=chunks)
+    with pytest.raises(Reject) as refusal:
+        await hybrid.handle(job)
+    assert refusal.value.code == "bad_vector"
+
+
+async def test_encoder_without_the_dense_model_is_refused(hybrid: Retriever, new_job: NewJob) -> None:
+    """Nor is a dense vector under the name of words taken for one."""
+    job = new_job("query", query="boats")
+    job.vector = pack({WORDS: [Sparse((1,), (1.0,))]})
+    with pytest.raises(Reject, match=r"encoded by bm25/english/1, and the index holds bm25/english/1 \+ dense/m"):
+        await hybrid.handle(job)
+    job.vector = pack({WORDS: [array("f", (1, 0))], MEANING: [array("f", (1, 0))]})
+    with pytest.raises(Reject, match="wrong kind"):
+        await hybrid.handle(job)
+
+
 async def test_second_retriever_exits_unless_the_first_lets_go_in_time(settings: Settings, pipe: Pipe) -> None:
     """Without patience it fails at once; with some it takes over when the first one stops."""
 
-    def waiting_for(seconds: float) -> RetrieverSettings:
-        return settings.retriever.model_copy(update={"lock_wait_s": seconds})
+    def waiting_for(seconds: float) -> Retriever:
+        patience = settings.retriever.model_copy(update={"lock_wait_s": seconds})
+        return cast("Retriever", retriever.build(settings.model_copy(update={"retriever": patience})))
 
-    model = KeywordModel("english").name
     with pytest.raises(IndexInUse, match="QDRANT_URL"):
-        await Retriever(waiting_for(0), model, estimate).start(CONTEXT)
-    patient = Retriever(waiting_for(30), model, estimate)
+        await waiting_for(0).start(CONTEXT)
+    patient = waiting_for(30)
     waiting = asyncio.create_task(patient.start(CONTEXT))
     await pipe.retriever.stop()
     await waiting

@@ -1,27 +1,36 @@
 """Vectors on the wire, and the model that makes them."""
 
+from array import array
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
-from stages.vectors import KeywordModel, Sparse, pack, unpack
+from pipeline.settings import EncoderSettings
+from stages.vectors import Encoded, KeywordModel, Sparse, models, pack, unpack
 
 weights = st.floats(width=32, allow_nan=False)
 sparse = st.dictionaries(st.integers(0, 2**32 - 1), weights, max_size=20).map(
     lambda entries: Sparse(tuple(entries), tuple(entries.values()))
 )
-encoded = st.dictionaries(st.text(min_size=1, max_size=40), st.lists(sparse, max_size=8), max_size=3)
+numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
+dense = st.integers(1, 12).flatmap(
+    lambda size: st.lists(
+        st.lists(numbers, min_size=size, max_size=size).map(lambda values: array("f", values)), min_size=1, max_size=5
+    )
+)
+encoded = st.dictionaries(st.text(min_size=1, max_size=40), st.one_of(st.lists(sparse, max_size=8), dense), max_size=3)
 
 
 @given(encoded)
-def test_what_was_packed_is_unpacked(vectors: dict[str, list[Sparse]]) -> None:
-    """Models, vectors, dimensions and weights all survive the wire."""
+def test_what_was_packed_is_unpacked(vectors: Encoded) -> None:
+    """Models, vectors of both kinds, dimensions and weights all survive the wire, side by side."""
     assert unpack(pack(vectors)) == vectors
 
 
 @given(encoded, st.data())
-def test_vectors_cut_short_are_refused(vectors: dict[str, list[Sparse]], data: st.DataObject) -> None:
+def test_vectors_cut_short_are_refused(vectors: Encoded, data: st.DataObject) -> None:
     """No beginning of packed vectors passes for the whole."""
     packed = pack(vectors)
     with pytest.raises(ValueError):
@@ -46,8 +55,59 @@ def test_numbers_are_little_endian_on_every_machine() -> None:
 
 def test_unknown_kind_is_refused_by_number() -> None:
     """Vectors of a kind to come are not misread as sparse ones."""
-    with pytest.raises(ValueError, match=r"unknown kind \(2\)"):
-        unpack(bytes.fromhex("505631 01 02 01 6d 00000000"))
+    with pytest.raises(ValueError, match=r"unknown kind \(3\)"):
+        unpack(bytes.fromhex("505631 01 03 01 6d 00000000"))
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        "00000000 00000000",  # no dimensions
+        "01000000 00000000",
+        "01000000 02000000 0000803f",  # one number of two
+        "ffffffff ffffffff 0000803f",  # more than any memory holds
+        "01000000 01000000 0000c07f",  # not a number
+        "01000000 01000000 000080ff",  # minus infinity
+        "01000000 01000000 0000803f 00",
+    ],
+)
+def test_malformed_dense_vectors_are_refused(section: str) -> None:
+    """Before anything is made of them, and in words."""
+    with pytest.raises(ValueError, match="vector"):
+        unpack(bytes.fromhex("505631 01 02 01 6d" + section))
+
+
+def test_dense_numbers_are_little_endian_on_every_machine() -> None:
+    """Beside the sparse ones of a question, as an encoder of both sends them."""
+    packed = pack({"s": [Sparse((1,), (1.0,))], "d": [array("f", (1.0, -2.0))]})
+    sparse_part, dense_part = (
+        "01 01 73 01000000 01000000 01000000 0000803f",
+        "02 01 64 01000000 02000000 0000803f000000c0",
+    )
+    assert packed == bytes.fromhex("505631 02" + sparse_part + dense_part)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (EncoderSettings(), "bm25/english/1"),
+        (EncoderSettings(embeddings_url="http://e", embeddings_model="nomic"), "bm25/english/1 + dense/nomic"),
+        (EncoderSettings(sentence_transformer="mini", keywords=False), "dense/mini"),
+        (
+            EncoderSettings(sentence_transformer="e5", query_prefix="query: ", passage_prefix="passage: "),
+            "bm25/english/1 + dense/e5 after 'passage: '",
+        ),
+    ],
+)
+def test_name_tells_which_vectors_can_be_compared(settings: EncoderSettings, name: str) -> None:
+    """What makes other vectors makes another name; who computes them, or how a question is put, does not."""
+    assert str(models(settings)) == name
+
+
+def test_name_that_cannot_travel_is_refused_at_start() -> None:
+    """Its length is one byte on the wire."""
+    with pytest.raises(ConfigError, match="over 255 bytes"):
+        models(EncoderSettings(sentence_transformer="é" * 100, passage_prefix="é" * 100))
 
 
 def test_words_of_one_stem_share_a_dimension() -> None:
