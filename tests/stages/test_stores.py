@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from pipeline.errors import ConfigError
 from pipeline.settings import RetrieverSettings
 from stages.index import Hit, Passage, Search, Written
 from stages.qdrant_server import ServerStore
-from stages.stores import Delete, EmbeddedStore, Put, Store
+from stages.stores import Delete, EmbeddedStore, Look, Operation, Put, Store
 from stages.vectors import Dense, Models, Sparse
 from tests.stages.qdrant_in_small import rest_client
 
@@ -156,6 +157,20 @@ async def test_deletion_is_remembered_for_as_long_as_an_older_job_may_live(store
     assert await put(store, "early", 1, passage("x")) == Written(1)
     assert await put(store, "late", 8, passage("x")) == Written(0, superseded=True)
     assert await put(store, "kept", 0, passage("x")) == Written(0, superseded=True)
+
+
+async def test_look_tells_what_the_writes_before_it_left(store: Store) -> None:
+    """In its turn, with the digest of the version that stands; another tenant's document stands nowhere."""
+    old, new = (Put("default", "kept", version, [passage("a")], f"digest {version}") for version in (1, 2))
+    gone = Put("default", "gone", 3, [passage("b")], "digest 3")
+    look = Look("default", ["kept", "gone", "theirs", "never"])
+    await put(store, "theirs", 4, passage("c"), tenant="other")
+    operations: list[Operation] = [old, new, gone, Delete("default", "gone", 5), look]
+    done = await store.write([partial(lambda operation: operation, operation) for operation in operations])
+    assert done[-1] == {"kept": {"chunks": 1, "digest": "digest 2"}, "gone": None, "theirs": None, "never": None}
+    await put(store, "kept", 6, passage("d"), passage("e"))
+    [found] = await store.write([lambda: Look("default", ["kept"])])
+    assert found == {"kept": {"chunks": 2, "digest": ""}}
 
 
 async def test_tenants_share_nothing(store: Store) -> None:
