@@ -103,7 +103,7 @@ class EncoderSettings(Section):
     embeddings_api_key: SecretStr | None = Field(None, description="sent to that server as bearer token")
     embeddings_timeout_s: float = Field(30.0, gt=0, le=600, description="for one call")
     embeddings_batch: int = Field(32, ge=1, le=2048, description="texts in one call")
-    embeddings_calls: int = Field(4, ge=2, le=256, description="calls under way at once; one is kept for questions")
+    embeddings_calls: int = Field(4, ge=2, le=256, description="at once; one kept for questions, one for chunks")
     sentence_transformer: str = Field("", max_length=100, description="find by meaning: folder or name of a model")
     query_prefix: str = Field("", max_length=100, description="put before a question that becomes a dense vector")
     passage_prefix: str = Field("", max_length=100, description="put before a chunk that becomes a dense vector")

@@ -3,7 +3,7 @@
 Two kinds of model: a server that speaks OpenAI's `/v1/embeddings` (`EmbeddingsServer`), and sentence-transformers in
 this process (`LocalModel`). In front of either stands an `Embedder`. It gathers texts: what comes while calls are under
 way travels together in the next one, so that calls grow with the load by themselves. Questions go before chunks, and a
-place for a call is kept for them, so that a question never waits behind somebody's long document.
+place for a call is kept for either, so that no question waits behind a long document, and no document for ever.
 
 Where a server refuses a call that brings texts of several jobs, its halves are asked for: one text that cannot be
 embedded must not fail the others.
@@ -135,7 +135,7 @@ class Embedder:
         """Prepare; nothing is started yet.
 
         Args:
-            calls: under way at once at most; one of them is kept for questions.
+            calls: under way at once at most, 2 or more; one of them is kept for questions, one for chunks.
         """
         self._model = model
         self._settings = settings
@@ -187,19 +187,24 @@ class Embedder:
         return await order.done
 
     def _start_calls(self) -> None:
-        while len(self._under_way) < self._calls:
-            is_question = bool(self._questions)
-            of_passages = sum(not asked for asked in self._under_way.values())
-            if not is_question and of_passages >= self._calls - 1:
-                return
-            items = self._next(self._questions if is_question else self._passages)
-            if not items:
-                if is_question:
-                    continue  # they had all been given up
-                return
-            task = asyncio.create_task(self._call(items, is_question=is_question), name="embed")
-            self._under_way[task] = is_question
-            task.add_done_callback(self._ended)
+        while (queue := self._whose_turn()) is not None:
+            items = self._next(queue)
+            if items:
+                is_question = queue is self._questions
+                task = asyncio.create_task(self._call(items, is_question=is_question), name="embed")
+                self._under_way[task] = is_question
+                task.add_done_callback(self._ended)
+
+    def _whose_turn(self) -> deque[_Item] | None:
+        """Return whose texts travel next: questions first, but each kind leaves the other one place at least."""
+        most = self._calls - 1
+        of_questions = sum(self._under_way.values())
+        of_passages = len(self._under_way) - of_questions
+        if of_questions + of_passages > most:
+            return None
+        if self._questions and (of_questions < most or not self._passages):
+            return self._questions
+        return self._passages if self._passages and of_passages < most else None
 
     def _next(self, queue: deque[_Item]) -> list[_Item]:
         """Take what is to travel now, without what nobody waits for any more."""

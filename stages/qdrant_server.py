@@ -153,18 +153,20 @@ class ServerStore:
         Raises:
             RetryLater: the server cannot answer now.
         """
-        if self.dimensions is None and any(search.dense is not None for search in searches):
-            with _translated():
-                await self._look()  # another retriever may have written the first dense vector
-        requests = [_request(search, has_meaning=self.dimensions is not None) for search in searches]
-        asked = [request for request in requests if request is not None]
         try:
             with _translated():
-                answers = iter(await self._client.query_batch_points(self._collection, asked) if asked else [])
+                return await self._search_batch(searches)
         except RetryLater as error:
             if error.code != "index_gone":
                 raise
             return [[] for _ in searches]  # somebody deleted the collection; the next write makes it again
+
+    async def _search_batch(self, searches: Sequence[Search]) -> list[list[Hit]]:
+        if self.dimensions is None and any(search.dense is not None for search in searches):
+            await self._look()  # another retriever may have written the first dense vector
+        requests = [_request(search, has_meaning=self.dimensions is not None) for search in searches]
+        asked = [request for request in requests if request is not None]
+        answers = iter(await self._client.query_batch_points(self._collection, asked) if asked else [])
         return [
             [] if request is None else _hits(search.tenant, next(answers).points)
             for search, request in zip(searches, requests, strict=True)

@@ -144,21 +144,38 @@ async def test_question_does_not_wait_behind_a_long_document(server: EmbeddingsF
     assert len(await document) == 50
 
 
+async def test_document_gets_on_however_many_questions_come(server: EmbeddingsFake, new: NewEmbedder) -> None:
+    """The other way round, one place is kept for chunks: its second does not wait for all the questions."""
+    made = await new(embeddings_calls=2, embeddings_batch=1)
+    server.gate.clear()
+    questions = [asyncio.create_task(made.embed_question("a question"))]
+    document = asyncio.create_task(made.embed_passages(["chunk 1", "chunk 2"]))
+    await wait_until(lambda: len(server.asked) == 2)
+    questions += [asyncio.create_task(made.embed_question("another")) for _ in range(20)]
+    await wait_until(lambda: len(made._questions) == 20)
+    server.gate.set()
+    await asyncio.gather(document, *questions)
+    assert len(server.calls) == 23
+    assert server.calls.index(["chunk 2"]) < 12
+
+
 async def test_text_that_is_refused_fails_no_other_job(server: EmbeddingsFake, new: NewEmbedder) -> None:
     """A call that is refused is asked for in halves, until the text is found that cannot be embedded."""
     made = await new(embeddings_calls=2)
     server.refuses = "bad"
     server.gate.clear()
-    held = asyncio.create_task(made.embed_question("first"))
+    held = [asyncio.create_task(made.embed_question("first"))]
     await wait_until(lambda: len(server.asked) == 1)
+    held.append(asyncio.create_task(made.embed_question("second")))
+    await wait_until(lambda: len(server.asked) == 2)
     texts = [f"good {n}" for n in range(6)] + ["bad"] + [f"good {n}" for n in range(6, 9)]
-    made._calls = 1  # all of them wait behind the first
     waiting = [asyncio.create_task(made.embed_question(text)) for text in texts]
     await wait_until(lambda: len(made._questions) == len(texts))
     server.gate.set()
-    outcomes = await asyncio.gather(held, *waiting, return_exceptions=True)
+    outcomes = await asyncio.gather(*held, *waiting, return_exceptions=True)
     refused = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-    assert refused == [outcomes[7]]
+    assert refused == [outcomes[8]]
+    assert any(len(texts) > 1 for texts in server.calls)
     assert isinstance(refused[0], Reject)
     assert refused[0].code == "embeddings_refused"
     assert "too long" in str(refused[0])

@@ -163,11 +163,12 @@ async def test_collection_of_somebody_else_is_left_alone(client: AsyncQdrantClie
 async def test_collection_that_is_deleted_meanwhile_is_made_again() -> None:
     """Whoever deletes it wants to begin anew: questions find nothing, and no process needs a restart for the rest."""
     client = rest_client()
-    store = store_on(client)
+    store = store_on(client, BOTH)
     await store.open()
     await store.write([lambda: put("d", 1, "old")])
     await client.delete_collection("documents")
     assert await texts(store) == []
+    assert await store.search_batch([Search("default", ANYTHING, 5, array("f", (1, 0)))]) == [[]]
     assert await store.write([lambda: put("e", 2, "new")]) == [Written(1)]
     assert await texts(store) == ["new"]
     await store.close()
