@@ -34,8 +34,9 @@ def run(
     with RedisServer(appendonly=True) as redis, Processes() as processes:
         url, _ = start(processes, redis, mock_s, 3)
         folders = [processes.folder / name for name in ("measured", "killed")]
+        texts = pieces(documents * PIECES)
         for folder in folders:
-            _write(folder, documents)
+            _write(folder, documents, texts)
         began = time.monotonic()
         chunks = _ingest(processes, url, folders[0])["chunks"]
         took_s = time.monotonic() - began
@@ -70,9 +71,8 @@ def run(
     return report
 
 
-def _write(folder: Path, documents: int) -> None:
+def _write(folder: Path, documents: int, texts: list[str]) -> None:
     folder.mkdir()
-    texts = pieces(documents * PIECES)
     for number in range(documents):  # where Python's documentation ends, it begins again
         own = [texts[(number * PIECES + offset) % len(texts)] for offset in range(PIECES)]
         (folder / f"{folder.name}-{number}.md").write_text(f"# {folder.name} {number}\n\n" + "\n\n".join(own))
