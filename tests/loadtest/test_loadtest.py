@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from loadtest.closed import LoadOptions, run
+from loadtest.options import LoadOptions
+from loadtest.run import run
 from tests.loadtest.conftest import ROOT, until
 
 if TYPE_CHECKING:
@@ -169,6 +170,8 @@ def test_a_target_that_dies_on_the_way_is_reported_by_kind(target: str) -> None:
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         with listener:
             listener.accept()[0].close()  # the look whether anybody listens
-            listener.accept()[0].close()  # the first request
+            first, _ = listener.accept()
+            with first:
+                assert first.recv(1)
         written, _ = process.communicate()
     assert json.loads(written)["errors"] == {"connection lost": 1, "no connection": 1}

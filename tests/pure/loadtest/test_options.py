@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.closed import LoadOptions
+from loadtest.options import LoadOptions
 from loadtest.questions import BUILT_IN, read_questions
 
 
