@@ -55,8 +55,10 @@ async def send(orders: Sequence[Orders], stopped: asyncio.Event, on_moment: Call
         GeneratorDied: one ended before its time.
     """
     outcome = Outcome(Tally(orders[0].limit_ms, orders[0].good_ms))
-    generators = [await _start() for _ in orders]
+    generators: list[Process] = []
     try:
+        for _ in orders:
+            generators.append(await _start())  # noqa: PERF401 - should the next not start, these must be ended
         for generator, order in zip(generators, orders, strict=True):
             _tell(generator, asdict(order))
         for generator in generators:

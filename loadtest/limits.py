@@ -10,18 +10,29 @@ _PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _USUAL_PORTS = 16384  # IANA's range, where the system does not say
 
 
+class NoRoom(Exception):
+    """This machine does not allow as many connections as are needed."""
+
+
+def room(processes: int) -> int:
+    """Return how many connections *processes* may have open together."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    ports = local_ports()
+    return ports if hard == resource.RLIM_INFINITY else max(processes, min(ports, (hard - _OWN) * processes))
+
+
 def check(connections: int, processes: int) -> None:
     """Make room for *connections* over all *processes*: raises the soft limit of open files as far as is needed.
 
     Raises:
-        ValueError: there is no room; the message says what to change.
+        NoRoom: there is none; the message says what to change.
     """
     each = -(-connections // processes)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = each + _OWN
     problem = decide_problem(connections, wanted, None if hard == resource.RLIM_INFINITY else hard, local_ports())
     if problem is not None:
-        raise ValueError(problem)
+        raise NoRoom(problem)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))  # what is started from here on inherits it
 

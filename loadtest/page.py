@@ -46,7 +46,7 @@ p { margin: 4px 0 } .dim { color: var(--dim) } .good { color: var(--good) } .bad
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { text-align: right; padding: 4px 8px; border-bottom: 1px solid var(--line); white-space: nowrap }
 th { color: var(--dim); font-weight: 500 } th:first-child, td:first-child { text-align: left }
-td.name { white-space: normal; overflow-wrap: anywhere; text-align: left }
+td.name { text-align: left }
 svg { width: 100%; height: auto; display: block } svg text { fill: var(--dim); font-size: 12px }
 svg .grid { stroke: var(--line); stroke-width: 1 } svg polyline { fill: none; stroke-width: 2; stroke-linejoin: round }
 .key { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: .88rem; color: var(--dim); margin: 4px 0 }

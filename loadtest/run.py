@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import orjson
+import uvloop
 
 from loadtest import crew, limits, slo
 from loadtest.generator import Orders
 from loadtest.live import Watcher, watch
 from loadtest.manifest import manifest
-from loadtest.report import EXIT_USAGE, Report, render, summarize
+from loadtest.report import EXIT_INTERRUPTED, EXIT_USAGE, Report, render, summarize
 from loadtest.verdict import decide_verdict
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ _REACH_S: Final = 0.6  # with the start of the interpreter, a silent target is r
 
 class Unreachable(Exception):
     """Nothing takes connections at the target."""
+
+
+class CannotWrite(Exception):
+    """A report has nowhere to go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,7 @@ class Outputs:
         """Look whether the files can be written, before an hour is spent on what goes into them.
 
         Raises:
-            ValueError: one cannot.
+            CannotWrite: one cannot.
         """
         for path in (self.json_file, self.html_file):
             if path is None:
@@ -63,7 +68,7 @@ class Outputs:
                 with path.open("a"):
                     pass
             except OSError as error:
-                raise ValueError(f"cannot write the report to {path}: {error.strerror}") from None
+                raise CannotWrite(f"cannot write the report to {path}: {error.strerror}") from None
 
 
 def run(options: LoadOptions, outputs: Outputs | None = None) -> int:
@@ -72,10 +77,12 @@ def run(options: LoadOptions, outputs: Outputs | None = None) -> int:
     try:
         outputs.check()
         with watch(quiet=outputs.quiet) as watcher:
-            report = asyncio.run(measure(options, watcher))
-    except (ValueError, Unreachable, crew.GeneratorDied) as error:
+            report = measured(options, watcher)
+    except (CannotWrite, limits.NoRoom, Unreachable, crew.GeneratorDied) as error:
         sys.stderr.write(f"loadtest: {error}\n")
         return EXIT_USAGE
+    except KeyboardInterrupt:  # before the first request, so there is nothing to report
+        return EXIT_INTERRUPTED
     write(report, outputs)
     return report.exit_code
 
@@ -93,18 +100,30 @@ def write(report: Report, outputs: Outputs) -> None:
     sys.stdout.flush()
 
 
+def measured(options: LoadOptions, watcher: Watcher) -> Report:
+    """Run `measure` on an event loop of its own."""
+    # uvloop's, because its end does not wait for a name that is still being looked up.
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(measure(options, watcher))
+
+
 async def measure(options: LoadOptions, watcher: Watcher) -> Report:
     """Run the test until it is done, or until SIGINT or SIGTERM, and return what was found.
 
     Raises:
         Unreachable: nothing takes connections at the target; nothing was sent.
-        ValueError: this machine does not allow as many connections as are needed.
+        NoRoom: this machine does not allow as many connections as are needed.
+        GeneratorDied: a generator did.
     """
     host = await reach(options.address, options.url)
-    limits.check(options.most_connections, options.processes)
+    connections = options.most_connections
+    if options.plan is not None and options.connections is None:
+        # Nobody asked for so many; should they not do, arrivals stand in line, and the verdict says so.
+        connections = min(connections, limits.room(options.processes))
+    limits.check(connections, options.processes)
     about, stopped = manifest(options), asyncio.Event()
     with _signals(stopped):
-        outcome = await crew.send(orders_of(options, host), stopped, watcher.add)
+        outcome = await crew.send(orders_of(options, host, connections), stopped, watcher.add)
     tally = outcome.tally
     is_open = options.plan is not None
     verdict = decide_verdict(
@@ -125,7 +144,7 @@ async def measure(options: LoadOptions, watcher: Watcher) -> Report:
     )
 
 
-def orders_of(options: LoadOptions, host: str) -> list[Orders]:
+def orders_of(options: LoadOptions, host: str, connections: int) -> list[Orders]:
     """Return the share of each generator: connections and clients as even as whole numbers are."""
     parts = options.processes
     messages = [message.decode("latin-1") for message in options.messages]
@@ -134,7 +153,7 @@ def orders_of(options: LoadOptions, host: str) -> list[Orders]:
             host=host,
             address=options.address,
             requests=messages,
-            connections=_share(options.most_connections, part, parts),
+            connections=_share(connections, part, parts),
             timeout_s=options.timeout_s,
             limit_ms=options.max_lag_ms,
             good_ms=slo.good_within_ms(options.clauses),

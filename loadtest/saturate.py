@@ -7,7 +7,6 @@ more.
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -16,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import orjson
 
 from loadtest.crew import GeneratorDied
+from loadtest.limits import NoRoom
 from loadtest.live import watch
 from loadtest.manifest import manifest
 from loadtest.report import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_INVALID, EXIT_OK, EXIT_USAGE, SCHEMA, Report
-from loadtest.run import Outputs, Unreachable, measure
+from loadtest.run import CannotWrite, Outputs, Unreachable, measured
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -127,7 +127,7 @@ def search(options: LoadOptions, low: float, high: float, outputs: Outputs) -> i
                 options, rate=step, duration_s=options.duration_s or TRIAL_S, seed=options.seed + len(trials)
             )
             with watch(quiet=outputs.quiet) as watcher:
-                report = asyncio.run(measure(trial, watcher))
+                report = measured(trial, watcher)
             if report.is_interrupted:
                 _write(trials, None, about, outputs)
                 return EXIT_INTERRUPTED
@@ -135,9 +135,12 @@ def search(options: LoadOptions, low: float, high: float, outputs: Outputs) -> i
             if not outputs.as_json:
                 sys.stdout.write(line_of(trials[-1]) + "\n")
                 sys.stdout.flush()
-    except (ValueError, Unreachable, GeneratorDied) as error:
+    except (CannotWrite, NoRoom, Unreachable, GeneratorDied) as error:
         sys.stderr.write(f"loadtest: {error}\n")
         return EXIT_USAGE
+    except KeyboardInterrupt:  # between two trials
+        _write(trials, None, about, outputs)
+        return EXIT_INTERRUPTED
     _write(trials, step, about, outputs)
     if step.rate is not None:
         return EXIT_OK

@@ -3,7 +3,7 @@
 Latencies are sorted into buckets that are one per cent wide, and each bucket keeps sums, so memory does not grow with
 the run. The waterfall of a percentile is the mean of the bucket that holds it: its spans add up to that mean, which is
 within one per cent of the percentile. Two spans are the load tester's own: `send lag`, how late the request left, and
-`network`, what the target's total leaves of the service time. A request whose target says that it took longer than the
+`outside`, what the target's total leaves of the service time. A request whose target says that it took longer than the
 request did (a repeated answer) has no place in it.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, Final
 
 PERCENTS: Final = (50.0, 90.0, 95.0, 99.0, 99.9)
 LAG: Final = "send lag"
-NETWORK: Final = "network"
+OUTSIDE: Final = "outside"
 _LOG_WIDTH: Final = math.log(1.01)
 _SLACK_MS: Final = 0.05  # spans are rounded to microseconds, and the two clocks begin at different lines
 _FIRST: Final = ("gateway",)
@@ -58,7 +58,7 @@ class Waterfall:
         key = _bucket(lag_ms + service_ms)
         sums = self.buckets.setdefault(key, {})
         self.counts[key] = self.counts.get(key, 0) + 1
-        for name, span in ((LAG, lag_ms), *spans.items(), (NETWORK, rest)):
+        for name, span in ((LAG, lag_ms), *spans.items(), (OUTSIDE, rest)):
             sums[name] = sums.get(name, 0.0) + span
             if name not in self.names:
                 self.names[name] = None
@@ -89,9 +89,9 @@ class Waterfall:
         return Fall(percent, math.fsum(spans.values()), count, spans)
 
     def _in_order(self) -> list[str]:
-        ends = (LAG, NETWORK, *_FIRST, *_LAST)
+        ends = (LAG, OUTSIDE, *_FIRST, *_LAST)
         middle = [name for name in self.names if name not in ends]
-        return [LAG, *_FIRST, *middle, *_LAST, NETWORK]
+        return [LAG, *_FIRST, *middle, *_LAST, OUTSIDE]
 
 
 def _bucket(latency_ms: float) -> int:

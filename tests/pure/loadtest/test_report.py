@@ -3,7 +3,7 @@
 import math
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadtest.crew import Outcome
@@ -68,6 +68,7 @@ def test_percentiles_of_a_hundred_values_are_what_the_name_says() -> None:
     assert [percentile(ordered, per_mille) for per_mille in (500, 950, 990, 1000)] == [50, 95, 99, 100]
 
 
+@settings(max_examples=12, deadline=None)  # a histogram is large, and each look at it slow
 @given(st.lists(samples, max_size=30), st.floats(0.01, 1e4))
 def test_the_parts_of_a_report_add_up(run: list[tuple[float, Answer]], duration_s: float) -> None:
     """Every request is successful or failed, every failure has its kind, and the percentiles are in order."""

@@ -2,13 +2,14 @@
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadtest.report import percentile
 from loadtest.tally import Answer, Moment, Spans, Tally
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0.001, 1e5), min_size=1, max_size=200), st.integers(1, 1000))
 def test_percentiles_are_right_within_one_in_a_thousand(values: list[float], per_mille: int) -> None:
     """Beside the exact figure by nearest rank, whatever the number of values."""
@@ -21,6 +22,7 @@ def test_percentiles_are_right_within_one_in_a_thousand(values: list[float], per
     )
 
 
+@settings(max_examples=6, deadline=None)  # a histogram is large, and each look at it slow
 @given(st.lists(st.tuples(st.floats(0, 1e4), st.sampled_from([None, "timeout"])), max_size=40), st.integers(1, 4))
 def test_tallies_that_are_put_together_are_as_one(run: list[tuple[float, str | None]], parts: int) -> None:
     """Over the wire, in any number of parts."""
