@@ -1,7 +1,7 @@
 """HTTP/1.1 as a load generator needs it: a request is written in the same turn in which its time has come.
 
-Nothing is awaited and no task is made per request: an answer is a call back. httptools reads the answers. That costs a
-sixth of what a client library costs, and a generator must not measure itself; docs/LOADTEST.md has the figures.
+Nothing is awaited and no task is made per request: an answer is a call back. httptools reads the answers. A client
+library costs several times as much per call, and a generator must not measure itself.
 
 A connection serves one exchange at a time and is kept. Where all are in use a new one is opened, up to a bound; beyond
 it exchanges stand in line, and have not begun as long as they do. An exchange ends exactly once: with an answer, or

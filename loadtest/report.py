@@ -103,6 +103,7 @@ class Report:
         service_ms: from the start that came about.
         lag_ms: how much later than planned requests left; None in a closed loop.
         late: arrivals that left later than the limit, or never.
+        busiest: share of one core that the busiest generator used.
         throughput_per_s: successful requests per second.
         good_within_ms: the latency up to which a success is good; None: the promise names none, and all are.
         goodput_per_s: good requests per second.
@@ -129,6 +130,7 @@ class Report:
     service_ms: Latencies | None
     lag_ms: Latencies | None
     late: int
+    busiest: float
     percentiles: tuple[Percentile, ...]
     throughput_per_s: float
     good_within_ms: float | None
@@ -206,6 +208,7 @@ def summarize(
         service_ms=_latencies(tally.service),
         lag_ms=_latencies(tally.lag) if is_open else None,
         late=tally.late,
+        busiest=outcome.busiest,
         percentiles=tuple(_percentile(tally.latency, percent) for percent in PERCENTS) if tally.successful else (),
         throughput_per_s=throughput,
         good_within_ms=good_within_ms,
@@ -327,6 +330,7 @@ def _percentile_lines(report: Report) -> Iterator[str]:
             yield f"  {f'P{item.percent:g}':<20}{values}{item.beyond:>14}{unsure}"
     if report.loop == "open":
         yield f"{'Sent late:':<22}{report.late}"
+    yield f"{'Busiest generator:':<22}{report.busiest:.0%} of a core"
 
 
 def _count_lines(report: Report) -> Iterator[str]:

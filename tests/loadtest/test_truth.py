@@ -56,7 +56,7 @@ def test_an_open_loop_sees_a_stall_that_a_closed_loop_misses() -> None:
         expected_ms = (what_it_did(url)["stalled_s"] - lasting_s / 100) * 1000
     assert seen["latency_ms"]["p99"] == pytest.approx(expected_ms, rel=0.02)
     with plain_target(stall_after_s=0.2, stall_s=1.0) as url:
-        closed = loadtest("--url", url, "-c", "2", "-d", "1.5")
+        closed = loadtest("--url", url, "-c", "2", "-d", "3")
     assert closed["latency_ms"]["max"] >= 900
     assert closed["latency_ms"]["p99"] < 500
 
@@ -113,7 +113,7 @@ def test_waiting_for_a_connection_is_the_load_testers_own_lag() -> None:
         report = loadtest("--url", url, "--rate", "100", "-n", "10", "--connections", "1", code=3)
     assert report["lag_ms"]["max"] > 500
     assert report["service_ms"]["max"] < report["lag_ms"]["max"]
-    assert report["latency_ms"]["max"] > 900
+    assert report["latency_ms"]["max"] > 850
 
 
 @pytest.mark.parametrize(("slo", "code"), [("p99<10s,errors<0.1%", 0), ("p99<10s,max<1us", 99)])
@@ -170,12 +170,12 @@ def test_the_highest_rate_is_searched_for_and_confirmed(tmp_path: Path) -> None:
     """A promise about the rate itself breaks between the bounds, whatever the machine does."""
     file = tmp_path / "found.json"
     with plain_target() as url:
-        command = [sys.executable, "-W", "error", "-m", "loadtest", "--url", url, "--saturate", "20:80", "-d", "0.5"]
+        command = [sys.executable, "-W", "error", "-m", "loadtest", "--url", url, "--saturate", "30:60", "-d", "0.5"]
         command += ["--slo", "rate<45", "--max-lag", "1000", "--json-file", str(file), "--quiet"]
         ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     found = json.loads(file.read_text())
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert 20 <= found["rate"] < found["knee"]["rate"] <= found["rate"] * 1.05
+    assert 30 <= found["rate"] < found["knee"]["rate"] <= found["rate"] * 1.05
     assert sum(trial["rate"] == found["rate"] for trial in found["trials"]) == 4
     assert "The knee: at" in ended.stdout
     assert "rate<45 no longer holds" in ended.stdout

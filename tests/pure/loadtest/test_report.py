@@ -123,6 +123,7 @@ def test_the_summary_keeps_the_shape_that_people_know() -> None:
         "  P95                          30.00             0   too few to be sure\n"
         "  P99                          30.00             0   too few to be sure\n"
         "  P99.9                        30.00             0   too few to be sure\n"
+        "Busiest generator:    0% of a core\n"
         "\n"
         "Errors by kind\n"
         "  timeout             1 (100.0%)\n"
