@@ -77,10 +77,10 @@ def test_the_parts_of_a_plan_are_the_whole(
 
 def test_a_promise_is_read() -> None:
     """Units become milliseconds and shares, spaces are nothing."""
-    assert parse("p99 < 0.5s, errors<0.1%,p99.9<=900us,rate>=100") == (
+    assert parse("p99 < 0.5s, errors<25%,p99.9<=500us,rate>=100") == (
         Clause("p", 99.0, "<", 500.0, "p99<0.5s"),
-        Clause("errors", 0.0, "<", pytest.approx(0.001), "errors<0.1%"),
-        Clause("p", 99.9, "<=", pytest.approx(0.9), "p99.9<=900us"),
+        Clause("errors", 0.0, "<", 0.25, "errors<25%"),
+        Clause("p", 99.9, "<=", 0.5, "p99.9<=500us"),
         Clause("rate", 0.0, ">=", 100.0, "rate>=100"),
     )
 
