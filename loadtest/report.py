@@ -1,48 +1,92 @@
-"""What a load test found: samples in, one report out, and the ways to show it. No clock, no network.
+"""What a load test found, and the text that people read. No clock, no network.
 
 Rules:
 - Latencies are those of the successful requests: a server that refuses fast must not look fast.
-- Percentiles are by nearest rank, so each is a latency that some request really had.
-- Throughput is successful requests over the whole duration.
+- In an open loop a latency counts from the planned start; the service time, from the start that came about, stands
+  beside it.
+- A percentile is a span that so many requests did not exceed, within one in a thousand; one that rests on fewer than
+  ten requests beyond it is shown with a warning.
+- Throughput is successful requests over the whole duration; goodput those among them that were in time.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+# Whoever reads the report's schema needs these names at run time.
+from loadtest.slo import Clause, Judged, judge
+from loadtest.tally import Moment, Slow, Spans
+from loadtest.verdict import Verdict
+from loadtest.waterfall import Fall
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
+
+    from loadtest.crew import Outcome
+
+PERCENTS: Final = (50.0, 90.0, 95.0, 99.0, 99.9)
+BEYOND: Final = 10
+SCHEMA: Final = 1
+
+EXIT_OK: Final = 0  # every request succeeded, or the promise was kept
+EXIT_FAILURES: Final = 1  # no promise was asked for, and at least one request failed
+EXIT_USAGE: Final = 2  # bad options, or nothing listens at the target; no request was sent
+EXIT_INVALID: Final = 3  # the load tester could not keep its plan: the figures are about itself
+EXIT_BROKEN: Final = 99  # the promise was broken
+EXIT_INTERRUPTED: Final = 130  # stopped by a signal; the report covers what had ended by then
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """One request that has ended.
+class Percentile:
+    """One percentile.
 
     Args:
-        latency_s: from sending it to having its answer whole.
-        error: kind of its failure, a short word or two; None: it succeeded.
-        worker: who handled it, and
-        replica: which replica answered, as the answer says; None: it does not.
+        beyond: requests that took longer than this share; below BEYOND the figure is a matter of chance.
     """
 
-    latency_s: float
-    error: str | None = None
-    worker: str | None = None
-    replica: str | None = None
+    percent: float
+    ms: float
+    beyond: int
+    is_sure: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Latencies:
-    """Latencies of the successful requests, in milliseconds."""
+    """A distribution in milliseconds."""
 
+    samples: int
     min: float
     p50: float
+    p90: float
     p95: float
     p99: float
+    p99_9: float
     max: float
     average: float
+
+
+@dataclass(frozen=True, slots=True)
+class Second:
+    """What happened in one part of the run, by the time at which requests ended.
+
+    Args:
+        at_s: its start.
+        span_s: its length.
+        in_flight: at its end.
+        p50_ms, p99_ms, max_ms: of the successes that ended in it; None: there was none.
+    """
+
+    at_s: float
+    span_s: float
+    sent: int
+    successful: int
+    failed: int
+    in_flight: int
+    p50_ms: float | None
+    p99_ms: float | None
+    max_ms: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +94,32 @@ class Report:
     """The figures of one run.
 
     Args:
+        schema: number of this form; it changes when a field changes its meaning or goes.
+        loop: `open` or `closed`.
         duration_s: from the first request's start to the last one's end.
         total: requests that ended, successful and failed.
         unfinished: still under way when the run was interrupted; in no other figure.
-        latency_ms: None when no request succeeded.
-        throughput_per_s: successful requests in each second.
+        latency_ms: None when no request succeeded; from the planned start in an open loop.
+        service_ms: from the start that came about.
+        lag_ms: how much later than planned requests left; None in a closed loop.
+        late: arrivals that left later than the limit, or never.
+        busiest: share of one core that the busiest generator used.
+        throughput_per_s: successful requests per second.
+        good_within_ms: the latency up to which a success is good; None: the promise names none, and all are.
+        goodput_per_s: good requests per second.
         errors: failed requests by kind, the most frequent first.
         workers: successful requests by worker, as far as the answers name one; and
         replicas: by replica; both the busiest first.
+        promise: each clause with what was found; empty: none was asked for.
+        waterfall: where the time went, by percentile; empty: the answers do not tell.
+        slowest: the slowest successes, slowest first.
+        spectrum: (percent, milliseconds) of the latencies.
+        seconds: the run over time.
+        manifest: what is needed to repeat it.
     """
 
+    schema: int
+    loop: Literal["open", "closed"]
     duration_s: float
     total: int
     successful: int
@@ -67,34 +127,116 @@ class Report:
     unfinished: int
     is_interrupted: bool
     latency_ms: Latencies | None
+    service_ms: Latencies | None
+    lag_ms: Latencies | None
+    late: int
+    busiest: float
+    percentiles: tuple[Percentile, ...]
     throughput_per_s: float
-    errors: Mapping[str, int]
-    workers: Mapping[str, int]
-    replicas: Mapping[str, int]
+    good_within_ms: float | None
+    goodput_per_s: float
+    errors: dict[str, int]
+    workers: dict[str, int]
+    replicas: dict[str, int]
+    verdict: Verdict
+    promise: tuple[Judged, ...]
+    waterfall: tuple[Fall, ...]
+    slowest: tuple[Slow, ...]
+    spectrum: tuple[tuple[float, float], ...]
+    seconds: tuple[Second, ...]
+    manifest: dict[str, Any]
 
-    def as_json(self) -> dict[str, object]:
+    @property
+    def is_kept(self) -> bool:
+        """Whether every clause of the promise held."""
+        return all(judged.is_kept for judged in self.promise)
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code that tells how the run went; what makes the figures worthless comes first."""
+        if self.is_interrupted:
+            return EXIT_INTERRUPTED
+        if not self.verdict.is_valid:
+            return EXIT_INVALID
+        if self.promise:
+            return EXIT_OK if self.is_kept else EXIT_BROKEN
+        return EXIT_FAILURES if self.failed else EXIT_OK
+
+    def as_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values, with the names of the fields above."""
         return asdict(self)
 
 
 def summarize(
-    samples: Sequence[Sample], duration_s: float, *, unfinished: int = 0, is_interrupted: bool = False
+    outcome: Outcome,
+    *,
+    is_open: bool,
+    verdict: Verdict,
+    clauses: tuple[Clause, ...] = (),
+    good_within_ms: float | None = None,
+    manifest: dict[str, Any] | None = None,
 ) -> Report:
-    """Return the report on *samples*, in any order."""
-    answered = [sample for sample in samples if sample.error is None]
+    """Return the report on what the generators found."""
+    tally, duration_s = outcome.tally, outcome.duration_s
+    throughput = tally.successful / duration_s if duration_s > 0 else 0.0
+    goodput = tally.good / duration_s if duration_s > 0 else 0.0
+
+    def find(clause: Clause) -> float | None:
+        spans = tally.latency
+        match clause.metric:
+            case "errors":
+                return tally.failed / tally.ended if tally.ended else None
+            case "rate":
+                return throughput
+            case "goodput":
+                return goodput
+        if not spans.count:
+            return None
+        ends = {"min": spans.least_ms, "max": spans.greatest_ms, "mean": spans.mean_ms}
+        return ends[clause.metric] if clause.metric in ends else spans.percentile_ms(clause.percent)
+
     return Report(
+        schema=SCHEMA,
+        loop="open" if is_open else "closed",
         duration_s=duration_s,
-        total=len(samples),
-        successful=len(answered),
-        failed=len(samples) - len(answered),
-        unfinished=unfinished,
-        is_interrupted=is_interrupted,
-        latency_ms=_latencies([sample.latency_s * 1000 for sample in answered]) if answered else None,
-        throughput_per_s=len(answered) / duration_s if duration_s > 0 else 0.0,
-        errors=_count(sample.error for sample in samples),
-        workers=_count(sample.worker for sample in answered),
-        replicas=_count(sample.replica for sample in answered),
+        total=tally.ended,
+        successful=tally.successful,
+        failed=tally.failed,
+        unfinished=outcome.unfinished,
+        is_interrupted=outcome.is_interrupted,
+        latency_ms=_latencies(tally.latency),
+        service_ms=_latencies(tally.service),
+        lag_ms=_latencies(tally.lag) if is_open else None,
+        late=tally.late,
+        busiest=outcome.busiest,
+        percentiles=tuple(_percentile(tally.latency, percent) for percent in PERCENTS) if tally.successful else (),
+        throughput_per_s=throughput,
+        good_within_ms=good_within_ms,
+        goodput_per_s=goodput,
+        errors=dict(tally.errors.most_common()),
+        workers=dict(tally.workers.most_common()),
+        replicas=dict(tally.replicas.most_common()),
+        verdict=verdict,
+        promise=judge(clauses, find),
+        waterfall=tally.waterfall.falls(),
+        slowest=tuple(sorted(tally.slowest, reverse=True)),
+        spectrum=tuple(tally.latency.spectrum()),
+        seconds=over_time(outcome.moments),
+        manifest=manifest or {},
     )
+
+
+def over_time(moments: Sequence[Moment], most: int = 240) -> tuple[Second, ...]:
+    """Return the run in parts of equal length: seconds, or as many seconds each as keep the parts below *most*."""
+    if not moments:
+        return ()
+    end_s = max(moment.at_s for moment in moments)
+    span_s = max(1.0, -(-end_s // most))
+    parts: dict[int, list[Moment]] = defaultdict(list)
+    for moment in moments:
+        # A moment tells of what came before it, and the one of the mark itself comes a little late.
+        parts[max(0, int((moment.at_s - 0.1) // span_s))].append(moment)
+    return tuple(_second(index * span_s, span_s, parts[index]) for index in sorted(parts))
 
 
 def percentile(ordered: Sequence[float], per_mille: int) -> float:
@@ -113,21 +255,33 @@ def render(report: Report) -> str:
     return "\n".join(_lines(report)) + "\n"
 
 
-def _latencies(values_ms: list[float]) -> Latencies:
-    values_ms.sort()
-    return Latencies(
-        min=values_ms[0],
-        p50=percentile(values_ms, 500),
-        p95=percentile(values_ms, 950),
-        p99=percentile(values_ms, 990),
-        max=values_ms[-1],
-        # Rounding may carry a mean of equal values past them.
-        average=min(max(sum(values_ms) / len(values_ms), values_ms[0]), values_ms[-1]),
+def _second(at_s: float, span_s: float, moments: Sequence[Moment]) -> Second:
+    latencies = sorted(latency for moment in moments for latency in moment.latencies)
+    # Each generator tells what is in flight; of each the last word counts, and they speak at the same marks.
+    last = max(moment.at_s for moment in moments) - 0.1
+    return Second(
+        at_s=at_s,
+        span_s=span_s,
+        sent=sum(moment.sent for moment in moments),
+        successful=len(latencies),
+        failed=sum(moment.failed for moment in moments),
+        in_flight=sum(moment.in_flight for moment in moments if moment.at_s > last),
+        p50_ms=percentile(latencies, 500) if latencies else None,
+        p99_ms=percentile(latencies, 990) if latencies else None,
+        max_ms=latencies[-1] if latencies else None,
     )
 
 
-def _count(names: Iterator[str | None]) -> dict[str, int]:
-    return dict(Counter(name for name in names if name is not None).most_common())
+def _latencies(spans: Spans) -> Latencies | None:
+    if not spans.count:
+        return None
+    p50, p90, p95, p99, p99_9 = (spans.percentile_ms(percent) for percent in PERCENTS)
+    return Latencies(spans.count, spans.least_ms, p50, p90, p95, p99, p99_9, spans.greatest_ms, spans.mean_ms)
+
+
+def _percentile(spans: Spans, percent: float) -> Percentile:
+    beyond = int(round(spans.count * (100 - percent) / 100, 6))
+    return Percentile(percent, spans.percentile_ms(percent), beyond, beyond >= BEYOND)
 
 
 def _lines(report: Report) -> Iterator[str]:
@@ -142,7 +296,7 @@ def _lines(report: Report) -> Iterator[str]:
     if latency is None:
         yield "Latency: none, no request succeeded"
     else:
-        yield "Latency of the successful requests"
+        yield f"Latency of the successful requests{', from the planned start' if report.loop == 'open' else ''}"
         for name, value in (
             ("Min:", latency.min),
             ("P50 (Median):", latency.p50),
@@ -154,6 +308,32 @@ def _lines(report: Report) -> Iterator[str]:
             yield f"  {name:<20}{value:.2f} ms"
     yield ""
     yield f"{'Throughput:':<22}{report.throughput_per_s:.2f} req/s"
+    if report.good_within_ms is not None:
+        yield f"{'Goodput:':<22}{report.goodput_per_s:.2f} req/s within {report.good_within_ms:g} ms"
+    yield from _percentile_lines(report)
+    yield from _count_lines(report)
+    yield from _waterfall_lines(report.waterfall)
+    yield from _slowest_lines(report.slowest)
+    yield from _judgement_lines(report)
+
+
+def _percentile_lines(report: Report) -> Iterator[str]:
+    if report.percentiles:
+        columns = {"latency": report.latency_ms}
+        if report.loop == "open":
+            columns |= {"service time": report.service_ms, "send lag": report.lag_ms}
+        yield ""
+        yield f"{'Percentiles (ms)':<22}" + "".join(f"{name:>14}" for name in columns) + f"{'took longer':>14}"
+        for item, name in zip(report.percentiles, ("p50", "p90", "p95", "p99", "p99_9"), strict=True):
+            values = "".join(f"{getattr(spans, name):>14.2f}" for spans in columns.values() if spans is not None)
+            unsure = "" if item.is_sure else "   too few to be sure"
+            yield f"  {f'P{item.percent:g}':<20}{values}{item.beyond:>14}{unsure}"
+    if report.loop == "open":
+        yield f"{'Sent late:':<22}{report.late}"
+    yield f"{'Busiest generator:':<22}{report.busiest:.0%} of a core"
+
+
+def _count_lines(report: Report) -> Iterator[str]:
     for title, counts, whole in (
         ("Errors by kind", report.errors, report.failed),
         ("Answers per worker", report.workers, report.successful),
@@ -164,6 +344,45 @@ def _lines(report: Report) -> Iterator[str]:
             yield title
             width = max(20, *(len(name) + 2 for name in counts))
             yield from (f"  {name:<{width}}{_share(count, whole)}" for name, count in counts.items())
+
+
+def _waterfall_lines(falls: Sequence[Fall]) -> Iterator[str]:
+    if not falls:
+        return
+    names = list(dict.fromkeys(name for fall in falls for name in fall.spans_ms))
+    width = max(20, *(len(name) + 2 for name in names))
+    yield ""
+    yield "Where the time went (ms)"
+    yield f"  {'':<{width}}" + "".join(f"{f'P{fall.percent:g}':>11}" for fall in falls)
+    for name in names:
+        yield f"  {name:<{width}}" + "".join(f"{fall.spans_ms.get(name, 0.0):>11.2f}" for fall in falls)
+    yield f"  {'together':<{width}}" + "".join(f"{fall.whole_ms:>11.2f}" for fall in falls)
+    yield f"  {'requests':<{width}}" + "".join(f"{fall.samples:>11}" for fall in falls)
+
+
+def _slowest_lines(slowest: Sequence[Slow]) -> Iterator[str]:
+    if not slowest:
+        return
+    yield ""
+    yield "Slowest requests"
+    for slow in slowest:
+        yield f"  {slow.latency_ms:>10.2f} ms  at {slow.at_s:>8.3f} s  {slow.job_id or f'request {slow.number}'}"
+
+
+def _judgement_lines(report: Report) -> Iterator[str]:
+    if report.promise:
+        yield ""
+        yield f"Promise {'kept' if report.is_kept else 'BROKEN'}"
+        for judged in report.promise:
+            found = "nothing to look at" if judged.found is None else f"{judged.found:.6g}"
+            yield f"  {'kept  ' if judged.is_kept else 'BROKEN'}  {judged.clause}  (found {found})"
+    for warning in report.verdict.warnings:
+        yield ""
+        yield f"Warning: {warning}"
+    if not report.verdict.is_valid:
+        yield ""
+        yield "INVALID: the load tester did not keep its plan, so these figures are about itself"
+        yield from (f"  {reason}" for reason in report.verdict.reasons)
 
 
 def _share(count: int, whole: int) -> str:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from loadtest.closed import LoadOptions, run
+from loadtest.options import LoadOptions
+from loadtest.run import run
 from tests.loadtest.conftest import ROOT, until
 
 if TYPE_CHECKING:
@@ -153,6 +154,13 @@ def test_a_silent_target_is_given_up_within_a_second(capsys: pytest.CaptureFixtu
         (["--requests", "0"], "loadtest: requests must be at least 1, not 0\n"),
         (["--url", "nowhere"], "loadtest: url must read http://HOST:PORT or https://HOST:PORT, not 'nowhere'\n"),
         (["--questions", "/nowhere"], "loadtest: cannot read the questions in /nowhere: No such file or directory\n"),
+        (["--body", "@/nowhere"], "loadtest: cannot read the body in /nowhere: No such file or directory\n"),
+        (["--html", "/no/where"], "loadtest: cannot write the report to /no/where: No such file or directory\n"),
+        (["--saturate", "5:9"], "loadtest: saturate needs a promise: give --slo with it\n"),
+        (
+            ["--slo", "p99=5ms"],
+            "loadtest: slo: 'p99=5ms' is no clause; write for example p99<500ms, max<2s, errors<0.1%, rate>100\n",
+        ),
     ],
 )
 def test_a_wrong_option_is_one_line_and_code_2(arguments: list[str], message: str) -> None:
@@ -169,6 +177,8 @@ def test_a_target_that_dies_on_the_way_is_reported_by_kind(target: str) -> None:
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         with listener:
             listener.accept()[0].close()  # the look whether anybody listens
-            listener.accept()[0].close()  # the first request
+            first, _ = listener.accept()
+            with first:
+                assert first.recv(1)
         written, _ = process.communicate()
     assert json.loads(written)["errors"] == {"connection lost": 1, "no connection": 1}

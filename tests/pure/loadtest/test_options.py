@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.closed import LoadOptions
+from loadtest.options import LoadOptions
 from loadtest.questions import BUILT_IN, read_questions
 
 
@@ -18,6 +18,20 @@ from loadtest.questions import BUILT_IN, read_questions
         ({"requests": 0}, "requests must be at least 1"),
         ({"duration_s": 0.0}, "duration must be above 0"),
         ({"timeout_s": float("nan")}, "timeout must be above 0"),
+        ({"rate": 0.0}, "rate must be above 0"),
+        ({"processes": 0}, "processes must be at least 1"),
+        ({"processes": 51}, "51 processes cannot share 50 connections"),
+        ({"pace": "poisson"}, "arrivals belongs to an open loop: give --rate"),
+        ({"connections": 5}, "connections belongs to an open loop: give --rate"),
+        ({"ramp_from": 1.0}, "ramp-from belongs to an open loop: give --rate"),
+        ({"rate": 5.0, "ramp_from": 1.0}, "ramp-from needs --duration"),
+        ({"rate": 5.0, "ramp_from": -1.0, "duration_s": 1.0}, "ramp-from must be 0 or more"),
+        ({"rate": 5.0, "pace": "regular"}, "arrivals must be constant or poisson"),
+        ({"path": "query"}, "path must begin with /"),
+        ({"body": "{"}, "body is no JSON"),
+        ({"slo": "fast"}, "slo: 'fast' is no clause"),
+        ({"headers": ("x",)}, "header must read"),
+        ({"api_key": "a\r\nb: c"}, "api-key must be printable"),
     ],
 )
 def test_a_wrong_option_is_refused_by_name(options: dict[str, object], message: str) -> None:
