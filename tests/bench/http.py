@@ -90,7 +90,7 @@ class Peer:
         Raises:
             RuntimeError: its status is not 200.
         """
-        connection = self._idle.pop() if self._idle else await self._connect()
+        connection = await self._connection()
         request = b"POST %b HTTP/1.1\r\n%b%d\r\n\r\n%b" % (path, self._head, len(body), body)
         try:
             status, answer = await connection.send(request)
@@ -107,6 +107,14 @@ class Peer:
         """Close what is open."""
         for connection in self._idle:
             connection.close()
+
+    async def _connection(self) -> Connection:
+        """Return an open connection: one that lay idle for too long was closed by the server."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_open:
+                return connection
+        return await self._connect()
 
     async def _connect(self) -> Connection:
         loop = asyncio.get_running_loop()
