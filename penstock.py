@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from gateway.client import Client
     from pipeline.connection import Link
     from pipeline.dead import DeadLetters, Letter
-    from pipeline.overview import Overview
     from pipeline.settings import Settings
 
 T = TypeVar("T")
@@ -153,20 +152,24 @@ def mock_llm(
 @app.command()
 def ingest(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH...", help="Text or Markdown: files, or folders of them.")
+        list[Path], typer.Argument(metavar="PATH...", help="Markdown, text, HTML, PDF: files, or folders of them.")
     ],
     url: Annotated[str, typer.Option(help="The gateway.")] = GATEWAY_URL,
     api_key: Annotated[str | None, typer.Option(envvar="GATEWAY_API_KEY", help="Sent as bearer token.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Send also what the index holds unchanged.")] = False,
     json: AsJson = False,
 ) -> None:
-    """Index documents. Exit code 0: all indexed; 1: some were not, with reasons; 2: wrong use; 3: no gateway."""
+    """Index documents; what the index holds already is left alone, so it may be interrupted and started again.
+
+    Exit code 0: all are indexed; 1: some are not, with reasons; 2: wrong use; 3: no gateway.
+    """
     import asyncio
 
     from gateway.client import GatewayRefused, GatewayUnreachable
     from gateway.ingest import EXIT_UNREACHABLE, EXIT_USAGE, find_files
 
     try:
-        report = asyncio.run(_ingest(url, api_key, list(find_files(paths)), quiet=json))
+        report = asyncio.run(_ingest(url, api_key, list(find_files(paths)), again=again, quiet=json))
     except FileNotFoundError as error:
         sys.stderr.write(f"penstock: {error} does not exist\n")
         raise typer.Exit(EXIT_USAGE) from None
@@ -183,7 +186,7 @@ def ingest(
     raise typer.Exit(report.exit_code)
 
 
-async def _ingest(url: str, api_key: str | None, found: list[Any], *, quiet: bool) -> Any:
+async def _ingest(url: str, api_key: str | None, found: list[Any], *, again: bool, quiet: bool) -> Any:
     from gateway.client import Client
     from gateway.ingest import ingest as send
     from gateway.progress import watch
@@ -191,7 +194,7 @@ async def _ingest(url: str, api_key: str | None, found: list[Any], *, quiet: boo
     with watch(len(found), quiet=quiet) as watcher:
         async with Client(url, api_key, on_wait=watcher.waits) as client:
             await client.check()
-            report = await send(client, found, watcher.add)
+            report = await send(client, found, watcher.add, again=again)
         watcher.sum_up(report)
         return report
 
@@ -249,15 +252,41 @@ def _render_answer(question: str, answer: Mapping[str, Any]) -> str:
 
 
 @app.command()
-def status(redis_url: RedisUrl = None, data_dir: DataDir = DATA_DIR, json: AsJson = False) -> None:
-    """Show what runs and how deep each queue is."""
-    from pipeline.overview import look
+def status(
+    once: Annotated[bool, typer.Option("--once", help="Look once, also on a terminal.")] = False,
+    every: Annotated[float, typer.Option(help="Seconds between looks.", min=0.1, max=3600)] = 1.0,
+    redis_url: RedisUrl = None,
+    data_dir: DataDir = DATA_DIR,
+    json: AsJson = False,
+) -> None:
+    """Show what runs and how deep each queue is; on a terminal it goes on until Ctrl-C."""
+    from pipeline.picture import look_closely
+    from pipeline.status import make_console, render
 
-    found = _on_redis(redis_url, data_dir, lambda link, _settings: look(link))
+    console = make_console()
+    if console.is_terminal and not (once or json):
+        _follow_status(console, every, redis_url, data_dir)
+        return
+    found = _on_redis(redis_url, data_dir, lambda link, _settings: look_closely(link))
     if json:
-        _print_json(found)
+        _print_json(found.as_json())
     else:
-        _print_overview(found)
+        console.print(render(found, width=console.width))
+
+
+def _follow_status(console: Console, every: float, redis_url: str | None, data_dir: Path) -> None:
+    import asyncio
+    from contextlib import suppress
+
+    from pipeline.connection import Link
+    from pipeline.status import follow
+
+    def connect() -> Link:
+        return Link(_settings(_redis_override(redis_url, data_dir)).redis, "penstock")
+
+    connect()  # wrong settings end it before anything is shown
+    with suppress(KeyboardInterrupt):
+        asyncio.run(follow(connect, console, every))
 
 
 Names = Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Ids of letters.")]
@@ -371,58 +400,6 @@ def _letter_in_short(letter: Letter) -> str:
     at = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(letter.at_ms / 1000))
     line = f"{letter.id}  {at}  {letter.stage:<9}  {letter.reason}  {letter.job_id or '-'}"
     return line + (f"\n    {letter.error['message']}" if letter.error else "")
-
-
-def _print_overview(found: Overview) -> None:
-    from rich.console import Console
-
-    console = Console(markup=False, highlight=False)
-    console.print(f"{found.live_jobs} jobs alive, {found.delayed} delayed, {found.dead_letters} dead letters")
-    _print_table(
-        console,
-        ("stream", "waiting", "in hand", "oldest in hand"),
-        [
-            (view.stream, view.waiting, view.in_hand, f"{view.oldest_ms / 1000:.1f} s" if view.in_hand else "")
-            for view in found.streams
-            if view.waiting or view.in_hand or (":high" not in view.stream and ":low" not in view.stream)
-        ],
-    )
-    _print_table(
-        console,
-        ("replica", "load", "running", "service", "breaker"),
-        [
-            (
-                view.url,
-                view.leases,
-                f"{view.running}/{view.slots}",
-                f"{view.service_ms:.0f} ms" if view.service_ms is not None else "",
-                "open" if view.breaker_open else "closed",
-            )
-            for view in found.replicas
-        ],
-    )
-    _print_table(console, ("gateway", "host", "pid"), [(view.address, view.host, view.pid) for view in found.gateways])
-    _print_table(
-        console,
-        ("worker", "host", "pid", "state"),
-        [
-            (view.worker, view.host, view.pid, "; ".join(filter(None, view.stages.values())) or "ready")
-            for view in found.workers
-        ],
-    )
-
-
-def _print_table(console: Console, columns: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
-    from rich import box
-    from rich.table import Table
-
-    if not rows:
-        console.print(f"no {columns[0]}")
-        return
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    console.print(table)
 
 
 def _redis_override(redis_url: str | None, data_dir: Path) -> dict[str, dict[str, Any]]:

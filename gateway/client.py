@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -186,6 +186,21 @@ class Client:
                 elif not ended.done():
                     ended.set_result(status)
                     idle_polls = 0
+
+    async def documents(self, ids: Sequence[str]) -> Json:
+        """Return what the index holds of these documents: by id, `chunks` and `digest`, or None.
+
+        Raises:
+            GatewayUnreachable, GatewayRefused: see `send`.
+        """
+        try:
+            found: Json = (await self.send("GET", f"/documents?ids={','.join(ids)}", timeout_s=90)).json()["documents"]
+        except GatewayRefused as error:
+            if error.status not in {502, 504}:
+                raise
+            reason = f"the index does not answer ({error}); `penstock status` shows whether the retriever runs"
+            raise GatewayUnreachable(reason) from error
+        return found
 
     async def ask(self, question: str) -> Json:
         """Return the answer to *question*, with its sources."""

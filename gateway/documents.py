@@ -1,18 +1,20 @@
 """The documents service: what questions are answered from.
 
 Indexing takes its time, so both operations answer 202 with a job id; `GET /jobs?ids=a,b,c` tells how many of them
-stand at once. The same id replaces what was indexed under it; of two at once the later accepted wins.
+stand at once. The same id replaces what was indexed under it; of two at once the later accepted wins. What the index
+holds is asked of the index itself, through its stage: no copy of that knowledge can be wrong.
 """
 
 from __future__ import annotations
 
 from typing import Final
+from urllib.parse import parse_qs
 
 from pydantic import BaseModel, Field, ValidationError
 
-from gateway.errors import Problem
-from gateway.operation import Answer, Call, Operation, answer, payload_of
-from pipeline.flows import DocumentDeletion, DocumentPayload, Name
+from gateway.errors import Problem, problem_of_outcome
+from gateway.operation import Answer, Call, Operation, Parameter, answer, payload_of
+from pipeline.flows import MAX_LOOKUP, DocumentDeletion, DocumentLookup, DocumentPayload, Name
 from pipeline.job import Priority
 
 
@@ -62,7 +64,51 @@ async def delete(call: Call) -> Answer:
     return answer({"id": document_id, "job_id": accepted.job_id}, 202)
 
 
+class Standing(BaseModel):
+    """One document as the index holds it."""
+
+    chunks: int
+    digest: str = Field(description="what its sender named its version; empty where nothing was named")
+
+
+class Standings(BaseModel):
+    """What the index holds of the documents asked for."""
+
+    documents: dict[str, Standing | None] = Field(description="by id; null: not in the index")
+
+
+async def look(call: Call) -> Answer:
+    """Tell which documents the index holds.
+
+    Asks the index, behind the writes that were accepted before.
+    """
+    given = parse_qs(call.query_string, keep_blank_values=True)
+    if unknown := sorted(set(given) - {"ids"}):
+        raise Problem(422, "invalid_field", f"{unknown[0][:128]}: there is no such parameter", param=unknown[0][:128])
+    ids = [part for text in given.get("ids", []) for part in text.split(",") if part]
+    try:
+        payload = DocumentLookup(document_ids=ids)
+    except ValidationError as error:
+        where = "".join(f"[{part}]" for part in error.errors()[0]["loc"][1:])
+        message = f"ids{where}: 1 to {MAX_LOOKUP} document ids, separated by commas"
+        raise Problem(422, "invalid_field", message, param="ids") from None
+    job = call.job("document_lookup", payload, call.gateway.settings.lifetimes.query_s)
+    accepted = await call.submit(job, wait=True)
+    completion = await call.outcome(accepted.job_id, job.deadline_ms)
+    if completion.status != "completed":
+        raise problem_of_outcome(completion)
+    return answer({"documents": (completion.result or {}).get("documents", {})})
+
+
 OPERATIONS: Final = (
+    Operation(
+        "GET",
+        "/documents",
+        look,
+        answers={200: Standings},
+        errors=(409, 422, 502, 504),
+        parameters=(Parameter("ids", f"1 to {MAX_LOOKUP} document ids, separated by commas", required=True),),
+    ),
     Operation("POST", "/documents", put, body=DocumentRequest, answers={202: DocumentAccepted}, idempotent=True),
     Operation("DELETE", "/documents/{id}", delete, answers={202: DocumentAccepted}, errors=(422,)),
 )

@@ -1,7 +1,10 @@
-"""`penstock ingest`: text and Markdown files become documents.
+"""`penstock ingest`: Markdown, text, HTML and PDF files become documents.
 
-A document's id is its path below the root that was named, so that ingesting again replaces what was there. Files are
-read one at a time as places become free; one that cannot be a document is skipped with a reason, the others go on.
+A document's id is its path below the root that was named, so that ingesting again replaces what was there. With each
+goes a digest of its file; the index is asked for those it holds before anything is read, and what stands there already
+is left alone. So an ingest that was killed is started again and does only what was not done: nothing is remembered
+here, and nothing can be remembered wrongly. A few files are at work at a time; one that cannot be a document is skipped
+with a reason, the others go on.
 """
 
 from __future__ import annotations
@@ -12,19 +15,33 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import orjson
 
 from gateway.client import Client, GatewayRefused, GatewayUnreachable
+from gateway.extractor import Extractor
+from gateway.formats import MAX_TEXT_BYTES, Text, Unreadable
 
-SUFFIXES: Final = frozenset({".md", ".markdown", ".txt", ".text", ".rst"})
+Kind = Literal["text", "html", "pdf"]
+
+SUFFIXES: Final[dict[str, Kind]] = {
+    **dict.fromkeys((".md", ".markdown", ".txt", ".text", ".rst"), "text"),
+    **dict.fromkeys((".html", ".htm", ".xhtml"), "html"),
+    ".pdf": "pdf",
+}
+MAX_FILE_BYTES: Final[dict[Kind, int]] = {"text": MAX_TEXT_BYTES, "html": 16 << 20, "pdf": 256 << 20}
 MAX_BODY_BYTES: Final = 1 << 20  # the gateway's limit; a larger file is refused rather than cut up: parts would be left
 # behind when it shrinks
-IN_FLIGHT: Final = 32
+IN_FLIGHT: Final = 8  # enough to keep both stages at work; more would only stand before questions
+LOOK_AT_ONCE: Final = 50  # ids of 128 characters in one request's head
+READING: Final = 1
+"""Version of how files are read. Raise it when `gateway.formats` makes another text of the same file: what was indexed
+before is then sent again."""
 MAX_ID: Final = 128
 _SAFE_PART = re.compile(r"[A-Za-z0-9._-]+")
 _HEADING = re.compile(r"#{1,6}\s+(.+?)\s*#*")
@@ -62,14 +79,41 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Indexed:
-    """One document in the index."""
+    """One document that was put into the index.
+
+    Attributes:
+        note: what is missing from it, for people; empty where nothing is.
+    """
+
+    name: str
+    id: str
+    chunks: int
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Unchanged:
+    """One document that was in the index already, made from the same file."""
 
     name: str
     id: str
     chunks: int
 
 
-Result = Indexed | Skipped
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One file as it lies there.
+
+    Attributes:
+        digest: of its bytes, and of how they are read; the index keeps it with the document.
+    """
+
+    file: File
+    kind: Kind
+    digest: str
+
+
+Result = Indexed | Unchanged | Skipped
 
 
 @dataclass(slots=True)
@@ -77,27 +121,39 @@ class Report:
     """What came of it."""
 
     indexed: list[Indexed] = field(default_factory=list)
+    unchanged: list[Unchanged] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
 
     def add(self, result: Result) -> None:
         """Note one file."""
         if isinstance(result, Indexed):
             self.indexed.append(result)
+        elif isinstance(result, Unchanged):
+            self.unchanged.append(result)
         else:
             self.skipped.append(result)
 
     @property
+    def chunks(self) -> int:
+        """How many chunks were put into the index."""
+        return sum(item.chunks for item in self.indexed)
+
+    @property
     def exit_code(self) -> int:
-        """0 when every text file is indexed, else 1."""
+        """0 when every file of a kind that can be read is in the index, else 1."""
         return EXIT_FAILED if any(item.is_fault for item in self.skipped) else EXIT_OK
 
     def as_json(self) -> dict[str, Any]:
         """Return the summary for scripts."""
         return {
             "documents": len(self.indexed),
-            "chunks": sum(item.chunks for item in self.indexed),
-            "indexed": [{"path": item.name, "id": item.id, "chunks": item.chunks} for item in self.indexed],
-            "skipped": [{"path": item.name, "reason": item.reason} for item in self.skipped],
+            "chunks": self.chunks,
+            "indexed": [
+                {"path": item.name, "id": item.id, "chunks": item.chunks} | ({"note": item.note} if item.note else {})
+                for item in self.indexed
+            ],
+            "unchanged": [{"path": item.name, "id": item.id, "chunks": item.chunks} for item in self.unchanged],
+            "skipped": [{"path": item.name, "reason": item.reason, "failed": item.is_fault} for item in self.skipped],
         }
 
 
@@ -151,7 +207,7 @@ def find_files(paths: Sequence[Path]) -> Iterator[File | Skipped]:
             name = path.relative_to(root).as_posix() if root.is_dir() else path.name
             if root.is_dir() and path.suffix.lower() not in SUFFIXES:
                 kind = _printable(path.suffix) or "no suffix"
-                yield Skipped(_printable(name), f"neither text nor Markdown ({kind})", is_fault=False)
+                yield Skipped(_printable(name), f"not a kind of file that is read ({kind})", is_fault=False)
                 continue
             if _printable(name) != name:
                 yield Skipped(_printable(name), "its name is not UTF-8: rename it")
@@ -165,14 +221,38 @@ def find_files(paths: Sequence[Path]) -> Iterator[File | Skipped]:
                 yield file
 
 
-def read_document(file: File) -> dict[str, Any] | Skipped:
-    """Return the body to send for *file*, or why there is none."""
+def kind_of(path: Path, beginning: bytes) -> Kind:
+    """Return how a file is to be read: as its suffix says, else as it begins; it is text unless it shows otherwise."""
+    if kind := SUFFIXES.get(path.suffix.lower()):
+        return kind
+    if beginning.startswith(b"%PDF-"):
+        return "pdf"
+    return "html" if re.match(rb"\s*<(?:!doctype\s+html|html)\b", beginning, re.IGNORECASE) else "text"
+
+
+def examine(file: File) -> Found | Skipped:
+    """Return what a file is, without making sense of it, or why it can be no document."""
     try:
-        found = file.path.stat()
-        if not stat.S_ISREG(found.st_mode):  # to open a FIFO would wait for its writer, a device may never end
+        about = file.path.stat()
+        if not stat.S_ISREG(about.st_mode):  # to open a FIFO would wait for its writer, a device may never end
             return Skipped(file.name, "not a regular file")
-        if found.st_size > MAX_BODY_BYTES:
-            return Skipped(file.name, f"{found.st_size:,} bytes; at most 1 MiB goes into one document: split it")
+        if not about.st_size:
+            return Skipped(file.name, "empty", is_fault=False)
+        with file.path.open("rb") as opened:
+            kind = kind_of(file.path, opened.read(512))
+            if about.st_size > MAX_FILE_BYTES[kind]:
+                most = f"{MAX_FILE_BYTES[kind] >> 20} MiB"
+                return Skipped(file.name, f"{about.st_size:,} bytes; at most {most} goes into one document: split it")
+            opened.seek(0)
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        return Skipped(file.name, f"cannot be read: {error.strerror}")
+    return Found(file, kind, f"{READING}:{digest}")
+
+
+def read_text(file: File) -> Text | Skipped:
+    """Return what a text or Markdown file says, or why that is no document."""
+    try:
         text = file.path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         return Skipped(file.name, f"not UTF-8 text (byte {error.start})")
@@ -182,10 +262,17 @@ def read_document(file: File) -> dict[str, Any] | Skipped:
         return Skipped(file.name, "not text: holds NUL bytes")
     if not text.strip():
         return Skipped(file.name, "empty", is_fault=False)
+    return Text(text)
+
+
+def document_of(found: Found, read: Text) -> dict[str, Any] | Skipped:
+    """Return the body to send for a file that was read, or why there is none."""
+    file = found.file
     body = {
         "id": file.id,
-        "title": title_of(text, file.path),
-        "text": text,
+        "title": read.title[:_TITLE_CHARS] or title_of(read.text, file.path),
+        "text": read.text,
+        "digest": found.digest,
         "metadata": {"path": file.name[:1_000]},
         "priority": "low",
     }
@@ -210,31 +297,45 @@ def _walk(root: Path) -> Iterator[Path]:
 # --- Effects -----------------------------------------------------------------------------------
 
 
-async def ingest(client: Client, found: Sequence[File | Skipped], on_result: Callable[[Result], None]) -> Report:
-    """Send every file, a few at a time, and wait until each is indexed.
+async def ingest(
+    client: Client, found: Sequence[File | Skipped], on_result: Callable[[Result], None], *, again: bool = False
+) -> Report:
+    """Send every file that the index does not hold, a few at a time, and wait until each is indexed.
 
     Args:
         on_result: called once for each file, as its end is known.
+        again: send also what the index holds already.
 
     Raises:
         GatewayUnreachable: the gateway stayed away; what was accepted before goes on there.
         GatewayRefused: it takes nothing from us at all (401, 403, no such route).
     """
     report = Report()
-    waiting = iter(found)
 
     def note(result: Result) -> None:
         report.add(result)
         on_result(result)
 
-    async def take() -> None:
-        for item in waiting:
-            note(item if isinstance(item, Skipped) else await _ingest_one(client, item))
+    to_do: asyncio.Queue[Found | None] = asyncio.Queue(LOOK_AT_ONCE)
+
+    async def sort_out() -> None:
+        async for item in _missing(client, found, again=again):
+            if isinstance(item, Found):
+                await to_do.put(item)
+            else:
+                note(item)
+        for _ in range(IN_FLIGHT):
+            await to_do.put(None)
+
+    async def take(extractor: Extractor) -> None:
+        while item := await to_do.get():
+            note(await _ingest_one(client, extractor, item))
 
     try:
-        async with asyncio.TaskGroup() as tasks:
+        async with Extractor() as extractor, asyncio.TaskGroup() as tasks:
+            tasks.create_task(sort_out(), name="sort out files")
             for number in range(IN_FLIGHT):
-                tasks.create_task(take(), name=f"ingest {number}")
+                tasks.create_task(take(extractor), name=f"ingest {number}")
     except ExceptionGroup as group:  # not `except*`: before Python 3.11.4 it wraps what is raised in it once more
         ends_it_all = group.subgroup((GatewayUnreachable, GatewayRefused))
         if ends_it_all is None:
@@ -243,8 +344,39 @@ async def ingest(client: Client, found: Sequence[File | Skipped], on_result: Cal
     return report
 
 
-async def _ingest_one(client: Client, file: File) -> Result:
-    document = await asyncio.to_thread(read_document, file)
+async def _missing(
+    client: Client, found: Sequence[File | Skipped], *, again: bool
+) -> AsyncIterator[Found | Unchanged | Skipped]:
+    """Examine the files in order; those that the index holds as they are come out as `Unchanged`."""
+    rest = iter(found)
+    while batch := list(islice(rest, LOOK_AT_ONCE)):
+        examined = await asyncio.to_thread(_examine_all, batch)
+        ids = [item.file.id for item in examined if isinstance(item, Found)]
+        held = {} if again or not ids else await client.documents(ids)
+        for item in examined:
+            standing = held.get(item.file.id) if isinstance(item, Found) else None
+            if isinstance(item, Found) and standing and standing["digest"] == item.digest:
+                yield Unchanged(item.file.name, item.file.id, standing["chunks"])
+            else:
+                yield item
+
+
+def _examine_all(batch: Sequence[File | Skipped]) -> list[Found | Skipped]:
+    return [examine(item) if isinstance(item, File) else item for item in batch]
+
+
+async def _ingest_one(client: Client, extractor: Extractor, found: Found) -> Result:
+    file = found.file
+    try:
+        if found.kind == "text":
+            read = await asyncio.to_thread(read_text, file)
+        else:
+            read = await extractor.read(file.path, found.kind)
+    except Unreadable as error:
+        return Skipped(file.name, str(error))
+    if isinstance(read, Skipped):
+        return read
+    document = await asyncio.to_thread(document_of, found, read)
     if isinstance(document, Skipped):
         return document
     try:
@@ -257,7 +389,7 @@ async def _ingest_one(client: Client, file: File) -> Result:
     if outcome.get("status") != "completed":
         reason = (outcome.get("error") or {}).get("message") or str(outcome.get("status"))
         return Skipped(file.name, reason)
-    return Indexed(file.name, file.id, int((outcome.get("result") or {}).get("chunks", 0)))
+    return Indexed(file.name, file.id, int((outcome.get("result") or {}).get("chunks", 0)), read.note)
 
 
 def _first(group: BaseExceptionGroup[Any]) -> BaseException:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Final, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gateway.ingest import Indexed, Report, Result
+from gateway.ingest import Indexed, Report, Result, Skipped
+
+_REASONS: Final = 10  # of files that are no documents, by their number; a folder may hold a hundred kinds
 
 
 class Watcher(Protocol):
@@ -71,11 +74,11 @@ class _Lines:
     def sum_up(self, report: Report) -> None:
         """All files are done."""
         if not self._quiet:
-            sys.stdout.write(summary(report) + "\n")
+            sys.stdout.write("\n".join(summary(report)) + "\n")
 
 
 class _Bar:
-    """A progress bar; files that are left out are named above it."""
+    """A progress bar; files that are left out are named above it, and once more at the end."""
 
     def __init__(self, files: int, console: Console) -> None:
         self._progress = Progress(
@@ -99,7 +102,7 @@ class _Bar:
 
     def add(self, result: Result) -> None:
         """One file is done, for better or worse."""
-        if not isinstance(result, Indexed) and result.is_fault:
+        if isinstance(result, Skipped) and result.is_fault:
             self._progress.console.print(describe(result), markup=False, highlight=False)
         self._progress.update(self._task, advance=1, now="")
 
@@ -109,18 +112,33 @@ class _Bar:
 
     def sum_up(self, report: Report) -> None:
         """All files are done."""
-        self._progress.console.print(summary(report), markup=False, highlight=False)
+        self._progress.console.print("\n".join(summary(report)), markup=False, highlight=False, soft_wrap=True)
 
 
 def describe(result: Result) -> str:
     """Return one line about one file."""
-    if isinstance(result, Indexed):
-        return f"indexed  {result.name}  ({result.chunks} chunk{'' if result.chunks == 1 else 's'})"
-    return f"skipped  {result.name}  ({result.reason})"
+    if isinstance(result, Skipped):
+        return f"{'failed ' if result.is_fault else 'skipped'}  {result.name}  ({result.reason})"
+    word = "indexed" if isinstance(result, Indexed) else "is there"
+    note = f"; {result.note}" if isinstance(result, Indexed) and result.note else ""
+    return f"{word}  {result.name}  ({_counted(result.chunks, 'chunk')}{note})"
 
 
-def summary(report: Report) -> str:
-    """Return one line about all."""
-    chunks = sum(item.chunks for item in report.indexed)
-    skipped = f", {len(report.skipped)} skipped" if report.skipped else ""
-    return f"{len(report.indexed)} documents, {chunks} chunks indexed{skipped}"
+def summary(report: Report) -> list[str]:
+    """Return what came of all: each file that failed, what else was left out by its reason, and the counts."""
+    failed = [item for item in report.skipped if item.is_fault]
+    others = Counter(item.reason for item in report.skipped if not item.is_fault)
+    lines = [f"left out {_counted(count, 'file')}: {reason}" for reason, count in others.most_common(_REASONS)]
+    if failed:
+        lines.append(f"{_counted(len(failed), 'file')} could not be indexed:")
+        lines += [f"  {item.name}: {item.reason}" for item in failed]
+    counts = [f"{_counted(len(report.indexed), 'document')} indexed ({_counted(report.chunks, 'chunk')})"]
+    if report.unchanged:
+        counts.append(f"{len(report.unchanged)} there already")
+    if report.skipped:
+        counts.append(f"{len(report.skipped)} skipped")
+    return [*lines, ", ".join(counts)]
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

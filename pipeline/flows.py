@@ -15,6 +15,7 @@ from pipeline.errors import MalformedEntry
 from pipeline.job import Job, Json, Priority
 
 MAX_QUERY_CHARS: Final = 16_000
+MAX_LOOKUP: Final = 100  # ids of 128 characters that a request's head has room for
 Name = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:-]+$")]
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Metadata = dict[Annotated[str, StringConstraints(max_length=128)], str | int | float | bool | None]
@@ -41,6 +42,9 @@ class DocumentPayload(Payload):
     document_id: Name
     title: Annotated[str, StringConstraints(max_length=1_000)] = ""
     text: Annotated[str, StringConstraints(min_length=1)]
+    digest: Annotated[str, StringConstraints(max_length=128)] | None = Field(
+        None, description="the sender's own name for this version, a hash say; `GET /documents` tells it"
+    )
     metadata: Metadata = Field(default_factory=dict, max_length=64)
 
 
@@ -48,6 +52,12 @@ class DocumentDeletion(Payload):
     """A document to be taken out of the index."""
 
     document_id: Name
+
+
+class DocumentLookup(Payload):
+    """Documents of which the index is to say whether it holds them."""
+
+    document_ids: Annotated[list[Name], Field(min_length=1, max_length=MAX_LOOKUP)]
 
 
 class ChatMessage(Payload):
@@ -119,6 +129,13 @@ FLOWS: Final[dict[str, Flow]] = {
             payload=DocumentDeletion,
             lifetime="document_s",
             result=("document_id", "deleted"),
+        ),
+        Flow(
+            "document_lookup",
+            route=("retriever",),
+            payload=DocumentLookup,
+            lifetime="query_s",
+            result=("documents",),
         ),
         Flow(
             "message",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from random import Random
 from typing import TYPE_CHECKING, Final
@@ -184,13 +184,24 @@ class Worker:
             held = Held(entry, now_us, alone=alone)
             self.held[key] = held
             fresh.append(held)
-        size = 1 if alone else self.stage.batch
-        for i in range(0, len(fresh), size):
-            chunk = fresh[i : i + size]
+        for chunk in self._batches(fresh, 1 if alone else self.stage.batch):
             task = asyncio.create_task(self._work(chunk), name=f"{self.stage.name} {chunk[0].entry.id.decode()}")
             for held in chunk:
                 held.task = task
         return len(fresh)
+
+    @staticmethod
+    def _batches(fresh: Sequence[Held], size: int) -> Iterator[list[Held]]:
+        """Divide entries into those that are handled together, each batch of one priority.
+
+        The outcomes of a batch come all at once: a question must not wait for the documents that were read with it.
+        """
+        by_stream: dict[str, list[Held]] = {}
+        for held in fresh:
+            by_stream.setdefault(held.entry.stream, []).append(held)
+        for some in by_stream.values():
+            for i in range(0, len(some), size):
+                yield some[i : i + size]
 
     async def _work(self, chunk: Sequence[Held]) -> None:
         try:

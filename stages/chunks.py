@@ -21,7 +21,7 @@ from stages.tokens import TokenCount
 _HEADING: Final = re.compile(r"^ {0,3}(#{1,6})[ \t]+(\S.*)$", re.MULTILINE)
 _FENCE: Final = re.compile(r"^ {0,3}(`{3,}|~{3,})[^`\n]*$.*?(?:^ {0,3}\1[`~]*[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _MARKDOWN_NAME: Final = re.compile(r"\.(md|markdown|mdown)$", re.IGNORECASE)
-_PLAIN_NAME: Final = re.compile(r"\.(txt|text|rst|log|csv)$", re.IGNORECASE)
+_PLAIN_NAME: Final = re.compile(r"\.(txt|text|rst|log|csv|pdf)$", re.IGNORECASE)
 _PARAGRAPH: Final = re.compile(r"\S(?:.+|\n(?!\s*\n))*")
 _LOOK_CHARS_PER_TOKEN: Final = 8  # more than any text has but blanks and ruled lines
 _WORD_CHARS: Final = 8_000

@@ -199,11 +199,12 @@ class EmbeddedIndex:
             number = cast("uuid.UUID", record.id).int
             self._kept[number, versions[number]] = record.payload
 
-    def put(self, tenant: str, document: str, version: int, passages: Sequence[Passage]) -> Written:
+    def put(self, tenant: str, document: str, version: int, passages: Sequence[Passage], digest: str = "") -> Written:
         """Make *passages* the chunks of the document, in the place of any it had.
 
         Args:
             version: of two operations on one document the greater version wins, whichever comes first.
+            digest: the sender's name for what the document holds; kept for `standing`.
         """
         head = self._head(tenant, document)
         if head and head["version"] >= version:
@@ -228,8 +229,15 @@ class EmbeddedIndex:
             self._update(UpdateOperation.upsert_points(points[start : start + _PORTION]))
         left_over = _chunks_of(tenant, document, [FieldCondition("version", match=MatchValue(version))])
         self._update(UpdateOperation.delete_points_by_filter(left_over))
-        self._write_head(tenant, document, version, "indexed", len(points))
+        self._write_head(tenant, document, version, "indexed", len(points), digest)
         return Written(len(points))
+
+    def standing(self, tenant: str, document: str) -> dict[str, Any] | None:
+        """Return how many chunks of the document are here, and its digest; None where it is not."""
+        head = self._head(tenant, document)
+        if not head or head["state"] != "indexed":
+            return None
+        return {"chunks": head["chunks"], "digest": head.get("digest", "")}
 
     def delete(self, tenant: str, document: str, version: int) -> Written:
         """Take the document out.
@@ -289,9 +297,12 @@ class EmbeddedIndex:
             records = self._shard.retrieve([_point_id(tenant, document, "head")], True, False)
         return cast("dict[str, Any]", records[0].payload) if records else None
 
-    def _write_head(self, tenant: str, document: str, version: int, state: str, chunks: int) -> dict[str, Any]:
+    def _write_head(
+        self, tenant: str, document: str, version: int, state: str, chunks: int, digest: str = ""
+    ) -> dict[str, Any]:
         # No `tenant` and no vector: no search and no count can meet it.
         head = {"head": document, "owner": tenant, "state": state, "version": version, "chunks": chunks}
+        head |= {"digest": digest} if digest else {}
         self._update(UpdateOperation.upsert_points([Point(_point_id(tenant, document, "head"), {}, head)]))
         return head
 

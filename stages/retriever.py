@@ -29,7 +29,7 @@ from stages.vectors import KeywordModel, Sparse, unpack
 T = TypeVar("T")
 
 _LOCK_POLL_S: Final = 0.05
-_WRITES: Final = frozenset({"document", "document_deletion"})
+_WRITES: Final = frozenset({"document", "document_deletion", "document_lookup"})  # a lookup tells what they left
 _FETCH: Final = 4  # hits looked at for each source wanted
 _SAME_DOCUMENT: Final = 0.8
 _COUNTS: Final = 4096  # of chunks and short texts, at a kilobyte or two each
@@ -162,18 +162,20 @@ class Retriever(Stage):
         return outcomes
 
     def _write_one(self, index: EmbeddedIndex, job: Job) -> Done:
+        if job.flow == "document_lookup":
+            return Done({"documents": {name: index.standing(job.tenant, name) for name in job.payload["document_ids"]}})
         document = job.payload["document_id"]
         if job.flow == "document_deletion":
             return _done(document, "deleted", index.delete(job.tenant, document, job.accepted_us))
         chunks, vectors = job.state["chunks"], self._vectors(job)
         if len(chunks) != len(vectors):
             raise Reject(f"{len(chunks)} chunks came with {len(vectors)} vectors", code="bad_vector")
-        title = job.payload.get("title") or document
+        title, digest = job.payload.get("title") or document, job.payload.get("digest") or ""
         passages = [
             Passage(_label(title, chunk["heading"]), chunk["text"], vector)
             for chunk, vector in zip(chunks, vectors, strict=True)
         ]
-        return _done(document, "chunks", index.put(job.tenant, document, job.accepted_us, passages))
+        return _done(document, "chunks", index.put(job.tenant, document, job.accepted_us, passages, digest))
 
     def _forget_old_deletions(self, index: EmbeddedIndex, now_us: int) -> None:
         if now_us - self._forgot_us >= _FORGET_EVERY_US:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 
 import pytest
 
-from tests.bench import backlog, hops, query, start, tail
+from tests.bench import backlog, hops, ingest, query, start, tail
 from tests.bench.figures import Report
 
 
@@ -64,3 +65,13 @@ def test_a_start_is_measured() -> None:
     """`up` comes up and answers."""
     report = start.run(once=True)
     assert figure(report, "seconds", "new data directory", "first answer") > 0
+
+
+def test_questions_beside_an_ingest_are_measured() -> None:
+    """And an ingest that is killed leaves each chunk once."""
+    report = ingest.run(rounds=1, documents=16, rate=20, warm=0.1, mock_s=0.01)
+    assert figure(report, "questions", "beside an ingest", "P99 ms") > 0
+    told = next(note for note in report.notes if note.startswith("killed at 8 documents"))
+    expected, found = re.findall(r"(\d+) chunks expected in the index, (\d+) found", told)[0]
+    assert expected == found
+    assert "a third start sent 0" in told

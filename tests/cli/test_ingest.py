@@ -11,7 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qs
 
 import orjson
@@ -24,29 +24,46 @@ from starlette.types import Receive, Scope, Send
 from gateway.client import RETRY_CAP_S, Client, GatewayRefused, GatewayUnreachable, decide_wait_s, next_poll_s
 from gateway.ingest import (
     IN_FLIGHT,
+    LOOK_AT_ONCE,
     MAX_BODY_BYTES,
     File,
+    Found,
     Indexed,
+    Kind,
     Report,
     Skipped,
+    Unchanged,
     document_id,
+    document_of,
+    examine,
     find_files,
     ingest,
-    read_document,
+    kind_of,
+    read_text,
     title_of,
 )
 from gateway.progress import describe, summary
 from tests.cli.conftest import ROOT, clean_environment
 from tests.conftest import wait_until
+from tests.pdfs import NOTHING, pdf, protected, words
 
 POLLS_BEFORE_DONE = 2
 
 
 class SmallGateway:
-    """Takes documents, says "queued" a few times, then what the document's text asks for."""
+    """Takes documents, says "queued" a few times, then what the document's text asks for.
+
+    Attributes:
+        documents: as they were sent.
+        index: as they stand; may be filled by a test.
+        lookups: how many documents were asked for at a time.
+    """
 
     def __init__(self) -> None:
         self.documents: dict[str, dict[str, Any]] = {}
+        self.index: dict[str, dict[str, Any]] = {}
+        self.lookups: list[int] = []
+        self.is_silent = False
         self.refuse_first = 0
         self.key = ""
         self.most_in_flight = 0
@@ -85,6 +102,12 @@ class SmallGateway:
                 self.documents[document["id"]] = document
                 self.most_in_flight = max(self.most_in_flight, len(self._jobs))
                 return 202, {"job_id": job_id}, []
+            case "GET", "/documents":
+                if self.is_silent:
+                    return 504, error("deadline_exceeded", "the job's deadline has passed"), []
+                ids = parse_qs(scope["query_string"].decode())["ids"][0].split(",")
+                self.lookups.append(len(ids))
+                return 200, {"documents": {name: self.index.get(name) for name in ids}}, []
             case "GET", "/jobs":
                 ids = parse_qs(scope["query_string"].decode())["ids"][0].split(",")
                 return 200, {"jobs": {job_id: self._status(job_id) for job_id in ids}}, []
@@ -102,6 +125,7 @@ class SmallGateway:
             return None
         if "BREAKS" in self.documents[document]["text"]:
             return {"status": "failed", "result": None, "error": {"code": "broken", "message": "it broke"}}
+        self.index[document] = {"chunks": 3, "digest": self.documents[document]["digest"]}
         return {"status": "completed", "result": {"document_id": document, "chunks": 3}, "error": None}
 
 
@@ -132,9 +156,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-async def run(gateway: SmallGateway, *paths: Path) -> Any:
+async def run(gateway: SmallGateway, *paths: Path, again: bool = False) -> Report:
     async with Client(gateway.url, gateway.key) as client:
-        return await ingest(client, list(find_files(paths)), lambda _result: None)
+        return await ingest(client, list(find_files(paths)), lambda _result: None, again=again)
 
 
 # --- What is sent ------------------------------------------------------------------------------
@@ -144,6 +168,7 @@ async def test_a_folder_becomes_documents_and_all_are_waited_for(gateway: SmallG
     """Ids are paths, titles are headings, priority is low, and the end is seen."""
     report = await run(gateway, folder)
     assert {item.id for item in report.indexed} == {"guide:setup.md", "notes.txt"}
+    assert gateway.documents["guide:setup.md"].pop("digest")
     assert gateway.documents["guide:setup.md"] == {
         "id": "guide:setup.md",
         "title": "Setting up",
@@ -154,6 +179,55 @@ async def test_a_folder_becomes_documents_and_all_are_waited_for(gateway: SmallG
     assert report.as_json()["chunks"] == 6
     assert report.exit_code == 0
     assert [item.name for item in report.skipped] == ["picture.png"]
+
+
+async def test_html_and_pdf_become_documents(gateway: SmallGateway, tmp_path: Path) -> None:
+    """Read in another process; called by what they say of themselves; what is missing is told."""
+    (tmp_path / "page.html").write_text("<title>Site</title><nav>Home</nav><h1>The page</h1><p>Turn the key.")
+    (tmp_path / "paper.PDF").write_bytes(pdf(words("Turn the key."), title="The paper"))
+    whole = pdf(words("Turn it."), words("Gone."))
+    (tmp_path / "torn.pdf").write_bytes(whole.replace(b"7 0 obj\n<< /Type", b"7 0 obj\n[] /Type"))
+    report = await run(gateway, tmp_path)
+    assert report.skipped == []
+    sent = {name: (document["title"], document["text"]) for name, document in gateway.documents.items()}
+    assert sent["page.html"] == ("The page", "# The page\n\nTurn the key.")
+    assert sent["paper.PDF"] == ("The paper", "Turn the key.")
+    assert sent["torn.pdf"] == ("torn", "Turn it.")
+    assert [item.note for item in report.indexed if item.note] == ["1 of 2 pages could not be read"]
+
+
+async def test_what_stands_in_the_index_is_not_sent_again(gateway: SmallGateway, folder: Path) -> None:
+    """Neither read nor sent, but for what has changed; `again` sends all."""
+    assert len((await run(gateway, folder)).indexed) == 2
+    gateway.documents.clear()
+    second = await run(gateway, folder)
+    assert (second.indexed, gateway.documents, second.exit_code) == ([], {}, 0)
+    assert [item.id for item in second.unchanged] == ["notes.txt", "guide:setup.md"]
+    (folder / "notes.txt").write_text("Other notes.\n")
+    assert [item.id for item in (await run(gateway, folder)).indexed] == ["notes.txt"]
+    assert len((await run(gateway, folder, again=True)).indexed) == 2
+
+
+async def test_a_document_that_left_the_index_is_sent_again(gateway: SmallGateway, folder: Path) -> None:
+    """The index is asked each time: nothing that was remembered elsewhere can be wrong."""
+    await run(gateway, folder)
+    del gateway.index["notes.txt"]
+    assert [item.id for item in (await run(gateway, folder)).indexed] == ["notes.txt"]
+
+
+async def test_the_index_is_asked_about_many_at_once(gateway: SmallGateway, tmp_path: Path) -> None:
+    """A thousand small files are twenty questions."""
+    for number in range(LOOK_AT_ONCE + 1):
+        (tmp_path / f"{number}.md").write_text(f"# {number}\n")
+    await run(gateway, tmp_path)
+    assert gateway.lookups == [LOOK_AT_ONCE, 1]
+
+
+async def test_an_index_that_does_not_answer_is_told_as_such(gateway: SmallGateway, folder: Path) -> None:
+    """A gateway without a retriever behind it can take documents, and nobody would index them."""
+    gateway.is_silent = True
+    with pytest.raises(GatewayUnreachable, match="the index does not answer"):
+        await run(gateway, folder)
 
 
 async def test_overload_is_waited_out(gateway: SmallGateway, folder: Path) -> None:
@@ -179,6 +253,9 @@ async def test_one_bad_file_does_not_stop_the_others(gateway: SmallGateway, fold
     (folder / "lost.md").write_text("VANISHES from Redis")
     (folder / "odd.md").write_text("TOO ODD for the gateway")
     (folder / "latin.txt").write_bytes("Käse".encode("latin-1"))
+    (folder / "scan.pdf").write_bytes(pdf(NOTHING))
+    (folder / "secret.pdf").write_bytes(protected())
+    (folder / "nothing.html").write_text("<script>1</script>")
     report = await run(gateway, folder)
     reasons = {item.name: item.reason for item in report.skipped if item.is_fault}
     assert reasons == {
@@ -186,6 +263,9 @@ async def test_one_bad_file_does_not_stop_the_others(gateway: SmallGateway, fold
         "lost.md": "lost",
         "odd.md": "text: is odd",
         "latin.txt": "not UTF-8 text (byte 1)",
+        "scan.pdf": "holds no text on 1 pages: scanned, perhaps; run OCR on it first",
+        "secret.pdf": "protected by a password: save it without one",
+        "nothing.html": "holds no text",
     }
     assert len(report.indexed) == 2
     assert report.exit_code == 1
@@ -222,7 +302,7 @@ async def test_the_command_prints_plain_lines_without_a_terminal(gateway: SmallG
     code, out, _err = await command("ingest", str(folder), "--url", gateway.url)
     assert code == 0
     assert "indexed  guide/setup.md  (3 chunks)" in out.splitlines()
-    assert "2 documents, 6 chunks indexed, 1 skipped" in out
+    assert "2 documents indexed (6 chunks), 1 skipped" in out
     assert "\x1b" not in out
 
 
@@ -314,16 +394,47 @@ def test_what_cannot_be_a_document_is_skipped_with_a_reason(tmp_path: Path, data
     """A reason that a person can act on."""
     path = tmp_path / "file.txt"
     path.write_bytes(data)
-    answer = read_document(File(path, "file.txt", "file.txt"))
+    answer = document(File(path, "file.txt", "file.txt"))
     assert isinstance(answer, Skipped)
     assert answer.reason == reason
 
 
+def document(file: File) -> dict[str, Any] | Skipped:
+    """Return what a text file is sent as, or the reason why it is not."""
+    found = examine(file)
+    text = read_text(file) if isinstance(found, Found) else found
+    return text if isinstance(text, Skipped) else document_of(cast("Found", found), text)
+
+
 def test_a_file_that_cannot_be_read_is_skipped_with_a_reason(tmp_path: Path) -> None:
     """What the system says is a reason like any other."""
-    answer = read_document(File(tmp_path / "gone.txt", "gone.txt", "gone.txt"))
-    assert isinstance(answer, Skipped)
-    assert answer.reason == "cannot be read: No such file or directory"
+    answer = examine(File(tmp_path / "gone.txt", "gone.txt", "gone.txt"))
+    assert answer == Skipped("gone.txt", "cannot be read: No such file or directory")
+
+
+@pytest.mark.parametrize(
+    ("name", "beginning", "kind"),
+    [
+        ("a.md", b"<html>", "text"),
+        ("a.htm", b"", "html"),
+        ("a.Pdf", b"<html>", "pdf"),
+        ("a", b"%PDF-1.7", "pdf"),
+        ("a", b"\n <!DOCTYPE html>", "html"),
+        ("a", b"<HTML lang=en>", "html"),
+        ("a.html5", b"<htmlish>", "text"),
+    ],
+)
+def test_a_file_is_read_as_its_suffix_says_or_as_it_begins(name: str, beginning: bytes, kind: Kind) -> None:
+    """A file named by itself may be called anything."""
+    assert kind_of(Path(name), beginning) == kind
+
+
+def test_a_file_too_large_to_be_read_is_not_read(tmp_path: Path) -> None:
+    """A disk image that somebody called `.pdf` costs a look at its size."""
+    with (tmp_path / "image.pdf").open("wb") as image:
+        image.truncate((256 << 20) + 1)
+    answer = examine(File(tmp_path / "image.pdf", "image.pdf", "image.pdf"))
+    assert answer == Skipped("image.pdf", "268,435,457 bytes; at most 256 MiB goes into one document: split it")
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -341,7 +452,7 @@ def test_a_device_named_by_itself_is_skipped() -> None:
     """`/dev/zero` has no end."""
     (file,) = find_files([Path("/dev/zero")])
     assert isinstance(file, File)
-    assert read_document(file) == Skipped("zero", "not a regular file")
+    assert examine(file) == Skipped("zero", "not a regular file")
 
 
 async def test_a_name_that_is_no_text_is_skipped(gateway: SmallGateway, tmp_path: Path) -> None:
@@ -349,7 +460,7 @@ async def test_a_name_that_is_no_text_is_skipped(gateway: SmallGateway, tmp_path
     for text in ("# Bear\n", "no heading\n"):
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xe4r.md")).write_text(text)
         (tmp_path / "good.md").write_text("good\n")
-        report = await run(gateway, tmp_path)
+        report = await run(gateway, tmp_path, again=True)
         assert report.skipped == [Skipped("b\\udce4r.md", "its name is not UTF-8: rename it")]
         assert [item.name for item in report.indexed] == ["good.md"]
 
@@ -396,5 +507,24 @@ def test_polling_slows_down_while_nothing_ends(idle_polls: int) -> None:
 def test_lines_about_files_read_well() -> None:
     """Singular, plural, reasons."""
     assert describe(Indexed("a.md", "a.md", 1)) == "indexed  a.md  (1 chunk)"
-    assert describe(Skipped("b", "empty")) == "skipped  b  (empty)"
-    assert summary(Report()) == "0 documents, 0 chunks indexed"
+    assert describe(Indexed("a.pdf", "a.pdf", 2, "page 3 is torn")) == "indexed  a.pdf  (2 chunks; page 3 is torn)"
+    assert describe(Unchanged("a.md", "a.md", 2)) == "is there  a.md  (2 chunks)"
+    assert describe(Skipped("b", "empty", is_fault=False)) == "skipped  b  (empty)"
+    assert describe(Skipped("b", "no PDF")) == "failed   b  (no PDF)"
+    assert summary(Report()) == ["0 documents indexed (0 chunks)"]
+
+
+def test_the_summary_ends_with_every_file_that_failed() -> None:
+    """Among a thousand lines they would be overlooked; what merely lay there is counted by its kind."""
+    report = Report()
+    for number in range(20):
+        report.add(Skipped(f"{number}.png", "not a kind of file that is read (.png)", is_fault=False))
+    report.add(Skipped("scan.pdf", "holds no text"))
+    report.add(Unchanged("a.md", "a.md", 2))
+    report.add(Indexed("b.md", "b.md", 1))
+    assert summary(report) == [
+        "left out 20 files: not a kind of file that is read (.png)",
+        "1 file could not be indexed:",
+        "  scan.pdf: holds no text",
+        "1 document indexed (1 chunk), 1 there already, 21 skipped",
+    ]

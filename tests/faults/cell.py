@@ -295,7 +295,7 @@ class Cell:
             "unseen": [n for n in found.unseen if n not in self.may_lose],
             "duplicated": [n for n in duplicated if n not in self.may_lose],
             "wrong": [*found.wrong, *called.crossed],
-            "stale": fencing.check(requests, faults),
+            "stale": fencing.check(requests, faults, called.answering),
             "out_of_order": order.check(requests),
         }
         for name, numbers in broken.items():

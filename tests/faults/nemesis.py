@@ -99,6 +99,7 @@ class Nemesis:
             await asyncio.sleep(for_s)
             watching.cancel()  # what nobody took is its own again, and may take as long as the work does
             lost = await self._cluster.lost(held, part)
+            looked_s = time.time()  # by the wall clock, as the replicas' records are
         part.signal(signal.SIGCONT)
         self.note(
             "zombie",
@@ -106,6 +107,7 @@ class Nemesis:
             held=len(held),
             lost=len(lost),
             ids=[id_of[one] for one in lost if one in id_of],
+            looked_s=looked_s,
             frozen_s=round(time.monotonic() - frozen_s, 3),
         )
         return len(lost)

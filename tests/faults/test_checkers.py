@@ -104,9 +104,15 @@ def test_refused_and_unknown_requests_are_neither_accepted_nor_lost() -> None:
 
 
 def test_outcome_by_a_worker_that_had_lost_the_entry_is_stale() -> None:
-    fault = {"victim": "llm-1.1", "ids": ["a"]}
-    assert fencing.check([told(GOOD)], [fault]) == [1]
-    assert fencing.check([told(GOOD)], [fault | {"victim": "llm-2.1"}]) == []
+    fault = {"victim": "llm-1.1", "ids": ["a"], "looked_s": 100.0}
+    assert fencing.check([told(GOOD)], [fault], {"a": 99.0}) == [1]
+    assert fencing.check([told(GOOD)], [fault | {"victim": "llm-2.1"}], {"a": 99.0}) == []
+
+
+def test_outcome_of_a_job_that_came_back_to_the_worker_is_not_stale() -> None:
+    """It was tried again, with a call that began after the loss."""
+    fault = {"victim": "llm-1.1", "ids": ["a"], "looked_s": 100.0}
+    assert fencing.check([told(GOOD)], [fault], {"a": 101.0}) == []
 
 
 @pytest.mark.parametrize(("page", "found"), [(7, []), (8, []), (6, [1])])
@@ -119,16 +125,17 @@ def test_calls_are_told_apart_by_what_the_replicas_wrote(tmp_path: Path) -> None
     """Made, answered twice, for nobody, and with another one's question."""
     asked = [{"role": "user", "content": question(1, "heron")}]
     lines: list[dict[str, Any]] = [
-        {"request_id": "a", "status": "completed", "messages": asked},
-        {"request_id": "a", "status": "completed", "messages": asked},
+        {"request_id": "a", "status": "completed", "began_s": 7.0, "messages": asked},
+        {"request_id": "a", "status": "completed", "began_s": 8.0, "messages": asked},
         {"request_id": "a", "status": "aborted", "messages": asked},
-        {"request_id": "stranger", "status": "completed", "messages": asked},
-        {"request_id": "b", "status": "completed", "messages": asked},
+        {"request_id": "stranger", "status": "completed", "began_s": 7.0, "messages": asked},
+        {"request_id": "b", "status": "completed", "began_s": 7.0, "messages": asked},
     ]
     record = tmp_path / "replica-1.jsonl"
     record.write_bytes(b"".join(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE) for line in lines) + b'{"torn')
     found = calls.check([told(GOOD), told(GOOD, n=2, ids=("b",))], [record])
     assert (found.made, found.completed, found.aborted) == (5, 4, 1)
+    assert found.answering["a"] == 8.0
     assert (found.repeated, found.strangers, found.crossed) == (1, 1, ["b"])
 
 
@@ -169,7 +176,7 @@ def judge(tmp_path: Path, *events: Event, answered: int = 0, **settings: Any) ->
         clients.write(**SUBMITTED)
         for event in events:
             (faults if event["event"] == "fault" else clients).write(**event)
-    call = {"request_id": "a", "status": "completed", "messages": question(1, "heron")}
+    call = {"request_id": "a", "status": "completed", "began_s": 7.0, "messages": question(1, "heron")}
     (tmp_path / "run-1").mkdir()
     (tmp_path / "run-1" / "replica-1.jsonl").write_bytes(
         b"".join([orjson.dumps(call, option=orjson.OPT_APPEND_NEWLINE)] * answered)

@@ -8,12 +8,13 @@ import httpx
 import pytest
 import structlog
 
+from gateway.documents import Standings
 from gateway.jobs import MAX_IDS, JobStatuses
 from pipeline import keys
 from pipeline.connection import Link
 from pipeline.job import error_body
 from tests.gateway.conftest import Running
-from tests.gateway.fake import RESULT
+from tests.gateway.fake import RESULT, completed
 
 
 async def test_a_document_is_accepted_with_its_job(gateway: Running) -> None:
@@ -39,6 +40,42 @@ async def test_a_document_is_deleted_by_a_job(gateway: Running) -> None:
     (live,) = gateway.front.jobs.values()
     assert reply.json() == {"id": "guide:1", "job_id": live.job.id}
     assert (live.job.flow, live.job.payload) == ("document_deletion", {"document_id": "guide:1"})
+
+
+async def test_the_index_is_asked_what_it_holds(gateway: Running) -> None:
+    """By a job of its own, whose result is the answer."""
+    held = {"guide:1": {"chunks": 2, "digest": "v1"}, "other": None}
+    gateway.front.answer = lambda job: completed(job, result={"documents": held})
+    reply = await gateway.http.get("/documents", params={"ids": "guide:1,other"})
+    assert (reply.status_code, reply.json()) == (200, {"documents": held})
+    Standings.model_validate(reply.json(), strict=True)
+    (live,) = gateway.front.jobs.values()
+    assert (live.job.flow, live.job.payload) == ("document_lookup", {"document_ids": ["guide:1", "other"]})
+
+
+async def test_a_lookup_that_expires_is_told_as_such(gateway: Running) -> None:
+    """Nobody serves the index: that is not the same as an empty one."""
+    gateway.front.answer = lambda job: completed(job, status="expired", result=None)
+    reply = await gateway.http.get("/documents?ids=a")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (504, "expired")
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("", "ids: 1 to 100"),
+        ("?ids=", "ids: 1 to 100"),
+        ("?ids=" + ",".join(["a"] * 101), "ids: 1 to 100"),
+        ("?ids=a,b%20c", "ids[1]: 1 to 100"),
+        ("?id=a", "id: there is no such parameter"),
+    ],
+)
+async def test_a_wrong_lookup_is_refused(gateway: Running, query: str, message: str) -> None:
+    """And nothing is asked."""
+    reply = await gateway.http.get("/documents" + query)
+    assert reply.status_code == 422
+    assert reply.json()["error"]["message"].startswith(message)
+    assert gateway.front.jobs == {}
 
 
 @pytest.mark.parametrize(

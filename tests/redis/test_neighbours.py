@@ -116,6 +116,29 @@ async def test_batch_mate_ends_at_its_own_deadline(link: Link, settings: Setting
     await assert_nothing_is_left(link)
 
 
+async def test_batch_is_of_one_priority(link: Link, settings: Settings, front: Front) -> None:
+    """A question that was read together with documents does not wait for them."""
+    gate = asyncio.Event()
+
+    async def handle(jobs: Sequence[Job]) -> list[Outcome]:
+        if any(job.payload["query"] == "document" for job in jobs):
+            await gate.wait()
+        return [await echo(job) for job in jobs]
+
+    stage = ScriptedBatch("encoder", handle)
+    slow = [query(front, "document", route=["encoder"]) for _ in range(3)]
+    for job in slow:
+        job.priority = "low"
+    quick = query(front, "question", route=["encoder"])
+    await submit(front, [*slow, quick])
+    async with working(settings, [stage]):
+        assert await statuses(front, [quick]) == ["completed"]
+        assert [await outcome(link, job.id) for job in slow] == [None, None, None]
+        gate.set()
+        assert await statuses(front, slow) == ["completed"] * 3
+    assert sorted(map(len, stage.calls)) == [1, 3]
+
+
 async def test_batch_stops_when_none_of_its_jobs_has_time_left(link: Link, settings: Settings, front: Front) -> None:
     """Nobody would want its answer."""
     stopped = asyncio.Event()

@@ -75,7 +75,7 @@ class Pipe:
 
     async def run(self, *jobs: Job) -> list[dict[str, Any]]:
         """Return what each of *jobs* comes to after both stages, which take all of them as one batch."""
-        await self.encode(*(job for job in jobs if job.flow != "document_deletion"))
+        await self.encode(*(job for job in jobs if job.flow in {"query", "document"}))
         outcomes = await self.retriever.handle_batch(jobs)
         values = []
         for outcome in outcomes:

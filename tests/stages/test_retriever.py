@@ -93,6 +93,28 @@ async def test_changed_document_replaces_its_chunks(pipe: Pipe, new_job: NewJob)
     assert [source["text"] for source in dams["sources"]] == [WEIRS]
 
 
+async def test_the_index_says_what_it_holds(pipe: Pipe, new_job: NewJob) -> None:
+    """Chunks and the sender's digest of what was put last; nothing of what was deleted, or is another tenant's."""
+    asked = ["d", "plain", "gone", "nobody"]
+    await pipe.run(
+        new_job("document", document_id="d", text=WEIRS, digest="old"),
+        new_job("document", document_id="d", text=LOCKS, digest="new"),
+        new_job("document", document_id="plain", text=LOCKS),
+        new_job("document", document_id="gone", text=LOCKS, digest="x"),
+        new_job("document_deletion", document_id="gone"),
+        new_job("document", "red", document_id="nobody", text=LOCKS, digest="x"),
+    )
+    [done] = await pipe.run(new_job("document_lookup", document_ids=asked))
+    assert done == {
+        "documents": {
+            "d": {"chunks": 1, "digest": "new"},
+            "plain": {"chunks": 1, "digest": ""},
+            "gone": None,
+            "nobody": None,
+        }
+    }
+
+
 async def test_later_accepted_ingest_wins_whichever_is_first(pipe: Pipe, new_job: NewJob) -> None:
     """The one that lost completes and says that it was superseded."""
     older, newer = (new_job("document", document_id="d", text=text) for text in (LOCKS, WEIRS))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from tests.whole.system import Outside, System, outside, penstock
+from stages.index import EmbeddedIndex
+from stages.vectors import KeywordModel
+from tests.whole.system import Outside, System, command, environment, outside, penstock
 
 OLD = "The harbour master of Quillmouth keeps seventeen lanterns in the northern shed."
 NEW = "The harbour master of Quillmouth keeps forty-two lanterns in the southern shed."
@@ -92,6 +95,41 @@ async def test_a_folder_is_ingested_and_found(whole: Outside, tmp_path: Path) ->
     assert await texts_of(whole, harbour) == [f"# Harbour\n\n{NEW}"]
     for name in names:
         await delete(whole, name)
+
+
+async def test_an_ingest_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Started again it sends only what was not indexed yet, and the index holds each chunk once."""
+    documents, before_kill = 60, 15
+    for number in range(documents):
+        text = "\n\n".join(f"Lantern {number}-{part} hangs. " + "It is lit at dusk. " * 60 for part in range(3))
+        (tmp_path / f"{number}.md").write_text(f"# Shed {number}\n\n{text}\n")
+    with System(PENSTOCK_API_KEYS="own:own-secret,anna:a-secret") as own:  # what `up` indexes is the first one's
+        options = (str(tmp_path), "--url", own.url, "--api-key", "a-secret")
+        ingest = await asyncio.create_subprocess_exec(
+            *command("ingest", *options), cwd="/", env=environment(), stdout=asyncio.subprocess.PIPE
+        )
+        assert ingest.stdout is not None
+        for _ in range(before_kill):
+            assert (await ingest.stdout.readline()).startswith(b"indexed")
+        ingest.kill()
+        await ingest.wait()
+
+        code, out, _ = await penstock("ingest", *options, "--json")
+        second = orjson.loads(out)
+        assert code == 0
+        assert len(second["unchanged"]) >= before_kill
+        assert len(second["unchanged"]) + len(second["indexed"]) == documents
+        code, out, _ = await penstock("ingest", *options, "--json")
+        third = orjson.loads(out)
+        assert (code, third["documents"], len(third["unchanged"])) == (0, 0, documents)
+        async with outside(own) as whole:
+            await whole.until_idle()
+        await own.end(signal.SIGTERM)  # the index has one owner
+        index = EmbeddedIndex.open(own.data_dir / "index", KeywordModel("english").name)
+        try:
+            assert index.count("anna") == sum(row["chunks"] for row in third["unchanged"])
+        finally:
+            index.close()
 
 
 async def test_tenants_see_their_own_documents_and_jobs_only() -> None:

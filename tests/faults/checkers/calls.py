@@ -26,6 +26,7 @@ class Calls:
         crossed: calls in which one job asked another one's question.
         doubled: requests for which more than one job called.
         unbidden: requests that were refused, and called for all the same.
+        answering: when the last call that answered a job began, by its id and the wall clock.
     """
 
     made: int
@@ -36,6 +37,7 @@ class Calls:
     crossed: list[str]
     doubled: list[int]
     unbidden: list[int]
+    answering: dict[str, float]
 
 
 def check(requests: Iterable[Told], records: Iterable[Path]) -> Calls:
@@ -45,12 +47,15 @@ def check(requests: Iterable[Told], records: Iterable[Path]) -> Calls:
     jobs: dict[int, set[str]] = {}
     ended: Counter[str] = Counter()
     answered: Counter[str] = Counter()
+    answering: dict[str, float] = {}
     strangers, crossed = 0, []
     for path in records:
         for line in read(path):
             job_id, status = str(line["request_id"]), line["status"]
             ended[status] += 1
-            answered[job_id] += status == "completed"
+            if status == "completed":
+                answered[job_id] += 1
+                answering[job_id] = max(line["began_s"], answering.get(job_id, 0.0))
             numbers = {int(number) for number in _NUMBER.findall(str(line.get("messages", "")))}
             for number in numbers:
                 jobs.setdefault(number, set()).add(job_id)
@@ -68,4 +73,5 @@ def check(requests: Iterable[Told], records: Iterable[Path]) -> Calls:
         crossed=crossed,
         doubled=[number for number, ids in jobs.items() if len(ids) > 1],
         unbidden=[told.n for told in requests if told.is_refused and told.n in jobs],
+        answering=answering,
     )

@@ -329,7 +329,9 @@ async def _memory(cluster: Cluster, sending: asyncio.Task[None]) -> dict[str, fl
     while not sending.done() or not samples:
         for part in [*cluster.workers, *cluster.of("gateway")]:
             sums[part.name] += part.resident_bytes()
-        sums["redis"] += (await cluster.redis.info("memory"))["used_memory"]
+        about = await cluster.redis.info("memory")
+        buffers = about["mem_clients_normal"] + about["mem_aof_buffer"]  # of connections and the log: of this instant
+        sums["redis"] += about["used_memory"] - buffers
         samples += 1
         await asyncio.sleep(0.5)
     await sending

@@ -107,14 +107,18 @@ async def _block_its_loop(cell: Cell, cluster: Cluster, part: Part) -> int:
     id_of = await cluster.job_ids(held)  # before its heir can have settled it
     await other.start()
     lost: list[Holding] = []
+    looked_s = 0.0
 
     async def wait_and_look() -> None:
+        nonlocal looked_s
         await asyncio.sleep(BLOCKED_S)  # it is blocked for longer, by the call before
         lost.extend(await cluster.lost(held, part))
+        looked_s = time.time()
 
     count = await _refused_by(cluster, part, wait_and_look())
     ids = [id_of[one] for one in lost]
-    cell.nemesis.note("blocked loop", part.worker, held=len(held), lost=len(lost), ids=ids, n=number)
+    what = {"lost": len(lost), "ids": ids, "looked_s": looked_s, "n": number}
+    cell.nemesis.note("blocked loop", part.worker, held=len(held), **what)
     return count
 
 
@@ -161,8 +165,9 @@ async def cut_off(cell: Cell) -> None:
             watching.cancel()
             lost = await cluster.lost(held, part)
             ids = list((await cluster.job_ids(lost)).values())
-            nemesis.note(f"cut off ({how})", part.worker, held=len(held), lost=len(lost), ids=ids)
             healed_s = time.time()  # by the wall clock, as the replicas' records are
+            what = {"lost": len(lost), "ids": ids, "looked_s": healed_s}
+            nemesis.note(f"cut off ({how})", part.worker, held=len(held), **what)
             proxy.heal()
             cell.require(f"others took over what it held, not {len(ids)} of {len(held)}", 0 < len(ids) == len(held))
             await load.quiet()
