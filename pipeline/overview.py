@@ -29,8 +29,8 @@ class StreamView:
         waiting: entries that no worker has read.
         in_hand: entries in the hands of workers.
         oldest_ms: how long the longest-held entry has been in hand, 0 where none is.
-        lag: what Redis takes for the number of entries that no worker has read; None where it cannot tell, since an
-            entry was deleted before it was read (a cancelled job's, say). `waiting` is always known.
+        estimated_lag: what Redis takes for the number of entries that no worker has read; None where it cannot tell,
+            since an entry was deleted before it was read (a cancelled job's, say). `waiting` is always known.
     """
 
     stream: str
@@ -39,7 +39,7 @@ class StreamView:
     oldest_ms: int
     stage: str
     priority: Priority
-    lag: int | None
+    estimated_lag: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,7 @@ async def _stream(link: Link, stage: str, priority: Priority) -> StreamView:
         oldest_ms=int(oldest[0][2]) if oldest else 0,
         stage=stage,
         priority=priority,
-        lag=group.get("lag"),
+        estimated_lag=group.get("lag"),
     )
 
 

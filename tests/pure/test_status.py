@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from pipeline import keys
 from pipeline.connection import CommandRefused
 from pipeline.errors import BrokerUnavailable
+from pipeline.job import PRIORITIES, Priority
 from pipeline.overview import GatewayView, Overview, ReplicaView, StreamView, WorkerView
 from pipeline.picture import Holding, Picture, judge
 from pipeline.status import Away, away_line, reason_of, render
@@ -19,7 +21,11 @@ NOW_MS = 1_700_000_000_000
 
 
 def stream(name: str, *, waiting: int = 0, in_hand: int = 0, oldest_ms: int = 0) -> StreamView:
-    return StreamView(name, waiting, in_hand, oldest_ms, "llm", "normal", lag=waiting)
+    return StreamView(name, waiting, in_hand, oldest_ms, stage="llm", priority=priority_of(name), estimated_lag=waiting)
+
+
+def priority_of(name: str) -> Priority:
+    return next((priority for priority in PRIORITIES if keys.stream("llm", priority) == name), "normal")
 
 
 def replica(
