@@ -161,7 +161,7 @@ class Link:
             raise ConfigError(f"Redis refuses the credentials in its URL: {error}") from error
         except (redis_errors.RedisError, OSError, TimeoutError) as error:
             await self.close()
-            raise BrokerUnavailable(f"no connection to Redis: {error or 'timed out'}") from error
+            raise BrokerUnavailable(f"no connection to Redis: {str(error) or 'timed out'}") from error
         self.connected_at_us = monotonic_us()
         self.client_id = await self._call(("CLIENT", "ID"), min(self._settings.reply_timeout_s, at_most_s))
 

@@ -101,14 +101,17 @@ class Picture:
         return body
 
 
-async def look_closely(link: Link) -> Picture:
+async def look_closely(link: Link, *, thorough: bool = True) -> Picture:
     """Look at Redis once.
+
+    Args:
+        thorough: see `look`; not for who looks again and again.
 
     Raises:
         BrokerUnavailable: Redis does not answer.
         CommandRefused: a key is of a wrong type.
     """
-    seen = await look(link)
+    seen = await look(link, thorough=thorough)
     names = [view.stream for view in seen.streams if view.waiting or view.in_hand]
     ages = await link.run(scripts.OLDEST, names, ()) if names else []
     return Picture(

@@ -256,7 +256,7 @@ async def follow(connect: Callable[[], Link], console: Console, every_s: float) 
                 try:
                     link = link or connect()
                     async with asyncio.timeout(ANSWER_S):
-                        picture = await look_closely(link)
+                        picture = await look_closely(link, thorough=False)
                     away = None
                 except TROUBLE as error:
                     away = Away(*reason_of(error), away.since_s if away else began_s)
