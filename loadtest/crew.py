@@ -71,8 +71,9 @@ async def send(orders: Sequence[Orders], stopped: asyncio.Event, on_moment: Call
             async with asyncio.TaskGroup() as group:
                 for generator in generators:
                     group.create_task(_collect(generator, start_s, outcome, on_moment), name="collect")
-        except* GeneratorDied as died:
-            raise died.exceptions[0] from None
+        except ExceptionGroup as group:  # not `except*`: before Python 3.11.4 it wraps what is raised in it once more
+            died = group.subgroup(GeneratorDied)
+            raise (died or group).exceptions[0] from None
         finally:
             stopper.cancel()
     finally:

@@ -110,6 +110,7 @@ async def test_on_a_terminal_it_goes_on_until_ctrl_c(own_redis: RedisServer) -> 
         stdin=slave,
         stdout=slave,
         stderr=slave,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs do not have
     )
     os.close(slave)
     shown = bytearray()
