@@ -75,6 +75,7 @@ class Worker:
         self._quiet = False
         self._suspects: set[tuple[str, str]] = set()  # (stream, lapsed consumer) with entries that must run alone
         self._own_suspects: dict[tuple[str, bytes], Entry] = {}  # such entries that are ours already
+        self._heritage: set[tuple[str, str]] = set()  # (stream, lapsed consumer) for whose entries no slot was free
         self._heard: OrderedDict[str, None] = OrderedDict()  # jobs to be cancelled whose entry may be on its way to us
         self._seen_unheld: dict[tuple[str, bytes], int] = {}
         self._taken_up: OrderedDict[tuple[str, bytes], None] = OrderedDict()
@@ -131,7 +132,9 @@ class Worker:
         """Start what can be started next; may find nothing for a while."""
         if (self._suspects or self._own_suspects) and self._quarantine.is_due():
             await self._run_suspect()
-        free = self.stage.slots - len(self.held)
+        while self._heritage and self._free > 0:  # before new work, or a busy worker would never come to it
+            await self.inherit(*self._heritage.pop())
+        free = self._free
         if free <= 0 or self._quarantine.is_on:
             await wait_at_most(self._changed, WAKE_POLL_S)
             return
@@ -145,6 +148,10 @@ class Worker:
             await wait_at_most(self._wake, WAKE_POLL_S)
         elif started:
             await asyncio.sleep(0)  # what needs no time is on its way back after this, and the next read waits for it
+
+    @property
+    def _free(self) -> int:
+        return self.stage.slots - len(self.held)
 
     async def _run_suspect(self) -> None:
         """Wait for empty hands, then take one suspected entry and start it alone."""
@@ -318,12 +325,14 @@ class Worker:
                 metrics.TAKEN_UP.labels(self.stage.name).inc()
 
     async def inherit(self, stream: str, lapsed: str) -> None:
-        """Take over entries of a consumer presumed dead, as many as there are free slots."""
-        free = self.stage.slots - len(self.held)
-        if self._quiet or self.not_ready is not None or free <= 0 or self._quarantine.is_on:
+        """Take over entries of a consumer presumed dead, as many as there are free slots; without any, as they come."""
+        if self._quiet or self.not_ready is not None or self._quarantine.is_on:
+            return
+        if self._free <= 0:
+            self._heritage.add((stream, lapsed))
             return
         with self._quarantine.bringing():
-            claimed = await self.streams.claim(stream, lapsed, free, idle=False)
+            claimed = await self.streams.claim(stream, lapsed, self._free, idle=False)
             if claimed.entries:
                 metrics.CLAIMED.labels(self.stage.name).inc(len(claimed.entries))
                 log.warning("claimed", stage=self.stage.name, entries=len(claimed.entries), lapsed=lapsed)

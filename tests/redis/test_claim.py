@@ -239,6 +239,34 @@ async def test_claimer_takes_no_more_than_it_has_slots(link: Link, settings: Set
         gate.open()
 
 
+async def test_work_of_the_dead_goes_before_new_work(link: Link, settings: Settings, front: Front) -> None:
+    """Whoever always finds new work would else never have a slot for it."""
+    first, second, third = jobs = [query(front) for _ in range(3)]
+    may_end = {job.id: asyncio.Event() for job in jobs}
+
+    async def handle(job: Job) -> Done:
+        await may_end[job.id].wait()
+        return Done({})
+
+    stage = Scripted("encoder", handle, slots=1)
+    async with Hand(settings, "owner") as owner, still(settings, stage) as consumer:
+        (worker,) = consumer.workers
+        await front.submit(first)
+        await owner.take_one()
+        await owner.die()
+        await front.submit(second)
+        await front.submit(third)
+        await worker._feed()
+        await wait_until(lambda: stage.runs(second.id))
+        await worker.inherit(STREAM, "owner")  # no slot is free
+        for ended, next_one in ((second, first), (first, third)):
+            may_end[ended.id].set()
+            await wait_until(lambda: not worker.held)
+            await worker._feed()
+            await wait_until(lambda next_one=next_one: stage.runs(next_one.id))  # type: ignore[misc]
+        may_end[third.id].set()
+
+
 async def test_crashed_workers_jobs_end_elsewhere(link: Link, settings: Settings, front: Front) -> None:
     """Within lease + 2 s, once; nothing of the dead consumer is left."""
     settings = changed(settings, worker={"lease_s": 0.5})
