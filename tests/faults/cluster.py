@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
 import aiohttp
+import orjson
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.connection import UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
@@ -44,6 +45,7 @@ METRICS_PATIENCE_S: Final = 10.0
 """As long as a process may take to start, and one that was frozen or blocked to answer again."""
 PORTS: Final = range(20_000, 30_000)
 STAGES: Final = ("encoder", "retriever", "llm")
+DEADLY: Final = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGINT})
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +103,16 @@ class Part:
     Attributes:
         generation: how often it was started.
         process: the present or last life.
+        may_die: whether a life may end without the suite having ended it (a payload may kill it, say).
     """
 
     def __init__(self, name: str, command: Sequence[str], environ: Mapping[str, str], log: Path) -> None:
         self.name = name
         self.generation = 0
         self.process: asyncio.subprocess.Process | None = None
+        self.may_die = False
+        self._is_to_end = False  # the suite has told the present life to end
+        self._fallen: list[str] = []  # earlier lives that ended all the same
         self._command = command
         self._environ = environ
         self._log = log
@@ -132,9 +138,18 @@ class Part:
         """Whether it runs (or is frozen)."""
         return self.process is not None and self.process.returncode is None
 
+    @property
+    def fallen(self) -> list[str]:
+        """Its lives that ended without the suite having ended them, each with its exit code."""
+        if self.process is None or self.process.returncode is None or self._is_to_end or self.may_die:
+            return list(self._fallen)
+        return [*self._fallen, f"{self.worker} (exit code {self.process.returncode})"]
+
     async def start(self) -> None:
         """Start the next life."""
         assert not self.lives, f"{self.name} runs already"
+        self._fallen = self.fallen
+        self._is_to_end = False
         self.generation += 1
         read_end, write_end = os.pipe()
         tied = [sys.executable, "-I", "-S", leash.__file__, str(int(signal.SIGKILL)), str(os.getpid()), str(read_end)]
@@ -157,6 +172,8 @@ class Part:
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the present life."""
+        if self.lives and number in DEADLY:
+            self._is_to_end = True
         os.kill(self.pid, number)
 
     async def wait(self, timeout_s: float = STOP_S) -> int:
@@ -279,6 +296,10 @@ class Cluster:
         if part.stage == "replica" and part.name in self.proxies:
             return self.proxies[part.name].http_url
         return f"http://127.0.0.1:{self.ports[part.name]}"
+
+    def fallen(self) -> list[str]:
+        """Return the processes that ended without the suite having ended them: each is a failure."""
+        return [life for part in self.parts.values() for life in part.fallen]
 
     def records(self) -> list[Path]:
         """Files in which the replicas wrote what they were asked."""
@@ -500,8 +521,22 @@ class Cluster:
         found = {}
         for one in held:
             for _, fields in await self.redis.xrange(one.stream, one.entry_id, one.entry_id):
-                found[one] = fields[b"data"].split(b'"', 8)[5].decode()
+                found[one] = str(orjson.loads(fields[b"data"])["id"])
         return found
+
+    async def held_by_workers(self) -> int:
+        """Return how many entries all workers together have in hand, as Redis has it."""
+        held = 0
+        for stage in STAGES:
+            for priority in PRIORITIES:
+                held += int((await self.redis.xpending(keys.stream(stage, priority), stage))["pending"])
+        return held
+
+    async def has_lease(self, part: Part) -> bool:
+        """Say whether the present life of a worker has its lease."""
+        names = [name.decode() for name in await self.redis.zrange(keys.WORKERS, 0, -1)]
+        leases = [keys.WORKER + name for name in names if name.startswith(f"{part.worker}:")]
+        return bool(leases and await self.redis.exists(*leases))
 
     async def live_jobs(self) -> int:
         """Return how many jobs are accepted and not ended."""

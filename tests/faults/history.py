@@ -12,7 +12,8 @@ clients:
     {"at_s", "event": "outcome", "n", "id", "outcome": {...}}      what the client was told; seen again: once more
     {"at_s", "event": "spans", "n", "spans": {...}}                `timings_ms` as a gateway answered them
 
-Events of faults: {"at_s", "event": "fault", "fault", "victim", "held", ...}. `at_s` is seconds on the monotonic clock.
+Events of faults: {"at_s", "event": "fault", "fault", "victim", "held", ...}, and "repeats" where calls may be made again
+because of it: how many. `at_s` is seconds on the monotonic clock.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ class Told:
         refusals: the code of every refusal; a client that sends again may hear several.
         gave_up: whether a client stopped waiting; is_unseen: though all had become quiet before.
         crashed: what a client could not make sense of, None without such.
+        heard_s: when they last heard of its acceptance or its outcome.
         accepted_s, ended_s: when they first heard of either, on the monotonic clock.
     """
 
@@ -89,6 +91,7 @@ class Told:
     crashed: str | None = None
     accepted_s: float | None = None
     ended_s: float | None = None
+    heard_s: float | None = None
 
     @property
     def is_accepted(self) -> bool:
@@ -119,6 +122,7 @@ def piece_together(path: Path) -> list[Told]:
                 if line["id"] not in told.ids:
                     told.ids.append(line["id"])
                 told.accepted_s = told.accepted_s or line["at_s"]
+                told.heard_s = line["at_s"]
             case "refused":
                 told.refusals.append(line["code"])
             case "unknown":
@@ -131,4 +135,5 @@ def piece_together(path: Path) -> list[Told]:
             case "outcome":
                 told.outcomes.append(line["outcome"])
                 told.ended_s = told.ended_s or line["at_s"]
+                told.heard_s = line["at_s"]
     return list(found.values())

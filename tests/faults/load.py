@@ -12,8 +12,9 @@ Several kinds of clients, since each learns of its job in another way:
 A `foreign` or `prompt` client may also send an entry once more under an id that has had its outcome (`again`), as a
 sender that crashed would: nothing may come of it.
 
-Outcomes are read where the contract says they stand, in `job:completion:<id>`, and read a second time a while later:
-an outcome never changes. Every question has one right answer, so one that went to somebody else is noticed.
+Outcomes are read where the contract says they stand, in `job:completion:<id>`, read a second time a while later, and
+once more when all is quiet, as far as they are kept so long: an outcome never changes. Every question has one right
+answer, so one that went to somebody else is noticed.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Load:
         sent, answered: requests so far, and outcomes heard.
         lost: outcomes that were a loss, by the code with which the clients heard of it.
         refused: refusals, by their code; one client may hear several.
+        waiting: clients with an open connection, by their gateway's address.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Load:
         self.answered = 0
         self.lost: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
+        self.waiting: Counter[str] = Counter()
         self._first = first
         self._padding = " Please." * (padding // 8)
         self._cluster = cluster
@@ -102,6 +105,7 @@ class Load:
         self._fields = dict(fields or {})
         self._open: dict[str, int] = {}  # accepted, not ended: job id and number
         self._once_more: deque[tuple[float, str, int, str]] = deque()  # due, id, number, kind
+        self._seen: dict[str, int] = {}  # outcomes seen a second time: job id and number
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn = 0
         self._editing = asyncio.Lock()
@@ -120,11 +124,15 @@ class Load:
         return frozenset(self._open)
 
     async def prepare(self) -> None:
-        """Index the documents that the questions are about."""
-        for animal, stone in KEPT_BY.items():
-            body = {"id": animal, "text": f"The {animal} keeps the {stone} key."}
+        """Index the documents that the questions are about, and a first version of the one that is edited."""
+        texts = {animal: f"The {animal} keeps the {stone} key." for animal, stone in KEPT_BY.items()}
+        if "consult" in self._kinds:
+            self._page = self._first + 1  # no edit can be of an earlier page
+            texts["ledger"] = f"The ledger stands at page {self._page}."
+        for name, text in texts.items():
+            body = {"id": name, "text": text}
             url = f"{self._cluster.gateway_urls[0]}/documents"
-            async with self._cluster.http.post(url, json=body, headers={"idempotency-key": f"doc-{animal}"}) as answer:
+            async with self._cluster.http.post(url, json=body, headers={"idempotency-key": f"doc-{name}"}) as answer:
                 answer.raise_for_status()
         while await self._cluster.live_jobs():
             await asyncio.sleep(LOOK_EVERY_S)
@@ -231,6 +239,7 @@ class Load:
         self._turn += 1
         for attempt in range(len(urls)):  # as a load balancer would: the next one, when nobody listens here
             url = urls[(self._turn + attempt) % len(urls)]
+            self.waiting[url] += 1
             try:
                 async with self._cluster.http.post(url + path, json=body, headers=headers) as answer:
                     text = await answer.read()
@@ -248,6 +257,8 @@ class Load:
             except (aiohttp.ClientError, TimeoutError) as error:
                 self._writer.write("unknown", n=number, code=type(error).__name__)
                 return False
+            finally:
+                self.waiting[url] -= 1
         return False
 
     def _heard(self, number: int, status: int, body: Json) -> bool:
@@ -305,6 +316,7 @@ class Load:
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _look(self, wanted: Mapping[str, tuple[int, str]]) -> None:
+        """Read outcomes: for the first time, `again`, or `last`, when it may be forgotten by now."""
         ids = list(wanted)
         for i in range(0, len(ids), LOOK_AT_ONCE):
             some = ids[i : i + LOOK_AT_ONCE]
@@ -312,8 +324,8 @@ class Load:
             for job_id, value in zip(some, values, strict=True):
                 number, seen_by = wanted[job_id]
                 if value is not None:
-                    self._ended(number, job_id, seen_by and "again", distil(orjson.loads(value)))
-                elif seen_by:
+                    self._ended(number, job_id, seen_by, distil(orjson.loads(value)))
+                elif seen_by == "again":
                     self._writer.write("outcome", n=number, id=job_id, outcome={"status": "vanished"})
 
     def _ended(self, number: int, job_id: str, seen_by: str, outcome: Json) -> None:
@@ -323,6 +335,8 @@ class Load:
         if outcome["status"] == "completed":
             self._page = max(self._page, page)
         if seen_by == "again":
+            self._seen[job_id] = number
+        if seen_by in {"again", "last"}:
             return
         self.answered += 1
         if outcome["status"] == "lost":
@@ -357,16 +371,18 @@ class Load:
         return unknown
 
     def forget(self) -> None:
-        """Read no outcome seen so far a second time: none of them is there any more."""
+        """Read no outcome seen so far another time: none of them is there any more."""
         self._once_more.clear()
+        self._seen.clear()
 
     async def quiet(self, patience_s: float = QUIET_S) -> None:
-        """Wait until every client has heard, at most for *patience_s*, and each outcome was read twice."""
+        """Wait until every client has heard, at most *patience_s*, and every outcome was read twice; look again."""
         give_up_s = time.monotonic() + patience_s
         while (self._tasks or self._open) and time.monotonic() < give_up_s:
             await asyncio.sleep(LOOK_EVERY_S)
         while self._once_more and time.monotonic() < give_up_s + 2 * AGAIN_AFTER_S:
             await asyncio.sleep(LOOK_EVERY_S)
+        await self._look({job_id: (number, "last") for job_id, number in self._seen.items()})
         self._is_quiet = True
 
     async def close(self) -> None:

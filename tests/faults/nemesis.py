@@ -11,13 +11,14 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final
 
 from redis.exceptions import RedisError
 
-from pipeline.settings import WorkerSettings
+from pipeline.settings import RedisSettings, WorkerSettings
 from tests.faults.cluster import Cluster, Holding, Part
-from tests.faults.history import Writer
+from tests.faults.history import Writer, piece_together, read
 
 TRY_FOR_S: Final = 3.0
 """How long a moment with work in hand is waited for; then the fault is injected all the same, and counts as a miss."""
@@ -26,6 +27,23 @@ WATCH_FOR_S: Final = 60.0
 
 LAST_CHANCE: Final = WorkerSettings().max_deliveries
 """Deliveries of an entry after which the next death of a holder buries it as poison, rightly: never harm that one."""
+
+HEARD_AFTER_S: Final = RedisSettings().reply_timeout_s + 1.0
+"""So long after a silence a client may still be told that nothing is known: a lost reply is waited for."""
+
+
+def unknown_in_silence(clients: Path, faults: Path) -> int:
+    """Return how many requests stayed unknown to their clients, each told so during a silence or shortly after it."""
+    silences = [(line["from_s"], line["to_s"] + HEARD_AFTER_S) for line in read(faults) if line["event"] == "silence"]
+    told_s: dict[int, list[float]] = {}
+    for line in read(clients):
+        if line["event"] == "unknown":
+            told_s.setdefault(line["n"], []).append(line["at_s"])
+    doubtful = [one.n for one in piece_together(clients) if one.is_doubtful]
+    return sum(
+        n in told_s and all(any(from_s <= at_s <= to_s for from_s, to_s in silences) for at_s in told_s[n])
+        for n in doubtful
+    )
 
 
 @contextmanager
@@ -53,9 +71,24 @@ class Nemesis:
         self._writer = writer
         self._watchers: set[asyncio.Task[None]] = set()
 
-    def note(self, fault: str, victim: str, *, held: int | None, **more: object) -> None:
-        """Write down a fault; *held* is how much work it met, None for one that lasts and meets whatever comes."""
-        self._writer.write("fault", fault=fault, victim=victim, held=held, **more)
+    def note(self, fault: str, victim: str, *, held: int | None, repeats: int = 0, **more: object) -> None:
+        """Write down a fault.
+
+        Args:
+            held: how much work it met; None for one that lasts and meets whatever comes.
+            repeats: how many calls may be made again because of it: those whose llm worker died or was without its
+                lease, and those whose connection to the replica was cut.
+        """
+        self._writer.write("fault", fault=fault, victim=victim, held=held, repeats=repeats, **more)
+
+    @contextmanager
+    def silence(self) -> Iterator[None]:
+        """Note a time in which clients may hear nothing: Redis or a gateway is away, or badly connected."""
+        began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self._writer.write("silence", from_s=began_s, to_s=time.monotonic())
 
     async def freeze_at_work(self, part: Part, least: int = 1) -> list[Holding]:
         """Freeze a worker (SIGSTOP) when it has at least so many entries in hand; return them. It stays frozen.
@@ -83,7 +116,7 @@ class Nemesis:
         held = await self.freeze_at_work(part, least)
         dead = part.worker
         await part.kill()
-        self.note("kill", dead, held=len(held))
+        self.note("kill", dead, held=len(held), repeats=len(held) if part.stage == "llm" else 0)
         self.watch(held, dead)
         if again_after_s is not None:
             await asyncio.sleep(again_after_s)
@@ -106,6 +139,7 @@ class Nemesis:
             part.worker,
             held=len(held),
             lost=len(lost),
+            repeats=len(lost) if part.stage == "llm" else 0,  # its calls go on, and its heir makes them again
             ids=[id_of[one] for one in lost if one in id_of],
             looked_s=looked_s,
             frozen_s=round(time.monotonic() - frozen_s, 3),

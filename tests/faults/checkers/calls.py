@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,9 +19,9 @@ class Calls:
     """What the replicas were asked.
 
     Attributes:
-        made: all calls; completed, aborted: those that ended so.
-        repeated: calls answered beyond the first for the same job: work done twice.
-        strangers: calls for jobs that no client was told of (accepted without its knowledge, or sent again).
+        made: all calls that have ended.
+        repeated: calls made for a job although an earlier one was answered, or was broken off at a replica that nobody
+            had harmed: work done twice, or thrown away and begun anew.
         crossed: calls in which one job asked another one's question.
         doubled: requests for which more than one job called.
         unbidden: requests that were refused, and called for all the same.
@@ -30,46 +29,42 @@ class Calls:
     """
 
     made: int
-    completed: int
-    aborted: int
     repeated: int
-    strangers: int
     crossed: list[str]
     doubled: list[int]
     unbidden: list[int]
     answering: dict[str, float]
 
 
-def check(requests: Iterable[Told], records: Iterable[Path]) -> Calls:
-    """Read the replicas' files beside what the clients know."""
+def check(requests: Iterable[Told], records: Iterable[Path], *, harmed: Container[str] = ()) -> Calls:
+    """Read the replicas' files beside what the clients know.
+
+    A call that its replica failed must be made again. One that was broken off is made again for two reasons: its
+    worker died or was lost, which the faults account for, or the replica did not answer in time, or its connection
+    broke. Whoever is not *harmed*, by its name (`replica-1`), answers in time and over a sound connection.
+    """
     requests = list(requests)
     asked_by = {job_id: told for told in requests for job_id in told.ids}
     jobs: dict[int, set[str]] = {}
-    ended: Counter[str] = Counter()
-    answered: Counter[str] = Counter()
+    made: dict[str, list[tuple[float, bool]]] = {}  # when each call came, and whether any later one repeats it
     answering: dict[str, float] = {}
-    strangers, crossed = 0, []
+    crossed = []
     for path in records:
         for line in read(path):
             job_id, status = str(line["request_id"]), line["status"]
-            ended[status] += 1
+            is_enough = status == "completed" or (status == "aborted" and path.stem not in harmed)
+            made.setdefault(job_id, []).append((line["arrived_s"], is_enough))
             if status == "completed":
-                answered[job_id] += 1
                 answering[job_id] = max(line["began_s"], answering.get(job_id, 0.0))
             numbers = {int(number) for number in _NUMBER.findall(str(line.get("messages", "")))}
             for number in numbers:
                 jobs.setdefault(number, set()).add(job_id)
             told = asked_by.get(job_id)
-            if told is None:
-                strangers += 1
-            elif told.n not in numbers:
+            if told is not None and told.n not in numbers:
                 crossed.append(job_id)
     return Calls(
-        made=ended.total(),
-        completed=ended["completed"],
-        aborted=ended["aborted"],
-        repeated=sum(count - 1 for count in answered.values() if count > 1),
-        strangers=strangers,
+        made=sum(map(len, made.values())),
+        repeated=sum(is_enough for some in made.values() for _, is_enough in sorted(some)[:-1]),
         crossed=crossed,
         doubled=[number for number, ids in jobs.items() if len(ids) > 1],
         unbidden=[told.n for told in requests if told.is_refused and told.n in jobs],

@@ -1,4 +1,4 @@
-"""Fencing: a worker that lost an entry writes no outcome for it (invariant 3)."""
+"""Fencing: a worker that has lost an entry to another one writes no outcome for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""What an idle system must not hold (invariants 7 and 9): read from Redis when all is quiet."""
+"""What an idle system must not hold: load, unfinished work, keys that nothing bounds.
+
+Read from Redis when all is quiet: the load of a replica is the number of its leases, and streams hold unfinished work
+only.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One outcome: every accepted request has exactly one, the right one, and it never changes (invariants 1, 2 and 12)."""
+"""One outcome: every accepted request has exactly one, it never changes, and it answers what was asked."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ left in Redis, at least four of five faults with work in hand) is not repeated t
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -14,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
+from tests.conftest import wait_until
 from tests.faults.cell import Cell
 
 Run = Callable[[Cell], Awaitable[None]]
@@ -25,6 +27,7 @@ class Scenario:
 
     Attributes:
         jobs: requests that it sends unless told otherwise.
+        least: with fewer it cannot show what it is to show, and refuses.
         is_long: whether it runs only when asked for by name.
         in_slice: whether continuous integration runs it, and with how many requests.
     """
@@ -32,6 +35,7 @@ class Scenario:
     number: int
     run: Run
     jobs: int
+    least: int = 1
     in_slice: int = 0
     is_long: bool = False
 
@@ -44,15 +48,38 @@ class Scenario:
 SCENARIOS: Final[dict[int, Scenario]] = {}
 
 
-def scenario(number: int, *, jobs: int, in_slice: int = 0, is_long: bool = False) -> Callable[[Run], Run]:
-    """Enter a function into the matrix."""
+def scenario(
+    number: int, *, jobs: int, least: int = 1, in_slice: int = 0, is_long: bool = False
+) -> Callable[[Run], Run]:
+    """Enter a function into the matrix; what is entered raises ValueError when it is to send too few requests."""
 
     def enter(run: Run) -> Run:
         assert number not in SCENARIOS, f"scenario {number} is there twice"
-        SCENARIOS[number] = Scenario(number, run, jobs, in_slice, is_long)
-        return run
+
+        @functools.wraps(run)
+        async def checked(cell: Cell) -> None:
+            if cell.jobs < least:
+                raise ValueError(f"--jobs must be at least {least}, not {cell.jobs}: fewer would show nothing")
+            await run(cell)
+
+        SCENARIOS[number] = Scenario(number, checked, jobs, least, in_slice, is_long)
+        return checked
 
     return enter
+
+
+async def reach(
+    claim: str, condition: Callable[[], Awaitable[object] | object], *, within_s: float, every_s: float = 0.05
+) -> None:
+    """Wait until something is so that a scenario needs before it can go on.
+
+    Raises:
+        TimeoutError: it did not come to that; the message says to what.
+    """
+    try:
+        await wait_until(condition, timeout_s=within_s, every_s=every_s)
+    except TimeoutError:
+        raise TimeoutError(f"not within {within_s:g} s: {claim}") from None
 
 
 def load_all() -> dict[int, Scenario]:

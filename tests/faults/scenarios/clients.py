@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import orjson
+
 from pipeline import keys
 from tests.conftest import wait_until
 from tests.faults.cell import Cell
@@ -177,7 +179,7 @@ async def _find(cluster: Cluster, stage: str, leavers: list[_Leaver]) -> bool:
         text = fields[b"data"].decode()
         for one in leavers:
             if f"Request {one.number}." in text:
-                one.job_id = text.split('"', 8)[5]
+                one.job_id = str(orjson.loads(text)["id"])
     return all(one.job_id for one in leavers)
 
 

@@ -26,7 +26,7 @@ QUESTIONS_EACH: Final = 4
 """For every encoder and retriever, so that none is left without one."""
 
 
-@scenario(1, jobs=2_000, in_slice=1_500)
+@scenario(1, jobs=2_000, least=300, in_slice=1_700)
 async def kill_one_of_each(cell: Cell) -> None:
     """`kill -9` one worker of each stage, over and over.
 
@@ -37,6 +37,8 @@ async def kill_one_of_each(cell: Cell) -> None:
         while not sending.done():
             for stage in STAGES:
                 await nemesis.until_recovered(stage)  # its survivors are the heirs
+                if sending.done():
+                    break
                 victim = cell.rng.choice(cluster.of(stage))
                 await nemesis.kill(victim, least=4 if stage == "llm" else 1)
                 await cluster.until_works(victim)
@@ -44,7 +46,7 @@ async def kill_one_of_each(cell: Cell) -> None:
     cell.require_recovery(RECOVERY_S)
 
 
-@scenario(2, jobs=2_400)
+@scenario(2, jobs=2_400, least=1_000)
 async def kill_all_workers(cell: Cell) -> None:
     """Kill all workers, start them again: the backlog drains as fast as ever.
 
@@ -131,7 +133,7 @@ async def _until_answered(load: Load, count: int) -> None:
         await asyncio.sleep(0.01)
 
 
-@scenario(4, jobs=1_500, in_slice=900)
+@scenario(4, jobs=1_500, least=600, in_slice=660)
 async def rolling_restart(cell: Cell) -> None:
     """SIGTERM to every process in turn, under load; then SIGTERM and SIGKILL during the drain.
 
@@ -164,7 +166,7 @@ async def rolling_restart(cell: Cell) -> None:
             part.signal(signal.SIGSTOP)
             held = await cluster.in_hand(part)
             await part.kill()
-            nemesis.note("kill", dead, held=len(held), during="drain")
+            nemesis.note("kill", dead, held=len(held), repeats=len(held), during="drain")
             nemesis.watch(held, dead)
             await part.start()
             await cluster.until_works(part)

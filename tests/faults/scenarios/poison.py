@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import signal
+import time
+from bisect import bisect
+from collections.abc import Sequence
 from typing import Final
 
 import orjson
@@ -16,7 +19,7 @@ from tests.faults.cell import RECOVERY_S, Cell
 from tests.faults.cluster import Cluster, Layout, Part
 from tests.faults.history import Told
 from tests.faults.load import Load
-from tests.faults.scenarios import scenario
+from tests.faults.scenarios import reach, scenario
 from tests.faults.troubled import KILL
 
 RATE: Final = 40.0
@@ -25,39 +28,41 @@ CALM_SHARE: Final = 0.25  # of all requests: sent before there is any poison, to
 KEPT_THROUGHPUT: Final = 0.9
 DEATHS: Final = WorkerSettings().max_deliveries
 BURIED_WITHIN_S: Final = 60.0
-WINDOW_S: Final = 2.0
+STEP_S: Final = 0.25
+WINDOW_S: Final = 5.0
+"""A lease and two seconds: in each such span the others are to keep their throughput."""
 
 
-@scenario(10, jobs=1_600)
+@scenario(10, jobs=1_600, least=800)
 async def payload_that_kills(cell: Cell) -> None:
     """A payload that kills its worker, among 15 innocent ones in the same hands.
 
     Only the killer is buried, after `worker.max_deliveries` deaths, and its client hears `failed`, code `poison`; the
-    others are answered, and everybody else keeps 90 % of the throughput from before. Of those who were
-    never in the killer's company 99 % have their answer within lease + 2 s; how long its neighbours wait, who run one
-    by one as suspects, is reported.
+    others are answered, and everybody else keeps 90 % of the throughput from before, in every five seconds of
+    the sending. Of those who were never in the killer's company 99 % have their answer within lease + 2 s; how long its
+    neighbours wait, who run one by one as suspects, is reported.
     """
     cell.may_end = {"failed/poison"}  # the killer; who else ends so is named below
     troubled = ["tests.faults.troubled", "encoder"]
     layout = Layout(modules={"encoder-1": troubled, "encoder-2": troubled})
     calm = int(cell.jobs * CALM_SHARE)
     async with cell.running(layout, again=0.0) as (cluster, load, nemesis):  # a repeated id is buried, too
-        usual = await _throughput(load, calm)
-        supervising = asyncio.create_task(_supervise(cluster))
-        try:
-            sending = asyncio.create_task(_throughput(load, cell.jobs - calm, besides=INNOCENT + 1))
-            await asyncio.sleep(1.0)
-            killer, innocent, victim = await _poison(cluster, load)
-            held = await _questions_in_hand(cluster, victim)
-            nemesis.note("poison", victim.worker, held=len(held))
-            together = sum(f"Request {number}." in question for number in innocent for question in held)
-            cell.require(f"{INNOCENT} innocent ones were in the killer's hands, not {together}", together == INNOCENT)
-            kept = await sending
-            await wait_until(lambda: _has_letters(cluster), timeout_s=BURIED_WITHIN_S, every_s=0.1)
-            await load.quiet()
-        finally:
-            supervising.cancel()
-            await asyncio.gather(supervising, return_exceptions=True)
+        await load.run(calm, RATE)
+        for part in cluster.of("encoder"):
+            part.may_die = True  # whoever has the killer in hand ends by itself; how often is demanded below
+        cell.background(_supervise(cluster)).set_name("the supervision of the encoders")
+        sending = cell.background(load.run(cell.jobs - calm, RATE))
+        await asyncio.sleep(1.0)
+        killer, innocent, victim = await _poison(cluster, load)
+        began_s = time.monotonic()
+        held = await _questions_in_hand(cluster, victim)
+        nemesis.note("poison", victim.worker, held=len(held))
+        together = sum(f"Request {number}." in question for number in innocent for question in held)
+        cell.require(f"{INNOCENT} innocent ones were in the killer's hands, not {together}", together == INNOCENT)
+        await sending
+        ended_s = time.monotonic()
+        await reach("the killer is buried", lambda: _has_letters(cluster), within_s=BURIED_WITHIN_S, every_s=0.1)
+        await load.quiet()
         letters = [orjson.loads(fields[b"data"]) for _, fields in await cluster.redis.xrange(keys.DEAD)]
         deaths = sum(part.generation - 1 for part in cluster.of("encoder"))
     told = {one.n: one for one in cell.requests()}
@@ -66,10 +71,10 @@ async def payload_that_kills(cell: Cell) -> None:
     cell.verdict.figures |= {
         "p99 of the others s": round(p99_s, 2),
         "slowest neighbour s": round(neighbours_s, 2),
-        "answered in the worst 2 s": _worst_window([one for n, one in told.items() if n > calm]),
     }
     cell.require(f"p99 of the others is at most {RECOVERY_S:g} s, not {p99_s:.2f}", p99_s <= RECOVERY_S)
-    cell.verdict.figures |= {"deaths": deaths, "throughput": f"{kept:.1f}/s (usual {usual:.1f}/s)"}
+    usual, kept = _throughputs([one for n, one in told.items() if n not in {killer, *innocent}], calm, began_s, ended_s)
+    cell.verdict.figures |= {"deaths": deaths, "throughput": f"{kept:.1f}/s in the worst window (usual {usual:.1f}/s)"}
     cell.require(f"workers died {DEATHS} times, not {deaths}", deaths == DEATHS)
     buried = [(letter["reason"], letter["job_id"], letter["deliveries"] - 1) for letter in letters]
     wanted = [("poison", job_id, DEATHS) for job_id in told[killer].ids]
@@ -78,26 +83,27 @@ async def payload_that_kills(cell: Cell) -> None:
     cell.require(f"the killer's client heard failed, poison, not {heard}", heard == {("failed", "poison")})
     failed = [n for n, one in told.items() if n != killer and (one.outcomes or [{}])[0].get("status") != "completed"]
     cell.require(f"all others are answered, but not {failed[:5]}", not failed)
-    cell.require(f"the others kept {KEPT_THROUGHPUT:.0%} of their throughput", kept >= KEPT_THROUGHPUT * usual)
+    share = kept / usual if usual else 0.0
+    claim = f"the others keep {KEPT_THROUGHPUT:.0%} of their throughput in any {WINDOW_S:g} s, not {share:.0%}"
+    cell.require(claim, share >= KEPT_THROUGHPUT)
 
 
 def _span_s(one: Told) -> float:
     return (one.ended_s or math.inf) - one.submitted_s
 
 
-def _worst_window(requests: list[Told]) -> int:
-    """Return how many were answered in the two seconds with the fewest answers, while they were sent."""
-    submitted_s, ended_s = [one.submitted_s for one in requests], [one.ended_s for one in requests if one.ended_s]
-    begins_s = range(math.ceil(min(submitted_s)), int(max(submitted_s) - WINDOW_S))
-    return min((sum(begin_s < at_s <= begin_s + WINDOW_S for at_s in ended_s) for begin_s in begins_s), default=0)
+def _throughputs(others: Sequence[Told], calm: int, began_s: float, ended_s: float) -> tuple[float, float]:
+    """Return how many of the others were answered per second in the calm, and in the worst window after the poison."""
+    answered_s = sorted(one.ended_s for one in others if one.ended_s is not None)
+    calm_s = [one.submitted_s for one in others if one.n <= calm]
+    usual = _between(answered_s, calm_s[0], calm_s[-1]) / (calm_s[-1] - calm_s[0])
+    steps = range(int((ended_s - WINDOW_S - began_s) / STEP_S) + 1)
+    begins_s = [began_s + step * STEP_S for step in steps]
+    return usual, min(_between(answered_s, begin_s, begin_s + WINDOW_S) for begin_s in begins_s) / WINDOW_S
 
 
-async def _throughput(load: Load, jobs: int, besides: int = 0) -> float:
-    """Send so many requests, and return how many were answered per second meanwhile, *besides* so many others."""
-    loop = asyncio.get_running_loop()
-    began_s, before = loop.time(), load.answered
-    await load.run(jobs, RATE)
-    return (load.answered - before - besides) / (loop.time() - began_s)
+def _between(instants_s: Sequence[float], from_s: float, to_s: float) -> int:
+    return bisect(instants_s, to_s) - bisect(instants_s, from_s)
 
 
 async def _poison(cluster: Cluster, load: Load) -> tuple[int, list[int], Part]:
@@ -122,8 +128,10 @@ async def _poison(cluster: Cluster, load: Load) -> tuple[int, list[int], Part]:
 async def _has_backlog(cluster: Cluster) -> bool:
     """Say whether an entry waits that nobody has taken: then no read is blocked any more."""
     stream = keys.stream("encoder")
-    pending = (await cluster.redis.xpending(stream, "encoder"))["pending"]
-    return int(await cluster.redis.xlen(stream)) - int(pending) > 0
+    # Both at one instant: an entry that is added and handed out in between would pass for one that waits.
+    async with cluster.redis.pipeline(transaction=True) as pipe:
+        length, summary = await pipe.xlen(stream).xpending(stream, "encoder").execute()
+    return int(length) > int(summary["pending"])
 
 
 async def _are_there(cluster: Cluster, numbers: list[int]) -> bool:

@@ -28,7 +28,7 @@ LOSERS: Final = (
 """Who loses replies, and to which script."""
 
 
-@scenario(7, jobs=1_200, in_slice=800)
+@scenario(7, jobs=1_200, least=700, in_slice=1_400)
 async def lost_replies(cell: Cell) -> None:
     """A reply is lost after its command ran, on submit, on settle and on placing.
 
@@ -65,7 +65,7 @@ async def lost_replies(cell: Cell) -> None:
                 placing = cell.background(note_place(part, taken_up))
             else:  # it is sent for somebody's job
                 lost[script.name] += 1
-                nemesis.note(f"lost reply to {script.name}", part.worker, held=1)
+                nemesis.note(f"lost reply to {script.name}", part.worker, held=proxy.replies_lost - before)
         await sending
         if placing is not None:
             await placing

@@ -48,7 +48,13 @@ class _Illness:
     healed_s: float = 0.0
 
 
-@scenario(14, jobs=2_400)
+LEAST_EACH: Final = 200
+"""Requests from which a P99 is taken."""
+SHARES: Final = 6
+"""Equal parts of the requests: before any illness, during two, and during one that lasts three times as long."""
+
+
+@scenario(14, jobs=2_400, least=SHARES * LEAST_EACH)
 async def sick_replica(cell: Cell) -> None:
     """A replica hangs, one answers garbage, one is 50 times slower.
 
@@ -63,7 +69,8 @@ async def sick_replica(cell: Cell) -> None:
     slow = _Illness("slow", {"latency": LATENCY_S * SLOWER}, opens=False, lasts=3)
     illnesses = (hang, garbage, slow)
     environ = {"PENSTOCK_LLM__BREAKER_OPEN_S": f"{BREAKER_OPEN_S:g}"}
-    share = cell.jobs // (1 + sum(illness.lasts for illness in illnesses))
+    assert 1 + sum(illness.lasts for illness in illnesses) == SHARES
+    share = cell.jobs // SHARES
     layout = Layout(replicas=len(illnesses) + 1, latency=str(LATENCY_S), environ=environ)
     async with cell.running(layout, mix={"ask": 1}) as (cluster, load, _):
         await load.run(int(RATE), RATE)  # connections are made
@@ -148,5 +155,6 @@ def _judge(cell: Cell, illness: _Illness, told: dict[int, Told], usual_s: float)
     )
     cell.require(f"{illness.name}: nothing fails, but {failed[:5]}", not failed)
     cell.require(f"{illness.name}: p99 of the rest within {WITHIN} times", p99_s <= WITHIN * usual_s)
+    cell.require(f"{illness.name}: {LEAST_EACH} others at least, not {len(rest)}", len(rest) >= LEAST_EACH)
     most = SLOTS + math.ceil(illness.seconds / BREAKER_OPEN_S)
     cell.require(f"{illness.name}: at most {most} meet the sick one, not {met}", met <= most)
