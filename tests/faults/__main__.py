@@ -7,7 +7,8 @@
     python -m tests.faults --durability             what an accepted job survives; --write puts it into the docs
 
 The exit code is 0 when every cell is green, 1 when one is red (or the slice did less than it must), 2 when the command
-line makes no sense, 130 after Ctrl-C. `--keep` leaves the files of every cell; those of a red one always stay.
+line makes no sense, 130 after Ctrl-C, which tells of the cells before it. `--keep` leaves the files of every cell;
+those of a red one always stay.
 """
 
 from __future__ import annotations
@@ -25,18 +26,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-import orjson
 import uvloop
 
-from tests.faults import cell, durability
-from tests.faults.cell import Verdict
-from tests.faults.report import ROOT
+from tests.faults import cell, durability, report
+from tests.faults.sabotage import ROOT
 from tests.faults.scenarios import Scenario, load_all
+from tests.faults.verdict import Verdict, append, appendable
 
 WIDTH: Final = 100
 SLICE_ACCEPTS: Final = 5_000
 SLICE_KILLS: Final = 15
 """What the slice as a whole must have done, or it says too little."""
+SLICE_WITHIN_S: Final = 180.0
+"""What it should take. A busy machine may take longer, which is said and is no failure."""
+
+FOR_CELLS: Final = ("scenario", "jobs", "slice", "until_red", "json", "keep")
+"""Options that say something about cells only."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,36 +49,32 @@ def main(arguments: list[str] | None = None) -> int:
     scenarios = load_all()
     parser = _parser(scenarios)
     options = parser.parse_args(arguments)
+    seed = options.seed if options.seed is not None else secrets.randbelow(1_000_000)
     if options.write and not options.durability:
         parser.error("--write goes with --durability")
-    seed = options.seed if options.seed is not None else secrets.randbelow(1_000_000)
     if options.durability:
-        table = durability.measure_all(seed)
-        print(table)
-        if options.write:
-            durability.write(table)
-        return 0
+        if strange := [f"--{name.replace('_', '-')}" for name in FOR_CELLS if getattr(options, name)]:
+            parser.error(f"{', '.join(strange)}: not with --durability, which runs no cell of the matrix")
+        return measure_durability(seed, write=options.write)
     chosen = options.scenario or [number for number, one in scenarios.items() if not one.is_long]
-    wanted = [scenarios[number] for number in chosen]
-    if options.slice:
-        wanted = [one for one in wanted if one.in_slice]
+    wanted = [scenarios[number] for number in chosen if scenarios[number].in_slice or not options.slice]
     if not wanted:
         parser.error("nothing to run: none of these scenarios is in the slice")
     verdicts: list[Verdict] = []
     began_s = time.monotonic()
-    for one in wanted:
-        jobs = options.jobs or (one.in_slice if options.slice else one.jobs)
-        try:
-            verdict = run_cell(one, seed, jobs, keep=options.keep)
-        except KeyboardInterrupt:
-            return 130
-        verdicts.append(verdict)
-        if options.json:
-            record = {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), **verdict.as_json()}
-            with options.json.open("ab") as file:
-                file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
-        if options.until_red and not verdict.is_green:
-            break
+    try:
+        for one in wanted:
+            jobs = options.jobs or (one.in_slice if options.slice else one.jobs)
+            verdicts.append(run_cell(one, seed, jobs, keep=options.keep))
+            if options.json:
+                record = {"date": datetime.now(UTC).date().isoformat(), "commit": commit()}
+                append(options.json, record | verdicts[-1].as_json())
+            if options.until_red and not verdicts[-1].is_green:
+                break
+    except KeyboardInterrupt:
+        if verdicts:
+            print(f"before that: {summary(verdicts)}")
+        return 130
     print(summary(verdicts))
     is_green = all(verdict.is_green for verdict in verdicts)
     if options.slice and not options.scenario and not options.jobs and len(verdicts) == len(wanted):
@@ -81,10 +82,20 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if is_green else 1
 
 
+def measure_durability(seed: int, *, write: bool) -> int:
+    """Print what an accepted job survives, and put it into the docs if told to; return the exit code."""
+    table = durability.measure_all(seed)
+    print(table)
+    if write:
+        durability.write(table)
+    return 0
+
+
 def tell_of_the_slice(verdicts: list[Verdict], seconds: float) -> bool:
     """Say what the slice as a whole has done, and whether that is enough."""
     accepted, kills = sum(one.accepted for one in verdicts), sum(one.kills for one in verdicts)
-    print(f"the slice took {seconds:.0f} s")
+    late = f": WARNING, it should take at most {SLICE_WITHIN_S:.0f} s" if seconds > SLICE_WITHIN_S else ""
+    print(f"the slice took {seconds:.0f} s{late}")
     claims = {
         f"the slice has at least {SLICE_ACCEPTS:,} jobs accepted, not {accepted:,}": accepted >= SLICE_ACCEPTS,
         f"the slice has at least {SLICE_KILLS} kills, not {kills}": kills >= SLICE_KILLS,
@@ -134,11 +145,15 @@ def line(verdict: Verdict) -> str:
     )
     lines = [
         f"{'green' if verdict.is_green else 'RED'} in {verdict.seconds:.0f} s: accepted {verdict.accepted}, "
-        f"lost {verdict.lost}, duplicated {verdict.duplicated}, unseen {verdict.unseen}, wrong {verdict.wrong}, "
-        f"stale {verdict.stale}",
+        f"lost {verdict.lost}, destroyed {verdict.destroyed}, duplicated {verdict.duplicated}, "
+        f"unseen {verdict.unseen}, wrong {verdict.wrong}, stale {verdict.stale}",
         f"{verdict.faults} faults, {share} met work; recovered {recovered}; refused {verdict.refused}, "
-        f"unknown {verdict.unknown}, calls repeated {verdict.calls_repeated}, stale writes refused {verdict.refusals}",
+        f"unknown {verdict.unknown}, calls made again {verdict.calls_repeated} of {verdict.calls_excused} excused, "
+        f"stale writes refused {verdict.refusals}; {verdict.server or 'no pipeline'}; "
+        f"memory {report.grown(verdict.grown_mib)}",
     ]
+    if verdict.redone:
+        lines.append(f"done twice, since the record was destroyed: {verdict.redone}")
     more = [_words(verdict.by_status), _words(verdict.endings), _words(verdict.figures)]
     if told := "; ".join(words for words in more if words):
         lines.append(told)
@@ -151,12 +166,12 @@ def _words(values: dict[str, Any]) -> str:
 
 def summary(verdicts: list[Verdict]) -> str:
     """Return what all cells together showed."""
-    total = {
-        name: sum(getattr(v, name) for v in verdicts) for name in ("accepted", "kills", "faults", "lost", "duplicated")
-    }
+    total = {name: sum(getattr(v, name) for v in verdicts) for name in report.TOTALS}
+    servers = " and ".join(sorted({verdict.server for verdict in verdicts if verdict.server})) or "no server"
     red = [str(verdict.number) for verdict in verdicts if not verdict.is_green]
     word = f"RED: scenario {', '.join(red)}" if red else "all green"
-    return f"{len(verdicts)} cells, " + ", ".join(f"{name} {count}" for name, count in total.items()) + f": {word}"
+    told = ", ".join(f"{name} {count}" for name, count in total.items())
+    return f"{len(verdicts)} cells on {servers}, {told}: {word}"
 
 
 def positive(text: str) -> int:
@@ -186,7 +201,7 @@ def _parser(scenarios: dict[int, Scenario]) -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=positive, help="requests of each cell")
     parser.add_argument("--slice", action="store_true", help="the cells that continuous integration runs")
     parser.add_argument("--until-red", action="store_true", help="stop at the first cell that is not green")
-    parser.add_argument("--json", type=Path, help="append the verdicts to this file, one line each")
+    parser.add_argument("--json", type=appendable, help="append the verdicts to this file, one line each")
     parser.add_argument("--keep", action="store_true", help="keep the files of green cells, too")
     parser.add_argument("--durability", action="store_true", help="measure what an accepted job survives, as a table")
     parser.add_argument("--write", action="store_true", help="put that table into docs/OPERATIONS.md")

@@ -12,8 +12,8 @@ clients:
     {"at_s", "event": "outcome", "n", "id", "outcome": {...}}      what the client was told; seen again: once more
     {"at_s", "event": "spans", "n", "spans": {...}}                `timings_ms` as a gateway answered them
 
-Events of faults: {"at_s", "event": "fault", "fault", "victim", "held", ...}, and "repeats" where calls may be made again
-because of it: how many. `at_s` is seconds on the monotonic clock.
+Events of faults: {"at_s", "event": "fault", "fault", "victim", "held", ...}, and "repeats", how many calls may be made
+again because of it, where there are such. `at_s` is seconds on the monotonic clock.
 """
 
 from __future__ import annotations

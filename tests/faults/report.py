@@ -10,42 +10,58 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 from tests.faults.history import Json, read
+from tests.faults.sabotage import BREAKS, ROOT
 
-ROOT: Final = Path(__file__).resolve().parents[2]
 VERDICTS: Final = ROOT / "docs" / "reliability.jsonl"
 PAGE: Final = ROOT / "docs" / "RELIABILITY.md"
 LONG: Final = 21
 MATRIX: Final = range(1, LONG)
 
 COLUMNS: Final = (
-    "#", "Scenario", "Seed", "Accepted", "Kills", "Faults", "met work", "Lost", "Duplicated", "Unseen", "Wrong",
-    "Stale", "Recovered p50 / max", "",
+    "#", "Scenario", "`just faults` with", "Accepted", "Kills", "Faults", "met work", "Lost", "Destroyed", "Duplicated",
+    "Unseen", "Wrong", "Stale", "Out of order", "Loads left", "Keys without TTL", "Recovered p50 / max",
+    "Memory grown by", "",
 )  # fmt: skip
 
 
+TOTALS: Final = ("accepted", "kills", "faults", "lost", "destroyed", "duplicated")
+"""What is told of all cells together."""
+
+
 def main() -> int:
-    """Write the tables into the page; return 1 when a cell of the matrix is red or missing."""
+    """Write the tables into the page.
+
+    Returns:
+        0; 1 when a cell is red or missing, or a break was not tried or not caught; 2 without any verdicts: the page is
+        left as it is.
+    """
     lines = list(read(VERDICTS))
+    if not lines:
+        print(f"{VERDICTS} holds no verdicts: run `just faults --json {VERDICTS.relative_to(ROOT)}` first")
+        return 2
     cells = {line["number"]: line for line in lines if "number" in line}
     breaks = {line["break"]: line for line in lines if "break" in line}
     page = PAGE.read_text()
-    matrix = [cells[number] for number in sorted(cells) if number != LONG]
-    page = put(page, "matrix", f"{table(COLUMNS, [row(cell) for cell in matrix])}\n\n{caption(matrix)}")
+    if matrix := [cells[number] for number in sorted(cells) if number != LONG]:
+        page = put(page, "matrix", f"{table(COLUMNS, [row(cell) for cell in matrix])}\n\n{caption(matrix)}")
     if LONG in cells:
         page = put(page, "long run", f"{long_run(cells[LONG])}\n\n{caption([cells[LONG]])}")
-    page = put(page, "breaks", table(("What was broken", "Caught by"), [break_row(line) for line in breaks.values()]))
+    if breaks:
+        rows = [break_row(line) for line in breaks.values()]
+        page = put(page, "breaks", table(("What was broken", "Caught by"), rows))
     PAGE.write_text(page)
-    red = [str(number) for number, line in cells.items() if not line["green"]]
-    missing = [str(number) for number in MATRIX if number not in cells]
-    print(
-        f"{len(cells)} cells, {len(breaks)} breaks; red: {', '.join(red) or 'none'}; "
-        f"missing: {', '.join(missing) or 'none'}"
-    )
-    return 1 if red or missing else 0
+    shortcomings = {
+        "red": [str(number) for number, line in sorted(cells.items()) if not line["green"]],
+        "missing": [str(number) for number in (*MATRIX, LONG) if number not in cells],
+        "not caught": [name for name, line in breaks.items() if line["caught_by"] is None],
+        "not tried": [one.name for one in BREAKS if one.name not in breaks],
+    }
+    told = "; ".join(f"{word}: {', '.join(names) or 'none'}" for word, names in shortcomings.items())
+    print(f"{len(cells)} cells, {len(breaks)} breaks; {told}")
+    return 1 if any(shortcomings.values()) else 0
 
 
 def row(cell: Json) -> list[str]:
@@ -54,17 +70,27 @@ def row(cell: Json) -> list[str]:
     if cell["recovered_max_s"] is not None:
         recovered = f"{cell['recovered_p50_s']:.1f} / {cell['recovered_max_s']:.1f} s"
     share = f"{cell['hits'] / cell['aimed']:.0%}" if cell["aimed"] else "-"
+    command = f"`--scenario {cell['number']} --seed {cell['seed']} --jobs {cell['asked']}`"
     values: list[Any] = [
-        cell["number"], cell["title"], cell["seed"], cell["accepted"], cell["kills"], cell["faults"], share,
-        cell["lost"], cell["duplicated"], cell["unseen"], cell["wrong"], cell["stale"], recovered,
+        cell["number"], cell["title"], command, cell["accepted"], cell["kills"], cell["faults"], share,
+        cell["lost"], cell["destroyed"], cell["duplicated"], cell["unseen"], cell["wrong"], cell["stale"],
+        cell["out_of_order"], cell["load_left"], cell["endless_keys"], recovered, grown(cell["grown_mib"]),
         "green" if cell["green"] else "**red**",
     ]  # fmt: skip
     return [str(value) for value in values]
 
 
+def grown(mib: dict[str, float]) -> str:
+    """Return by how much memory has grown: of Redis, and of the process that has grown most."""
+    processes = {name: size for name, size in mib.items() if name != "redis"}
+    most = [max(processes, key=lambda name: processes[name])] if processes else []
+    told = [f"{name} {mib[name]:+.1f}" for name in (*(["redis"] if "redis" in mib else []), *most)]
+    return f"{', '.join(told)} MiB" if told else "-"
+
+
 def caption(cells: Sequence[Json]) -> str:
     """Return what was measured, when, and on what; and what all cells together showed."""
-    totals = {name: sum(cell[name] for cell in cells) for name in ("accepted", "kills", "faults", "lost", "duplicated")}
+    totals = {name: sum(cell[name] for cell in cells) for name in TOTALS}
     about = {
         name: sorted({str(cell[name]) for cell in cells if cell.get(name)}) for name in ("date", "server", "commit")
     }
@@ -73,28 +99,30 @@ def caption(cells: Sequence[Json]) -> str:
 
 
 def long_run(cell: Json) -> str:
-    """Return the long run's figures as a list."""
+    """Return the long run's figures as a list; those that a run which failed did not come to are left out."""
     figures = cell["figures"]
-    memory = [f"{name} {a} / {b} MiB" for (name, a), b in zip(*_halves(figures["memory_mib"]), strict=True)]
-    return "\n".join(
-        [
-            f"- seed {cell['seed']}, {cell['seconds'] / 60:.0f} minutes: {cell['accepted']:,} jobs accepted, "
-            f"{cell['refused']} refused, {cell['unknown']} unknown to their clients",
-            f"- outcomes: {_words(cell['by_status'])}",
-            f"- faults: {_words(figures['faults'])}; {cell['hits'] / cell['aimed']:.0%} met work in hand",
-            f"- **lost {cell['lost']}, duplicated {cell['duplicated']}**, unseen {cell['unseen']}, "
-            f"wrong {cell['wrong']}, stale {cell['stale']}; loads not back at 0: {cell['load_left']}; "
-            f"keys without TTL: {cell['endless_keys']}",
-            f"- recovered after {cell['recovered_p50_s']:.1f} s (p50), {cell['recovered_max_s']:.1f} s (max)",
-            f"- calls answered twice, since their worker was killed before it settled: {cell['calls_repeated']}",
-            f"- memory at the end of the first and of the second half: {', '.join(memory)}",
-        ]
-    )
-
-
-def _halves(memory: Sequence[Json]) -> tuple[Iterable[tuple[str, float]], Iterable[float]]:
-    first, second = memory
-    return first.items(), [second[name] for name in first]
+    lines = [
+        f"seed {cell['seed']}, {cell['seconds'] / 60:.0f} minutes: {cell['accepted']:,} jobs accepted, "
+        f"{cell['refused']} refused, {cell['unknown']} unknown to their clients",
+        f"outcomes: {_words(cell['by_status'])}",
+        f"**lost {cell['lost']}, duplicated {cell['duplicated']}**, destroyed {cell['destroyed']}, "
+        f"unseen {cell['unseen']}, wrong {cell['wrong']}, stale {cell['stale']}, "
+        f"out of order {cell['out_of_order']}; loads not back at 0: {cell['load_left']}; "
+        f"keys without TTL: {cell['endless_keys']}",
+        f"calls made again: {cell['calls_repeated']}, of {cell['calls_excused']} in the hands of workers that were "
+        "killed or lost them",
+    ]
+    if cell["aimed"] and "faults" in figures:
+        lines.append(f"faults: {_words(figures['faults'])}; {cell['hits'] / cell['aimed']:.0%} met work in hand")
+    if cell["recovered_max_s"] is not None:
+        lines.append(f"recovered after {cell['recovered_p50_s']:.1f} s (p50), {cell['recovered_max_s']:.1f} s (max)")
+    if "memory_mib" in figures:
+        first, second = figures["memory_mib"]
+        memory = ", ".join(f"{name} {size} / {second[name]} MiB" for name, size in first.items())
+        lines.append(f"memory at the end of the first and of the second half: {memory}")
+    if not cell["green"]:
+        lines.append(f"**red**: {'; '.join(cell['broken'])}")
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _words(counts: Json) -> str:

@@ -3,8 +3,8 @@
 First the slice must be green unbroken, with the same seed: otherwise its red would say nothing. A scenario that failed
 by itself, or took too long, has caught nothing.
 
-    python -m tests.faults.sabotage                 every break
-    python -m tests.faults.sabotage --only lease    those whose name holds this word
+    python -m tests.faults.sabotage --json docs/reliability.jsonl    every break; the file is what `report` reads
+    python -m tests.faults.sabotage --only lease                     those whose name holds this word
 
 The exit code is 0 when every break was caught, 1 when one was not, 2 when the unbroken tree is red already.
 """
@@ -23,13 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import orjson
-
 from tests.faults.cell import SCENARIO_FAILED
 from tests.faults.history import Json, read
-from tests.faults.report import ROOT
 from tests.faults.scenarios import load_all
+from tests.faults.verdict import append, appendable
 
+ROOT: Final = Path(__file__).resolve().parents[2]
 TIMEOUT_S: Final = 600.0  # of one cell
 SEED: Final = 1
 
@@ -96,7 +95,7 @@ def main() -> int:
     """Try the breaks; return the exit code."""
     parser = argparse.ArgumentParser(description="Break the core on purpose; the fault suite must notice.")
     parser.add_argument("--only", default="", help="breaks whose name holds this")
-    parser.add_argument("--json", type=Path, help="append what came of it to this file")
+    parser.add_argument("--json", type=appendable, help="append what came of it to this file")
     options = parser.parse_args()
     wanted = [one for one in BREAKS if options.only in one.name]
     if not wanted:
@@ -117,8 +116,7 @@ def main() -> int:
                 "break": one.name, "file": one.file, "was": one.was, "became": one.became,
                 "caught_by": found.caught_by, "overdue": found.overdue,
             }  # fmt: skip
-            with options.json.open("ab") as file:
-                file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+            append(options.json, line)
     return 1 if missed else 0
 
 

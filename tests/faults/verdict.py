@@ -1,9 +1,16 @@
-"""What one cell showed: plain figures, as they stand in the matrix, and the promises that did not hold."""
+"""What one cell showed: plain figures, as they stand in the matrix, and the promises that did not hold.
+
+Verdicts are kept as lines of JSON, in a file that each run adds to.
+"""
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+import orjson
 
 from tests.faults.history import Json
 
@@ -86,3 +93,22 @@ class Verdict:
     def as_json(self) -> Json:
         """Return all of it."""
         return {**asdict(self), "green": self.is_green}
+
+
+def appendable(text: str) -> Path:
+    """Return the file called so on a command line, to which lines can be added.
+
+    Raises:
+        argparse.ArgumentTypeError: none can be. It is said before anything has run that should be told there.
+    """
+    try:
+        Path(text).open("ab").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write to {text}: {error.strerror}") from None
+    return Path(text)
+
+
+def append(path: Path, record: Json) -> None:
+    """Add one line to a file."""
+    with path.open("ab") as file:
+        file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
