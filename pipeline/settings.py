@@ -12,8 +12,18 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 
 from pipeline.balancing import POLICIES
 from pipeline.errors import ConfigError
@@ -27,6 +37,29 @@ def _split(value: object) -> object:
 
 
 Urls = Annotated[tuple[str, ...], BeforeValidator(_split)]
+
+
+def _service_url(text: str) -> str:
+    """Return the base address of an HTTP service; "" stands for none. An error does not quote what was given."""
+    if not text:
+        return text
+    try:
+        parts = urlsplit(text)
+        is_address = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address or any(character <= " " or character == "\x7f" for character in text):
+        raise ValueError("no address like http://127.0.0.1:6333")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError(
+            "an address must not hold a password, since it is shown in logs: there is a setting for the key"
+        )
+    if parts.query or parts.fragment:
+        raise ValueError("nothing may follow the path of an address: no `?`, no `#`")
+    return text
+
+
+ServiceUrl = Annotated[str, AfterValidator(_service_url)]
 
 
 class Section(BaseModel):
@@ -97,7 +130,7 @@ class EncoderSettings(Section):
     max_chunks: int = Field(5_000, ge=1, description="of one document; a longer one is refused")
     keywords: bool = Field(True, description="find by words (BM25)")
     language: str = Field("english", description="stemming and stop words of BM25")
-    embeddings_url: str = Field("", description="find by meaning: base address of an OpenAI-compatible server")
+    embeddings_url: ServiceUrl = Field("", description="find by meaning: base address of an OpenAI-compatible server")
     embeddings_model: str = Field("", max_length=100, description="sent to that server; it has to be named")
     embeddings_dimensions: int = Field(0, ge=0, le=65_536, description="asked for; 0: the model's own")
     embeddings_api_key: SecretStr | None = Field(None, description="sent to that server as bearer token")
@@ -135,7 +168,9 @@ class RetrieverSettings(Section):
     prompt_tokens: int = Field(3000, ge=64, description="budget of the augmented prompt")
     lock_wait_s: float = Field(2.0, ge=0, le=60, description="patience with another retriever that has the index")
     tokenizer: str = Field("estimate", description="`estimate`, or the path of a Hugging Face tokenizer.json")
-    qdrant_url: str = Field("", description="a Qdrant server in place of the embedded index; then path is not used")
+    qdrant_url: ServiceUrl = Field(
+        "", description="a Qdrant server in place of the embedded index; then path is not used"
+    )
     qdrant_api_key: SecretStr | None = None
     qdrant_collection: str = Field("penstock", pattern=r"^[A-Za-z0-9._-]{1,128}$", description="made when missing")
     qdrant_timeout_s: int = Field(10, ge=1, le=600, description="for one call to the server")

@@ -419,14 +419,7 @@ def _target(settings: EncoderSettings) -> Target:
         if not (key.isascii() and key.isprintable()):
             raise ConfigError("encoder.embeddings_api_key holds characters that no HTTP header can carry")
         headers["authorization"] = f"Bearer {key}"
-    url = settings.embeddings_url
-    try:
-        target = Target.of(endpoint(url, "/embeddings"), headers)
-    except ValueError as error:
-        raise ConfigError(f"encoder.embeddings_url: {url!r} is no address: {error}") from error
-    if not url.startswith(("http://", "https://")) or not target.host:
-        raise ConfigError(f"encoder.embeddings_url: {url!r} is no address like http://127.0.0.1:8080")
-    return target
+    return Target.of(endpoint(settings.embeddings_url, "/embeddings"), headers)
 
 
 # --- A model in this process -----------------------------------------------------------------------

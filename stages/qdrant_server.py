@@ -26,7 +26,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from json import JSONDecodeError
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
 
 import httpx
 from qdrant_client import AsyncQdrantClient
@@ -96,13 +95,6 @@ def connect(settings: RetrieverSettings, models: Models) -> ServerStore:
         ConfigError: its address is none.
     """
     url = settings.qdrant_url
-    try:
-        parts = urlsplit(url)
-        is_address = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        is_address = False
-    if not is_address:
-        raise ConfigError(f"QDRANT_URL: {url!r} is no address like http://127.0.0.1:6333")
     key = settings.qdrant_api_key
     client = AsyncQdrantClient(
         url=url,

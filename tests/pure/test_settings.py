@@ -32,6 +32,7 @@ def test_defaults_work_and_are_the_promised_ones() -> None:
     assert settings.lifetimes.message_s == 24 * 3600
 
 
+ADDRESSES = {"urls", "qdrant_url", "embeddings_url"}
 NEEDED_BESIDE = {"PENSTOCK_ENCODER__EMBEDDINGS_URL": {"PENSTOCK_ENCODER__EMBEDDINGS_MODEL": "x"}}
 
 
@@ -44,7 +45,7 @@ def test_every_setting_is_read_from_its_name(name: str) -> None:
         if field in {"policy", "level", "format"}:
             complaint({name: "no such choice"})
         else:
-            load({name: "http://x" if field == "urls" else "x"} | NEEDED_BESIDE.get(name, {}))
+            load({name: "http://x" if field in ADDRESSES else "x"} | NEEDED_BESIDE.get(name, {}))
     else:
         assert name in complaint({name: "no number"})
 
@@ -106,7 +107,7 @@ def test_names_from_elsewhere_are_honoured(name: str, text: str, value: object) 
     assert load({name: ""}) == Settings()
     if field not in {"slots", "max_retries"}:
         ours = f"{PREFIX}{section.upper()}__{field.upper()}"
-        chosen = load({name: text, ours: "http://other" if field == "urls" else "other"})
+        chosen = load({name: text, ours: "http://other" if field in ADDRESSES else "other"})
         assert getattr(getattr(chosen, section), field) != value
 
 
@@ -136,6 +137,21 @@ def test_broken_file_is_refused(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         file.write_bytes(content)
     complaint({"PENSTOCK_CONFIG": str(file), "REDIS_URL": "redis://x", "PENSTOCK_WORKER__DRAIN_S": "1"})
+
+
+@pytest.mark.parametrize("name", ["QDRANT_URL", "PENSTOCK_ENCODER__EMBEDDINGS_URL"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        *["127.0.0.1:6333", "redis://127.0.0.1", "http://", "http://host:port", "http://two words", "http://host:0"],
+        *["http://bob:sesame@host", "http://sesame@host", "http://host/?sesame=1", "http://host/#sesame"],
+    ],
+)
+def test_address_that_cannot_be_used_is_refused_and_not_repeated(name: str, address: str) -> None:
+    """It may hold a password, and what is said at the start stands in logs."""
+    with pytest.raises(ConfigError, match=r"_URL: ") as caught:
+        load({name: address, "PENSTOCK_ENCODER__EMBEDDINGS_MODEL": "m"})
+    assert "sesame" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -310,19 +310,11 @@ async def test_bad_answer_is_tried_again_at_a_charge(server: EmbeddingsFake, new
         assert (caught.value.code, caught.value.charged) == ("bad_embeddings", True)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"embeddings_url": "127.0.0.1:80"},
-        {"embeddings_url": "http://"},
-        {"embeddings_url": "http://host:port"},
-        {"embeddings_url": "http://host", "embeddings_api_key": "two\nlines"},
-    ],
-)
-def test_address_or_key_that_cannot_be_used_is_refused_at_start(fields: dict[str, str]) -> None:
+def test_key_that_cannot_be_used_is_refused_at_start() -> None:
     """In the name of the setting."""
-    with pytest.raises(ConfigError, match=r"encoder\.embeddings_(url|api_key)"):
-        embedder(EncoderSettings.model_validate({"embeddings_model": "m", **fields}))
+    fields = {"embeddings_model": "m", "embeddings_url": "http://host", "embeddings_api_key": "two\nlines"}
+    with pytest.raises(ConfigError, match=r"encoder\.embeddings_api_key"):
+        embedder(EncoderSettings.model_validate(fields))
 
 
 # --- sentence-transformers ---------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError, NotReady, Reject, RetryLater
 from pipeline.settings import RetrieverSettings, Settings
 from stages import retriever
 from stages.index import Passage, Search, Written
-from stages.qdrant_server import ServerStore, connect
+from stages.qdrant_server import ServerStore
 from stages.stores import Delete, Put
 from stages.vectors import Models, Sparse, pack
 from tests.stages.conftest import CONTEXT
@@ -263,13 +263,6 @@ async def test_batch_of_questions_asks_a_server_in_trouble_once() -> None:
     outcomes = await stage.handle_batch(jobs)
     assert {type(outcome) for outcome in outcomes} == {RetryLater}
     assert len(troubled.asked) == 1
-
-
-@pytest.mark.parametrize("url", ["127.0.0.1:6333", "redis://127.0.0.1", "http://", "http://host:port"])
-def test_address_that_is_none_is_refused_at_start(url: str) -> None:
-    """In the words of the setting people know."""
-    with pytest.raises(ConfigError, match="QDRANT_URL"):
-        connect(RetrieverSettings(qdrant_url=url), WORDS)
 
 
 async def test_nothing_listens_there(unused_tcp_port: int) -> None:
