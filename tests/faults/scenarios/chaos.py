@@ -18,7 +18,7 @@ from tests.conftest import wait_until
 from tests.faults.cell import Cell
 from tests.faults.cluster import LEASE_S, READY_S, STAGES, Cluster, Holding, Layout, Part
 from tests.faults.history import read
-from tests.faults.load import Load
+from tests.faults.load import EVERYBODY, Load, Mix
 from tests.faults.nemesis import LAST_CHANCE, TRY_FOR_S, Nemesis, unknown_in_silence
 from tests.faults.proxy import Proxy
 from tests.faults.scenarios import scenario
@@ -36,6 +36,8 @@ SICK: Final = ({"mode": "garbage"}, {"mode": "hang"}, {"mode": "truncated"}, {"s
 
 LIFE_S: Final = 80.0
 """Of a question: two of its calls may hang (30 s each), and a third one still answers in time."""
+QUESTIONS: Final[Mix] = {kind: share for kind, share in EVERYBODY.items() if kind != "prompt"}
+"""Everybody but those whose calls may hang for longer than that (120 s)."""
 FORGETFUL: Final = (scripts.SUBMIT, scripts.SETTLE, scripts.CLAIM, scripts.RENEW, scripts.TAKE, scripts.PLACE)
 """Scripts whose replies a forgetful network loses."""
 
@@ -331,7 +333,7 @@ async def everything_at_once(cell: Cell) -> None:
     cell.may_refuse = {"ClientConnectorError"}  # both gateways may be dead at the same time
     cell.least_accepted = ACCEPTED_AT_LEAST
     layout = Layout(latency="lognormal:0.2,0.7", gateways=2, fsync="always", proxied=PROXIED)
-    async with cell.running(layout, fields={"timeout_s": LIFE_S}) as (cluster, load, nemesis):
+    async with cell.running(layout, QUESTIONS, fields={"timeout_s": LIFE_S}) as (cluster, load, nemesis):
         sending = cell.background(load.run(cell.jobs, 60.0))
         chaos = Chaos(cell, cluster, nemesis)
         await chaos.rage(sending.done)
