@@ -89,11 +89,7 @@ _KEEP_ALIVE_S: Final = 4.0  # below the 5 s after which servers of its kind clos
 
 
 def connect(settings: RetrieverSettings, models: Models) -> ServerStore:
-    """Return the store on the server that *settings* name; nothing is asked of it yet.
-
-    Raises:
-        ConfigError: its address is none.
-    """
+    """Return the store on the server that *settings* name; nothing is asked of it yet."""
     url = settings.qdrant_url
     key = settings.qdrant_api_key
     client = AsyncQdrantClient(

@@ -2,7 +2,7 @@
 
     python -m tests.faults                          the whole matrix, once
     python -m tests.faults --scenario 3 --seed 7    one cell again
-    python -m tests.faults --slice                  what continuous integration runs
+    python -m tests.faults --slice                  short forms of some cells; CI runs it without scenario 20
     python -m tests.faults --scenario 21            the long run, 15 minutes (see docs/RELIABILITY.md)
     python -m tests.faults --durability             what an accepted job survives; --write puts it into the docs
 
@@ -199,7 +199,7 @@ def _parser(scenarios: dict[int, Scenario]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=natural, help="of every choice; printed, so that a run can be repeated")
     parser.add_argument("--jobs", type=positive, help="requests of each cell")
-    parser.add_argument("--slice", action="store_true", help="the cells that continuous integration runs")
+    parser.add_argument("--slice", action="store_true", help="some cells in a short form, about three minutes")
     parser.add_argument("--until-red", action="store_true", help="stop at the first cell that is not green")
     parser.add_argument("--json", type=appendable, help="append the verdicts to this file, one line each")
     parser.add_argument("--keep", action="store_true", help="keep the files of green cells, too")

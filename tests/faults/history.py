@@ -12,8 +12,16 @@ clients:
     {"at_s", "event": "outcome", "n", "id", "outcome": {...}}      what the client was told; seen again: once more
     {"at_s", "event": "spans", "n", "spans": {...}}                `timings_ms` as a gateway answered them
 
-Events of faults: {"at_s", "event": "fault", "fault", "victim", "held", ...}, and "repeats", how many calls may be made
-again because of it, where there are such. `at_s` is seconds on the monotonic clock.
+Events of the nemesis:
+
+    {"at_s", "event": "fault", "fault", "victim", "held", ...}     "repeats", where there is one: calls that may be made
+                                                                   again because of it
+    {"at_s", "event": "silence", "from_s", "to_s"}                 clients may have heard nothing meanwhile: Redis or a
+                                                                   gateway was away, or badly connected
+    {"at_s", "event": "recovered", "victim", "entries", "after_s"} what a dead worker held was in other hands, or done
+
+Instants and spans ending in `_s` are seconds on the monotonic clock, but for `looked_s` of a fault: that is on the wall
+clock, as the replicas' records are.
 """
 
 from __future__ import annotations

@@ -212,11 +212,10 @@ class Chaos:
         name = rng.choice(free)
         part, proxy = self._cluster[name], self._cluster.proxies[name]
         kind = rng.choice(NETWORK if part.stage != "replica" else NETWORK_OF_REPLICAS)
-        is_answering = part.stage == "gateway"
         self._bad.add(name)
         victim, repeats = part.worker, 0
         try:
-            with self._nemesis.silence() if is_answering else nullcontext():
+            with self._nemesis.silence() if part.stage == "gateway" else nullcontext():
                 if part.stage == "replica" and kind == "cut":
                     repeats = await self._calls_at(part)
                 _spoil(proxy, kind)
