@@ -54,6 +54,10 @@ class Reject(PenstockError):
         self.code = code
 
 
+class MalformedCursor(PenstockError):
+    """This cursor was not given out by the list that it was sent to."""
+
+
 # --- Time acts ---------------------------------------------------------------------------------
 
 
@@ -107,6 +111,13 @@ class NoReplica(PenstockError):
 
 class IdempotencyMismatch(PenstockError):
     """This Idempotency-Key was used before with another body."""
+
+
+# --- The database ------------------------------------------------------------------------------
+
+
+class HistoryUnavailable(PenstockError):
+    """The database of the history cannot be used for now; what is to be written waits in Redis."""
 
 
 # --- Redis -------------------------------------------------------------------------------------

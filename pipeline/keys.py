@@ -22,6 +22,9 @@ key                        type    life                         written by      
 `llm:leases:<URL>`         zset    job id until the job leaves  submit, place, move ... submit, place
 `llm:running:<URL>`        zset    job id until the call ends   place, move, settle ... place
 `llm:health:<URL>`         hash    1 h after the last call      observe                 place
+`record:events`            stream  until the database has them  who accepts or ends     recorder
+`record:rows:<batch>`      list    until the database has them  who accepts a batch     recorder
+`api_keys`                 hash    for ever, revoked ones too   `penstock keys`         gateways
 """
 
 from __future__ import annotations
@@ -48,6 +51,9 @@ LOAD: Final = "llm:load:"
 LEASES: Final = "llm:leases:"
 RUNNING: Final = "llm:running:"
 HEALTH: Final = "llm:health:"
+EVENTS: Final = "record:events"
+ROWS: Final = "record:rows:"
+API_KEYS: Final = "api_keys"
 
 CANCEL_CHANNEL: Final = "job:cancelled"
 """Pub/sub: ids of running jobs to stop. A hint: the mark in the live record is the truth."""
@@ -69,6 +75,9 @@ LUA_KEYS: Final = {
     "leases": LEASES,
     "running": RUNNING,
     "health": HEALTH,
+    "events": EVENTS,
+    "rows": ROWS,
+    "api_keys": API_KEYS,
     "cancel_channel": CANCEL_CHANNEL,
     "wake_channel": WAKE_CHANNEL,
     "placed": "job:llm_in",
@@ -92,6 +101,9 @@ BOUNDED: Final = {
     LOAD + "*": "one per replica",
     LEASES + "*": "one member per live job",
     RUNNING + "*": "one member per running call",
+    EVENTS: "events not yet written, bounded by admission",
+    ROWS + "*": "one per event that names it",
+    API_KEYS: "two fields per key that an operator made",
 }
 """Keys without a TTL (as glob patterns), each with the reason why it is bounded."""
 

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -60,6 +60,32 @@ def _service_url(text: str) -> str:
 
 
 ServiceUrl = Annotated[str, AfterValidator(_service_url)]
+
+
+def _database_url(text: str) -> str:
+    """Return the address of a database that the history may be kept in. An error does not quote what was given."""
+    scheme, colon, rest = text.partition("://")
+    kind = scheme.partition("+")[0]
+    if not colon or kind not in {"sqlite", "postgres", "postgresql"} or scheme.partition("+")[2] not in _DRIVERS[kind]:
+        raise ValueError("no address like sqlite:///history.db or postgresql://user:password@host/database")
+    if kind == "sqlite" and (not rest.startswith("/") or rest in {"/", "/:memory:"} or "?" in rest):
+        raise ValueError("SQLite needs a file that all processes share: sqlite:///relative.db, sqlite:////absolute.db")
+    if kind != "sqlite":
+        try:
+            parts = urlsplit(text)
+            _ = parts.port  # raises where it is no number
+        except ValueError:
+            raise ValueError("no address like postgresql://user:password@host:5432/database") from None
+        if strange := sorted(set(parse_qs(parts.query, keep_blank_values=True)) - POSTGRES_OPTIONS):
+            known = ", ".join(sorted(POSTGRES_OPTIONS))
+            raise ValueError(f"unknown after the `?`: {', '.join(strange)}; known are {known}")
+    return text
+
+
+_DRIVERS: Final = {"sqlite": {"", "aiosqlite"}, "postgres": {""}, "postgresql": {"", "asyncpg"}}
+POSTGRES_OPTIONS: Final = frozenset({"host", "port", "user", "sslmode", "application_name"})
+"""What may follow the `?` of a PostgreSQL address, with libpq's names and meanings."""
+DatabaseUrl = Annotated[str, AfterValidator(_database_url)]
 
 
 class Section(BaseModel):
@@ -222,6 +248,18 @@ class GatewaySettings(Section):
     max_query_chars: int = Field(16_000, ge=1)
 
 
+class HistorySettings(Section):
+    """The database of what was done, and the recorder that writes it."""
+
+    url: DatabaseUrl = Field(
+        "sqlite:///.penstock/history.db", repr=False, description="sqlite:///FILE or postgresql://..."
+    )
+    batch: int = Field(500, ge=1, le=5_000, description="events written in one transaction")
+    timeout_s: float = Field(10.0, gt=0, le=600, description="for one transaction, or one answer of the database")
+    max_backlog: int = Field(250_000, ge=1, description="events not yet written; above it no recorded work is accepted")
+    auto_upgrade: bool = Field(False, description="the recorder brings the tables up to date when it starts")
+
+
 class LogSettings(Section):
     """Log lines on standard output."""
 
@@ -257,6 +295,7 @@ class Settings(Section):
     llm: LlmSettings = LlmSettings()
     balancing: BalancingSettings = BalancingSettings()
     gateway: GatewaySettings = GatewaySettings()
+    history: HistorySettings = HistorySettings()
     log: LogSettings = LogSettings()
     metrics: MetricsSettings = MetricsSettings()
     lifetimes: Lifetimes = Lifetimes()
@@ -288,6 +327,7 @@ ALIASES: Final[dict[str, tuple[str, str]]] = {
     "QDRANT_API_KEY": ("retriever", "qdrant_api_key"),
     "WORKER_NAME": ("worker", "name"),
     "MAX_RETRIES": ("retry", "max_retries"),
+    "DATABASE_URL": ("history", "url"),
     "PENSTOCK_API_KEYS": ("gateway", "api_keys"),
 }
 """Names from elsewhere; a later row wins over an earlier one, and `PENSTOCK_<SECTION>__<NAME>` over all."""

@@ -33,6 +33,7 @@ def test_defaults_work_and_are_the_promised_ones() -> None:
 
 
 ADDRESSES = {"urls", "qdrant_url", "embeddings_url"}
+DATABASES = {"PENSTOCK_HISTORY__URL": "sqlite:///other"}
 NEEDED_BESIDE = {"PENSTOCK_ENCODER__EMBEDDINGS_URL": {"PENSTOCK_ENCODER__EMBEDDINGS_MODEL": "x"}}
 
 
@@ -45,7 +46,7 @@ def test_every_setting_is_read_from_its_name(name: str) -> None:
         if field in {"policy", "level", "format"}:
             complaint({name: "no such choice"})
         else:
-            load({name: "http://x" if field in ADDRESSES else "x"} | NEEDED_BESIDE.get(name, {}))
+            load({name: DATABASES.get(name, "http://x" if field in ADDRESSES else "x")} | NEEDED_BESIDE.get(name, {}))
     else:
         assert name in complaint({name: "no number"})
 
@@ -97,6 +98,7 @@ def test_misspelt_name_is_refused_with_the_right_one(wrong: str, meant: str) -> 
         ("QDRANT_API_KEY", "key-1", SecretStr("key-1")),
         ("WORKER_NAME", "w1", "w1"),
         ("MAX_RETRIES", "7", 7),
+        ("DATABASE_URL", "postgres://me@there/history", "postgres://me@there/history"),
         ("PENSTOCK_API_KEYS", "a:1,b:2", ("a:1", "b:2")),
     ],
 )
@@ -107,7 +109,7 @@ def test_names_from_elsewhere_are_honoured(name: str, text: str, value: object) 
     assert load({name: ""}) == Settings()
     if field not in {"slots", "max_retries"}:
         ours = f"{PREFIX}{section.upper()}__{field.upper()}"
-        chosen = load({name: text, ours: "http://other" if field in ADDRESSES else "other"})
+        chosen = load({name: text, ours: DATABASES.get(ours, "http://other" if field in ADDRESSES else "other")})
         assert getattr(getattr(chosen, section), field) != value
 
 
@@ -209,3 +211,40 @@ def test_qdrant_server_is_named_as_people_name_it() -> None:
     assert settings.qdrant_url == "http://127.0.0.1:6333"
     assert settings.qdrant_api_key is not None
     assert "secret" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite:///history.db", "sqlite:////var/lib/history.db", "sqlite+aiosqlite:///x", "postgres://host/db",
+        "postgresql://me:secret@host:5433/db?sslmode=require", "postgresql:///db?host=/run/postgresql&user=me",
+        "postgresql+asyncpg://host/db?application_name=x",
+    ],
+)  # fmt: skip
+def test_addresses_of_databases_are_taken_as_people_write_them(url: str) -> None:
+    """The two spellings of PostgreSQL, with the driver or without; a file for SQLite."""
+    assert load({"DATABASE_URL": url}).history.url == url
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("mysql://me:secret@host/db", "postgresql://user:password@host"),
+        ("secret", "postgresql://user:password@host"),
+        ("postgresql+psycopg2://me:secret@host/db", "postgresql://user:password@host"),
+        ("sqlite://", "a file that all processes share"),
+        ("sqlite:///:memory:", "a file that all processes share"),
+        ("sqlite:///x?mode=secret", "a file that all processes share"),
+        ("postgresql://me:secret@host:port/db", "host:5432"),
+        (
+            "postgresql://me:secret@host/db?ssl_mode=secret",
+            "unknown after the `?`: ssl_mode; known are application_name",
+        ),
+    ],
+)
+def test_an_address_of_no_database_of_ours_is_refused_without_repeating_it(url: str, told: str) -> None:
+    """It may hold a password; what to write in its place is said."""
+    text = complaint({"DATABASE_URL": url})
+    assert "PENSTOCK_HISTORY__URL" in text
+    assert told in text
+    assert "secret" not in text

@@ -1,0 +1,599 @@
+"""History: what was asked and what became of it, in a database; single records and lists are read from here.
+
+Redis holds work in flight. Its scripts append an event for each thing that is to be remembered (stream
+`record:events`); the recorder takes them in bulk and writes them here. An event tells of one record of one kind: a row
+of one table, named by tenant and id. It has a rank, and the columns of a table obey one of two rules:
+
+- `first`: filled by the first event that knows a value, never changed afterwards (what was asked for);
+- `latest`: replaced by an event whose rank is higher than that of the row (how it stands with it).
+
+So the order in which events come does not matter, repeating them changes nothing, and any number of recorders may write
+at the same time. Two events of one rank about one record must say the same.
+
+A kind of record is a table and a row of `KINDS`. SQLite and PostgreSQL run the same statements. Errors of SQLAlchemy
+and the drivers end in this file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import asyncpg
+import orjson
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from pipeline.errors import HistoryUnavailable, MalformedCursor, MalformedEntry, Reject
+from pipeline.job import Json
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+Row = dict[str, Any]
+
+HIGHEST: Final = 2**63 - 1
+MOST: Final = 1_000
+"""Rows in one page, at most."""
+
+# --- Tables ------------------------------------------------------------------------------------
+
+METADATA: Final = sa.MetaData()
+_JSON: Final = sa.JSON(none_as_null=True)
+
+
+def _first(name: str, kind: sa.types.TypeEngine[Any]) -> sa.Column[Any]:
+    return sa.Column(name, kind, info={"rule": "first"})
+
+
+def _latest(name: str, kind: sa.types.TypeEngine[Any]) -> sa.Column[Any]:
+    return sa.Column(name, kind, info={"rule": "latest"})
+
+
+def _table(name: str, key: str, *parts: sa.Column[Any] | sa.Index) -> sa.Table:
+    return sa.Table(
+        name,
+        METADATA,
+        sa.Column("tenant", sa.Text(), primary_key=True),
+        sa.Column(key, sa.Text(), primary_key=True),
+        sa.Column("rank", sa.BigInteger(), nullable=False, info={"rule": "latest"}),
+        *parts,
+    )
+
+
+MESSAGES: Final = _table(
+    "messages",
+    "message_id",
+    _first("batch_id", sa.Text()),
+    _first("queue_id", sa.Text()),
+    _first("position", sa.BigInteger()),
+    _first("prompt", sa.Text()),
+    _first("system_prompt", sa.Text()),
+    _first("model", sa.Text()),
+    _first("retrieve", sa.Boolean()),
+    _first("retry_of", sa.Text()),
+    _first("schedule_at_ms", sa.BigInteger()),
+    _first("created_ms", sa.BigInteger()),
+    _latest("status", sa.Text()),
+    _latest("result", _JSON),
+    _latest("error", _JSON),
+    _latest("worker", sa.Text()),
+    _latest("replica", sa.Text()),
+    _latest("attempts", sa.BigInteger()),
+    _latest("timings_ms", _JSON),
+    _latest("finished_ms", sa.BigInteger()),
+    sa.Index("messages_by_time", "tenant", "created_ms", "message_id"),
+    sa.Index("messages_by_queue", "tenant", "queue_id", "created_ms", "message_id"),
+    sa.Index("messages_by_status", "tenant", "status", "created_ms", "message_id"),
+    sa.Index("messages_by_batch", "tenant", "batch_id", "position", "message_id"),
+)
+
+BATCHES: Final = _table(
+    "batches",
+    "batch_id",
+    _first("queue_id", sa.Text()),
+    _first("request_count", sa.BigInteger()),
+    _first("webhook_url", sa.Text()),
+    _first("webhook_event", sa.Text()),
+    _first("created_ms", sa.BigInteger()),
+    _latest("status", sa.Text()),
+    _latest("response_count", sa.BigInteger()),
+    _latest("failed_count", sa.BigInteger()),
+    _latest("closed_ms", sa.BigInteger()),
+    sa.Index("batches_by_time", "tenant", "created_ms", "batch_id"),
+    sa.Index("batches_by_queue", "tenant", "queue_id", "created_ms", "batch_id"),
+    sa.Index("batches_by_status", "tenant", "status", "created_ms", "batch_id"),
+)
+
+WEBHOOKS: Final = _table(
+    "webhooks",
+    "job_id",
+    _first("webhook_id", sa.Text()),
+    _first("queue", sa.Text()),
+    _first("batch_id", sa.Text()),
+    _first("message_id", sa.Text()),
+    _first("url", sa.Text()),
+    _first("event", sa.Text()),
+    _first("created_ms", sa.BigInteger()),
+    _latest("status", sa.Text()),
+    _latest("result", _JSON),
+    _latest("error", _JSON),
+    _latest("worker", sa.Text()),
+    _latest("attempts", sa.BigInteger()),
+    _latest("finished_ms", sa.BigInteger()),
+    sa.Index("webhooks_by_webhook_id", "tenant", "webhook_id", "created_ms"),
+)
+
+QUEUES: Final = _table("queues", "queue_id", _latest("data", _JSON), _latest("changed_ms", sa.BigInteger()))
+
+API_KEYS: Final = _table(
+    "api_keys",
+    "name",
+    _first("digest", sa.Text()),
+    _first("created_ms", sa.BigInteger()),
+    _latest("revoked_ms", sa.BigInteger()),
+)
+
+# --- Events ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing to be remembered.
+
+    Attributes:
+        kind: a key of `KINDS`.
+        rank: 0 for what was asked for; higher for what came of it.
+        at_ms: on Redis' clock.
+        data: what the columns are taken from, by name; what no column is called after is left out.
+        rows: a list in Redis that holds further events, of the kind's members; "" where there is none.
+    """
+
+    kind: str
+    id: str
+    tenant: str
+    rank: int
+    at_ms: int
+    data: Json
+    rows: str = ""
+
+    @classmethod
+    def decode(cls, fields: Sequence[bytes]) -> Self:
+        """Read a stream entry's flat list of names and values.
+
+        Raises:
+            MalformedEntry: it is no event that can be written, and never will be.
+        """
+        text = dict(zip(fields[::2], fields[1::2], strict=False))
+        try:
+            kind, record_id, tenant = (text[name].decode() for name in (b"kind", b"id", b"tenant"))
+            rank, at_ms = int(text[b"rank"]), int(text[b"at_ms"])
+            rows = text.get(b"rows", b"").decode()
+            data = orjson.loads(text[b"data"])
+        except KeyError as error:
+            raise MalformedEntry(f"the event has no field {error.args[0].decode()}", code="missing_field") from error
+        except ValueError as error:
+            raise MalformedEntry(f"the event cannot be read: {error}", code="not_an_event") from error
+        event = cls(kind, record_id, tenant, rank, at_ms, data, rows)
+        event.row()
+        return event
+
+    def members(self, elements: Sequence[bytes]) -> list[Self | MalformedEntry]:
+        """Return the events of elements of the list `rows`; each is a JSON array of an id and its data."""
+        found: list[Self | MalformedEntry] = []
+        for element in elements:
+            try:
+                member_id, data = orjson.loads(element)
+                event = replace(self, kind=KINDS[self.kind].members, id=member_id, data=data, rank=0, rows="")
+                event.row()
+                found.append(event)
+            except MalformedEntry as error:
+                found.append(error)
+            except (ValueError, TypeError) as error:
+                found.append(MalformedEntry(f"no row of a list: {error}", code="not_an_event"))
+        return found
+
+    def row(self) -> Row:
+        """Return the row this is written as, with every column of its table.
+
+        Raises:
+            MalformedEntry: no such kind, or a value that does not fit its column.
+        """
+        kind = KINDS.get(self.kind)
+        if kind is None:
+            message = f"no such kind: {self.kind[:64]!r}; a newer version wrote it, or nobody of ours"
+            raise MalformedEntry(message, code="unknown_kind")
+        if not isinstance(self.data, dict):
+            raise MalformedEntry("data is no JSON object", code="not_an_event")
+        values = self.data | kind.more(self)
+        tenant, key = kind.table.primary_key.columns
+        values |= {tenant.name: self.tenant, key.name: self.id, "rank": self.rank}
+        row = {column.name: _printable(values.get(column.name)) for column in kind.table.columns}
+        for column in kind.table.columns:
+            if not _fits(column, row[column.name]):
+                message = f"{column.name} cannot be {str(row[column.name])[:64]!r}"
+                raise MalformedEntry(message, code="unfit_value", job_id=None)
+        return row
+
+
+def _fits(column: sa.Column[Any], value: object) -> bool:
+    if value is None:
+        return bool(column.nullable)
+    match column.type:
+        case sa.Boolean():
+            return isinstance(value, bool)
+        case sa.BigInteger():
+            return type(value) is int and -HIGHEST <= value <= HIGHEST
+        case sa.Text():
+            return isinstance(value, str)
+    return True
+
+
+def _printable(value: Any) -> Any:
+    """Return *value* without NUL characters: PostgreSQL keeps none in a text."""
+    match value:
+        case str():
+            return value.replace("\0", "\ufffd")
+        case dict():
+            return {_printable(name): _printable(part) for name, part in value.items()}
+        case list():
+            return [_printable(part) for part in value]
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of record.
+
+    Attributes:
+        more: columns that are not called as in the event's data.
+        members: the kind of the events in the list that an event may name.
+    """
+
+    table: sa.Table
+    more: Callable[[Event], Row]
+    members: str = ""
+
+
+def _outcome(event: Event) -> Row:
+    """Return how it stands with a job."""
+    if event.rank == 0:
+        return {"status": "pending"}
+    finished_us = event.data.get("finished_us")
+    return {"finished_ms": finished_us // 1000 if isinstance(finished_us, int) and finished_us else event.at_ms}
+
+
+def _batch(event: Event) -> Row:
+    return {"status": "pending", "response_count": 0, "failed_count": 0} if event.rank == 0 else {}
+
+
+def _webhook(event: Event) -> Row:
+    return _outcome(event) | ({"created_ms": event.at_ms} if event.rank == 0 else {})
+
+
+KINDS: Final[dict[str, Kind]] = {
+    "message": Kind(MESSAGES, _outcome),
+    "batch": Kind(BATCHES, _batch, members="message"),
+    "webhook": Kind(WEBHOOKS, _webhook),
+    "queue": Kind(QUEUES, lambda event: {"data": event.data, "changed_ms": event.at_ms}),
+    "key": Kind(API_KEYS, lambda _: {}),
+}
+
+# --- The database ------------------------------------------------------------------------------
+
+
+class Records:
+    """The database; connects when it is first asked."""
+
+    def __init__(self, engine: AsyncEngine, timeout_s: float) -> None:
+        self.engine = engine
+        self._timeout_s = timeout_s
+        self._upserts: dict[str, sa.Executable] = {}
+
+    @classmethod
+    def open(cls, url: str, *, timeout_s: float = 10.0) -> Self:
+        """Return the history kept at *url*, an address as the setting `history.url` takes it.
+
+        Args:
+            timeout_s: for one transaction, or one answer.
+        """
+        return cls(_make_engine(url, timeout_s), timeout_s)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self.engine.dispose()
+
+    def __repr__(self) -> str:
+        return f"<Records {self.engine.url.render_as_string(hide_password=True)}>"
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    async def apply(self, events: Sequence[Event]) -> None:
+        """Write all of them, or none.
+
+        Raises:
+            HistoryUnavailable: the database is away, or its tables are not up to date.
+            Reject: it refuses one of the events for what stands in it (`refused_by_database`).
+        """
+        rows: dict[str, list[Row]] = {}
+        for event in events:
+            rows.setdefault(event.kind, []).append(event.row())
+        async with self._connection(writes=True) as connection:
+            # Tables in one order, and rows in one order: recorders that write at the same time wait, but never for
+            # each other.
+            for kind in sorted(rows):
+                table = KINDS[kind].table
+                names = [column.name for column in table.primary_key.columns]
+                ordered = sorted(rows[kind], key=lambda row: [row[name] for name in names])
+                await connection.execute(self._upsert(table), ordered)
+
+    def _upsert(self, table: sa.Table) -> sa.Executable:
+        """Return the statement that writes one row of *table* by the rules of its columns."""
+        known = self._upserts.get(table.name)
+        if known is not None:
+            return known
+        insert = postgresql.insert(table) if self.engine.dialect.name == "postgresql" else sqlite.insert(table)
+        new, old = insert.excluded, table.columns
+        newer = new["rank"] > old["rank"]
+        changes: dict[str, Any] = {}
+        for column in old:
+            rule = column.info.get("rule")
+            if rule == "first":
+                changes[column.name] = sa.func.coalesce(column, new[column.name])
+            elif rule == "latest":
+                changes[column.name] = sa.case((newer, new[column.name]), else_=column)
+        names = [column.name for column in table.primary_key.columns]
+        statement = self._upserts[table.name] = insert.on_conflict_do_update(index_elements=names, set_=changes)
+        return statement
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    async def message(self, tenant: str, message_id: str) -> Row | None:
+        """Return one message; None where there is none of this tenant.
+
+        Raises:
+            HistoryUnavailable: the database is away (so for all that reads).
+        """
+        return await self._one(MESSAGES, tenant, MESSAGES.c.message_id == message_id)
+
+    async def batch(self, tenant: str, batch_id: str) -> Row | None:
+        """Return one batch."""
+        return await self._one(BATCHES, tenant, BATCHES.c.batch_id == batch_id)
+
+    async def webhook(self, tenant: str, webhook_id: str) -> Row | None:
+        """Return one webhook by its job's id, or the newest job of a webhook id."""
+        which = sa.or_(WEBHOOKS.c.job_id == webhook_id, WEBHOOKS.c.webhook_id == webhook_id)
+        return await self._one(WEBHOOKS, tenant, which)
+
+    async def messages(
+        self,
+        tenant: str,
+        *,
+        queue: str | None = None,
+        status: str | None = None,
+        batch_id: str | None = None,
+        since_ms: int | None = None,
+        until_ms: int | None = None,
+        after: str | None = None,
+        limit: int = 50,
+    ) -> tuple[list[Row], str | None]:
+        """Return a page of messages and the cursor of the next one, None after the last.
+
+        The newest come first; those of one batch (`batch_id`) in the order of the batch.
+
+        Args:
+            since_ms: of creation; included.
+            until_ms: of creation; left out.
+            after: a cursor.
+
+        Raises:
+            MalformedCursor: it is none of this list.
+        """
+        wanted = {"queue_id": queue, "status": status, "batch_id": batch_id}
+        return await self._page(
+            MESSAGES, tenant, wanted, since_ms, until_ms, after, limit, ordered=batch_id is not None
+        )
+
+    async def batches(
+        self,
+        tenant: str,
+        *,
+        queue: str | None = None,
+        status: str | None = None,
+        since_ms: int | None = None,
+        until_ms: int | None = None,
+        after: str | None = None,
+        limit: int = 50,
+    ) -> tuple[list[Row], str | None]:
+        """Return a page of batches, the newest first, and the cursor of the next one; see `messages`."""
+        wanted = {"queue_id": queue, "status": status}
+        return await self._page(BATCHES, tenant, wanted, since_ms, until_ms, after, limit)
+
+    async def _one(self, table: sa.Table, tenant: str, which: sa.ColumnElement[bool]) -> Row | None:
+        query = sa.select(table).where(table.c.tenant == tenant, which)
+        if "created_ms" in table.c:
+            query = query.order_by(table.c.created_ms.desc())
+        async with self._connection() as connection:
+            found = (await connection.execute(query.limit(1))).mappings().first()
+        return None if found is None else _shown(found)
+
+    async def _page(
+        self,
+        table: sa.Table,
+        tenant: str,
+        wanted: Mapping[str, str | None],
+        since_ms: int | None,
+        until_ms: int | None,
+        after: str | None,
+        limit: int,
+        *,
+        ordered: bool = False,
+    ) -> tuple[list[Row], str | None]:
+        limit = max(1, min(limit, MOST))
+        key = list(table.primary_key.columns)[1]
+        by = [table.c.position if ordered else table.c.created_ms, key]
+        query = sa.select(table).where(table.c.tenant == tenant, by[0].is_not(None))
+        query = query.where(*(table.c[name] == value for name, value in wanted.items() if value is not None))
+        if since_ms is not None:
+            query = query.where(table.c.created_ms >= since_ms)
+        if until_ms is not None:
+            query = query.where(table.c.created_ms < until_ms)
+        if after is not None:
+            last = sa.tuple_(*(sa.literal(part, column.type) for part, column in zip(_read(after), by, strict=True)))
+            query = query.where(sa.tuple_(*by) > last if ordered else sa.tuple_(*by) < last)
+        query = query.order_by(*(column.asc() if ordered else column.desc() for column in by)).limit(limit + 1)
+        async with self._connection() as connection:
+            rows = [_shown(row) for row in (await connection.execute(query)).mappings()]
+        more = len(rows) > limit
+        del rows[limit:]
+        return rows, _cursor(rows[-1][by[0].name], rows[-1][key.name]) if more else None
+
+    # --- the tables ------------------------------------------------------------------------------
+
+    async def check(self) -> None:
+        """Return when the tables are there and up to date.
+
+        Raises:
+            HistoryUnavailable: they are not, or the database is away.
+        """
+        from pipeline import migrations  # Alembic takes as long to import as all the rest
+
+        async with self._connection() as connection:
+            if await connection.run_sync(migrations.lacks):
+                raise HistoryUnavailable("the tables are not up to date: run `penstock db upgrade`")
+
+    async def upgrade(self) -> bool:
+        """Bring the tables up to date; return whether there was something to do.
+
+        Any number may do so at the same time: one is first, and the others find nothing to do.
+
+        Raises:
+            HistoryUnavailable: the database is away.
+        """
+        from pipeline import migrations
+
+        await self._prepare()
+        async with self._connection(writes=True) as connection:
+            await connection.exec_driver_sql(_ALONE[self.engine.dialect.name])
+            if not await connection.run_sync(migrations.lacks):
+                return False
+            await connection.run_sync(migrations.upgrade)
+        return True
+
+    async def _prepare(self) -> None:
+        """Make the file of an SQLite database, one that is read while it is written (WAL)."""
+        file = self.engine.url.database
+        if self.engine.dialect.name != "sqlite" or file is None:
+            return
+        try:
+            Path(file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise HistoryUnavailable(f"the folder of {file} cannot be made: {error.strerror}") from error
+        give_up_s = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                async with self._connection() as connection:
+                    await connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+            except HistoryUnavailable as error:  # SQLite does not wait here for another that does the same
+                if "locked" not in str(error) or time.monotonic() > give_up_s:
+                    raise
+                await asyncio.sleep(0.02)
+            else:
+                return
+
+    # --- the connection --------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _connection(self, *, writes: bool = False) -> AsyncIterator[AsyncConnection]:
+        """Yield a connection for one transaction, in time, its errors being ours."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                begin = self.engine.begin if writes else self.engine.connect
+                async with begin() as connection:
+                    yield connection
+        except TimeoutError as error:
+            raise HistoryUnavailable(f"the database gave no answer within {self._timeout_s:g} s") from error
+        except _TROUBLE as error:
+            raise _translate(error) from error
+
+
+def _shown(row: sa.RowMapping) -> Row:
+    return {name: value for name, value in row.items() if name not in {"tenant", "rank"}}
+
+
+_ALONE: Final = {
+    "sqlite": "BEGIN IMMEDIATE",
+    "postgresql": f"SELECT pg_advisory_xact_lock({0x70656E73746F636B})",  # "penstock", among all users of this database
+}
+"""What lets one transaction at a time change the tables, by database."""
+
+_TROUBLE: Final = (sa.exc.SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError)
+
+
+def _translate(error: Exception) -> HistoryUnavailable | Reject:
+    """Return what went wrong: something with the database, or with what it was given."""
+    original = error.orig if isinstance(error, sa.exc.StatementError) and error.orig is not None else error
+    text = " ".join(str(original).split())[:300]
+    state = getattr(original, "sqlstate", None) or ""
+    refused = (
+        isinstance(error, (sa.exc.DataError, sa.exc.IntegrityError))
+        or isinstance(original, (ValueError, TypeError, OverflowError))
+        or isinstance(original.__cause__, asyncpg.DataError)
+        or state[:2] in {"22", "23", "54"}  # wrong data, a violated constraint, too long for an index
+    )
+    if refused and isinstance(error, sa.exc.StatementError) and error.statement is not None:  # not while connecting
+        return Reject(f"the database refuses it: {text}", code="refused_by_database")
+    if state in {"42P01", "42703"} or "no such table" in text or "has no column" in text or "no such column" in text:
+        return HistoryUnavailable(f"the tables are not up to date, run `penstock db upgrade`: {text}")
+    return HistoryUnavailable(f"the database cannot be used: {text or type(original).__name__}")
+
+
+def _cursor(*last: object) -> str:
+    return base64.urlsafe_b64encode(orjson.dumps(last)).decode().rstrip("=")
+
+
+def _read(cursor: str) -> tuple[int, str]:
+    try:
+        number, text = orjson.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+    except (ValueError, TypeError, binascii.Error) as error:
+        raise MalformedCursor from error
+    if type(number) is not int or abs(number) > HIGHEST or not isinstance(text, str) or "\0" in text:
+        raise MalformedCursor
+    return number, text
+
+
+def _make_engine(url: str, timeout_s: float) -> AsyncEngine:
+    address = sa.make_url(url)
+    common: dict[str, Any] = {"json_serializer": _dump, "json_deserializer": orjson.loads}
+    if address.get_backend_name() == "sqlite":
+        # A connection waits its turn for the file as long as one answer may take.
+        address = address.set(drivername="sqlite+aiosqlite")
+        engine = create_async_engine(address, connect_args={"timeout": timeout_s}, **common)
+        sa.event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+        return engine
+    query = dict(address.query)
+    if mode := query.pop("sslmode", None):
+        query["ssl"] = mode
+    program = query.pop("application_name", "penstock")
+    arguments = {"timeout": timeout_s, "server_settings": {"application_name": program}}
+    address = address.set(drivername="postgresql+asyncpg", query=query)
+    return create_async_engine(address, pool_pre_ping=True, connect_args=arguments, **common)
+
+
+def _dump(value: object) -> str:
+    return orjson.dumps(value).decode()
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    """Set what each connection to the file needs: a commit is on the disk when it returns."""
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.close()
