@@ -44,7 +44,7 @@ def backoff_s(attempt: int, base_s: float, cap_s: float, rng: Random) -> float:
 
 
 def scheduled_s(attempt: int, schedule_s: Sequence[float], rng: Random) -> float:
-    """Return the wait after failed attempt number *attempt*, in seconds: what its schedule says, and up to a tenth more.
+    """Return the wait after failed attempt number *attempt*, in seconds: what its schedule says, a tenth more at most.
 
     Never less: people read the schedule. The tenth keeps those that failed together from coming back together.
     """
