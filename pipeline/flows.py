@@ -81,6 +81,20 @@ class PromptPayload(Payload):
         return self
 
 
+class WebhookPayload(Payload):
+    """News for a receiver outside; what there is to tell is read when it is sent."""
+
+    url: Annotated[str, StringConstraints(min_length=1, max_length=2_048)]
+    event: Literal["batch.completed", "message.completed"]
+    webhook_id: Name = Field(description="by which the receiver knows a repetition: the same in retries and replays")
+    queue: Annotated[str, StringConstraints(min_length=1, max_length=300)] = Field(
+        description="what follows `queue:` in the key of the queue whose secret signs"
+    )
+    batch_id: Name
+    message_id: Name | None = Field(None, description="the one message that `message.completed` tells of")
+    at_ms: int | None = Field(None, ge=0, description="when it happened; this job's own beginning when absent")
+
+
 @dataclass(frozen=True, slots=True)
 class Flow:
     """One kind of job.
@@ -89,6 +103,8 @@ class Flow:
         route: the stages it passes, in order.
         lifetime: the setting in section `lifetimes` that bounds its life.
         result: the parts of the final state that its result shows.
+        story: the parts of its state that its result shows also when it did not complete.
+        retries_s: how long to wait before each retry, at least; None: back-off, as the section `retry` says.
         call_timeout_s: bound of one LLM call.
         longest_s: the longest life that a sender may ask for.
         leases: whether a replica is picked when the job is accepted, not only when it is placed.
@@ -99,10 +115,15 @@ class Flow:
     payload: type[Payload]
     lifetime: str
     result: tuple[str, ...]
+    story: tuple[str, ...] = ()
+    retries_s: tuple[float, ...] | None = None
     call_timeout_s: float = 30.0
     longest_s: float = 86_400.0
     leases: bool = False
 
+
+_TOLD = ("url", "event", "webhook_id", "batch_id", "message_id", "queue", "attempts")
+_MINUTE, _HOUR = 60.0, 3_600.0
 
 FLOWS: Final[dict[str, Flow]] = {
     flow.name: flow
@@ -144,6 +165,26 @@ FLOWS: Final[dict[str, Flow]] = {
             lifetime="message_s",
             result=("answer", "model", "usage"),
             call_timeout_s=120.0,
+        ),
+        Flow(
+            "webhook",
+            route=("webhook",),
+            payload=WebhookPayload,
+            lifetime="webhook_s",
+            result=_TOLD,
+            story=_TOLD,
+            # As Standard Webhooks 1.0.0 proposes: three days in all, for somebody has to come back from a weekend.
+            retries_s=(
+                5,
+                5 * _MINUTE,
+                30 * _MINUTE,
+                2 * _HOUR,
+                5 * _HOUR,
+                10 * _HOUR,
+                14 * _HOUR,
+                20 * _HOUR,
+                24 * _HOUR,
+            ),
         ),
     )
 }

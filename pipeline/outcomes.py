@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING
 
 from pipeline.errors import BrokerUnavailable, DeadlineExceeded, NotReady, Reject, RetryLater
 from pipeline.flows import FLOWS
-from pipeline.job import Completion, Done, Job, error_body
+from pipeline.job import Completion, Done, Job, Json, error_body
 from pipeline.retry import GiveUp, decide_retry
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def decide(job: Job, outcome: Done | BaseException, *, worker: str, retry: Retry
         base_s=retry.base_s,
         cap_s=retry.cap_s,
         rng=rng,
+        schedule_s=FLOWS[job.flow].retries_s,
+        left_s=job.deadline_ms / 1000 - job.at_us / 1e6,
     )
     if isinstance(again, GiveUp):
         return Bury(failed(job, worker, code, message), "attempts_exhausted")
@@ -87,12 +90,11 @@ def decide(job: Job, outcome: Done | BaseException, *, worker: str, retry: Retry
 
 def completed(job: Job, done: Done, worker: str) -> Completion:
     """Return the good outcome: of the final state, what the flow shows."""
-    state = job.state | done.value
     return Completion(
         job.id,
         "completed",
         tenant=job.tenant,
-        result={name: state[name] for name in FLOWS[job.flow].result if name in state},
+        result=_shown(FLOWS[job.flow].result, job.state | done.value),
         worker=worker,
         replica=job.replica,
         attempts=job.attempt,
@@ -106,17 +108,22 @@ def failed(job: Job, worker: str, code: str, message: str) -> Completion:
 
 
 def ended(job: Job, worker: str, status: str, code: str, message: str) -> Completion:
-    """Return any outcome without a result."""
+    """Return any other outcome; its result is the story so far of a flow that tells one, else None."""
     return Completion(
         job.id,
         status,  # type: ignore[arg-type]  # callers write literals
         tenant=job.tenant,
+        result=_shown(FLOWS[job.flow].story, job.state) or None,
         error=error_body(status, code, _short(message)),
         worker=worker,
         replica=job.replica,
         attempts=job.attempt,
         timings_ms=job.timings_ms,
     )
+
+
+def _shown(names: Sequence[str], state: Json) -> Json:
+    return {name: state[name] for name in names if name in state}
 
 
 def _short(message: str) -> str:

@@ -280,6 +280,7 @@ class Lifetimes(Section):
     query_s: float = Field(60.0, gt=0, le=600)
     document_s: float = Field(600.0, gt=0, le=86_400)
     message_s: float = Field(86_400.0, gt=0)
+    webhook_s: float = Field(345_600.0, gt=0)
 
 
 class Settings(Section):

@@ -95,3 +95,11 @@ def test_inner_stage_takes_envelopes_only() -> None:
     with pytest.raises(MalformedEntry) as caught:
         adopt("retriever", query="x")
     assert caught.value.code == "no_default_route"
+
+
+def test_a_schedule_fits_into_its_flows_life() -> None:
+    """With the tenth that jitter adds; else the last retries would never be made."""
+    for flow in FLOWS.values():
+        if flow.retries_s is not None:
+            assert list(flow.retries_s) == sorted(flow.retries_s)
+            assert 1.1 * sum(flow.retries_s) < LIFETIMES[flow.lifetime]

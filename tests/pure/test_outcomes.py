@@ -91,3 +91,34 @@ def test_trouble_of_ours_is_not_charged(outcome: Exception) -> None:
     decision = follow(job(["llm"], attempt=9), outcome)
     assert isinstance(decision, Retry)
     assert decision.attempt == 9
+
+
+def webhook(attempt: int = 1, left_s: float = 4 * 86_400) -> Job:
+    state = {"url": "https://example.com/", "attempts": [{"status": 500}], "hidden": 2}
+    return Job("w1", "webhook", {}, [], int(left_s * 1000), attempt=attempt, state=state)
+
+
+def test_a_flow_may_tell_its_story_whatever_the_end() -> None:
+    """Who asks why nothing came wants the attempts above all."""
+    story = {"url": "https://example.com/", "attempts": [{"status": 500}]}
+    for outcome in (DeadlineExceeded(), Reject("no longer wanted", code="gone")):
+        decision = follow(webhook(), outcome)
+        assert isinstance(decision, (Bury, Complete))
+        assert decision.completion.result == story
+    decision = follow(job(["llm"]), DeadlineExceeded())
+    assert isinstance(decision, Complete)
+    assert decision.completion.result is None
+
+
+def test_a_flow_may_have_a_schedule_of_its_own() -> None:
+    """Ten attempts within its life; the last failure ends it."""
+    failure = RetryLater("status 500", code="bad_status")
+    delays_s = []
+    for attempt in range(1, 10):
+        decision = follow(webhook(attempt), failure)
+        assert isinstance(decision, Retry)
+        delays_s.append(decision.delay_s)
+    assert delays_s == sorted(delays_s)
+    assert 75 * 3_600 < sum(delays_s) < 4 * 86_400
+    assert isinstance(follow(webhook(10), failure), Bury)
+    assert isinstance(follow(webhook(9, left_s=3_600), failure), Bury)

@@ -63,3 +63,40 @@ def test_uncharged_failure_keeps_the_attempt_and_never_ends(attempt: int, after_
     assert isinstance(found, Again)
     assert found.attempt == attempt
     assert found.delay_s >= (0.25 if after_s is None else after_s)
+
+
+SCHEDULE_S = (5.0, 300.0, 1_800.0)
+
+
+def on_schedule(attempt: int, after_s: float | None = None, left_s: float = 1e9, seed: int = 1) -> Again | GiveUp:
+    return decide_retry(
+        attempt, charged=True, after_s=after_s, max_retries=0, base_s=1, cap_s=1, rng=Random(seed),
+        schedule_s=SCHEDULE_S, left_s=left_s,
+    )  # fmt: skip
+
+
+@given(st.integers(1, 10), seeds)
+def test_a_schedule_says_how_long_and_how_often(attempt: int, seed: int) -> None:
+    """In place of the back-off: never sooner than it says, a tenth later at most."""
+    found = on_schedule(attempt, seed=seed)
+    if attempt > len(SCHEDULE_S):
+        assert found == GiveUp()
+    else:
+        assert isinstance(found, Again)
+        assert found.attempt == attempt + 1
+        assert SCHEDULE_S[attempt - 1] <= found.delay_s <= SCHEDULE_S[attempt - 1] * 1.1
+
+
+def test_the_wait_asked_for_makes_a_scheduled_one_longer_only() -> None:
+    """Else a receiver that always asks for a second would have used up a schedule of days in seconds."""
+    longer, shorter = on_schedule(1, after_s=60), on_schedule(2, after_s=60)
+    assert isinstance(longer, Again)
+    assert isinstance(shorter, Again)
+    assert longer.delay_s == 60
+    assert shorter.delay_s >= 300
+
+
+def test_a_scheduled_wait_beyond_the_deadline_is_not_begun() -> None:
+    """Nothing would come of it but silence until then."""
+    assert on_schedule(3, left_s=1_700) == GiveUp()
+    assert isinstance(on_schedule(3, left_s=2_000), Again)
