@@ -93,7 +93,7 @@ class DeadLetters:
         job = self._again(letter, now_ms)
         stage, tail = job.launch()
         stream = keys.stream(stage, job.priority)
-        args = (letter_id, job.id, tail, stream, job.tenant, job.deadline_ms)
+        args = (letter_id, job.id, tail, stream, job.tenant, job.deadline_ms, flows.record_of(job))
         if await self._link.run(scripts.REVIVE, (), args) != b"revived":
             raise _unknown(letter_id)
         return job.id

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal, Self
 
+import orjson
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from pipeline.errors import MalformedEntry
@@ -81,6 +82,30 @@ class PromptPayload(Payload):
         return self
 
 
+class RetrievalPayload(Payload):
+    """A prompt to be answered from the indexed documents."""
+
+    query: Annotated[str, StringConstraints(min_length=1, max_length=MAX_QUERY_CHARS)]
+    system_prompt: Annotated[str, StringConstraints(min_length=1)] | None = None
+    model: ModelName | None = None
+
+
+class BatchPayload(Payload):
+    """A batch whose members are to be gathered once all of them have ended.
+
+    Attributes:
+        queue: what follows `queue:` in the key of its queue.
+        message_id: the one member of a batch that a single message makes.
+    """
+
+    batch_id: Name
+    queue: Annotated[str, StringConstraints(min_length=1, max_length=300)]
+    request_count: int = Field(ge=1)
+    created_ms: int = Field(ge=0)
+    webhook_url: str | None = None
+    message_id: Name | None = None
+
+
 class WebhookPayload(Payload):
     """News for a receiver outside; what there is to tell is read when it is sent."""
 
@@ -108,6 +133,8 @@ class Flow:
         call_timeout_s: bound of one LLM call.
         longest_s: the longest life that a sender may ask for.
         leases: whether a replica is picked when the job is accepted, not only when it is placed.
+        record: the kind of record that history has of such a job by itself, from its acceptance on; "": none. Of
+            messages and batches history is told by the scripts that accept and end batches.
     """
 
     name: str
@@ -120,6 +147,7 @@ class Flow:
     call_timeout_s: float = 30.0
     longest_s: float = 86_400.0
     leases: bool = False
+    record: str = ""
 
 
 _TOLD = ("url", "event", "webhook_id", "batch_id", "message_id", "queue", "attempts")
@@ -167,12 +195,28 @@ FLOWS: Final[dict[str, Flow]] = {
             call_timeout_s=120.0,
         ),
         Flow(
+            "message_retrieve",
+            route=("encoder", "retriever", "llm"),
+            payload=RetrievalPayload,
+            lifetime="message_s",
+            result=("answer", "sources", "model", "usage"),
+            call_timeout_s=120.0,
+        ),
+        Flow(
+            "batch",
+            route=("aggregator",),
+            payload=BatchPayload,
+            lifetime="batch_s",
+            result=("batch_id", "batch_status", "request_count", "response_count"),
+        ),
+        Flow(
             "webhook",
             route=("webhook",),
             payload=WebhookPayload,
             lifetime="webhook_s",
             result=_TOLD,
             story=_TOLD,
+            record="webhook",
             # As Standard Webhooks 1.0.0 proposes: three days in all, for somebody has to come back from a weekend.
             retries_s=(
                 5,
@@ -228,6 +272,12 @@ def new_job(
         priority=priority,
         at_us=now_ms * 1000,
     )
+
+
+def record_of(job: Job) -> bytes:
+    """Return what history is told of a job that begins: its kind and what was asked for; nothing of most."""
+    kind = FLOWS[job.flow].record
+    return kind.encode() + b" " + orjson.dumps(job.payload) if kind else b""
 
 
 def adopt(stage: str, body: Json, *, now_ms: int, lifetimes: Mapping[str, float]) -> Job:

@@ -19,6 +19,7 @@ import orjson
 import structlog
 
 from pipeline import flows, keys, scripts
+from pipeline.batches import AcceptedBatch, Batches, Order
 from pipeline.batching import Batcher
 from pipeline.clock import Clock, monotonic_us
 from pipeline.connection import Argument, Backoff, Link, Outage, OutOfMemory, parse_info
@@ -126,6 +127,7 @@ class Front:
         self._sweeper = Link(settings.redis, "sweep")
         self._reader = Link(settings.redis, "replies")
         self._looker = Link(settings.redis, "overview")
+        self.batches = Batches(Link(settings.redis, "batches"), settings, self.clock)
         self._overview: tuple[int, Overview] | None = None  # when it was made, on the monotonic clock
         self._looking = asyncio.Lock()
         self._outbox: Batcher[_Submission, tuple[str, str]] = Batcher(self._send)
@@ -163,6 +165,7 @@ class Front:
         await self._outbox.close()
         for link in (self._submitter, self._link, self._sweeper, self._reader, self._looker):
             await link.close()
+        await self.batches.close()
 
     # --- submitting ------------------------------------------------------------------------------
 
@@ -216,6 +219,22 @@ class Front:
                 raise Overloaded(message, code="too_many_in_flight")
         raise Overloaded
 
+    async def submit_batch(
+        self, order: Order, *, idempotency: Idempotency | None = None, in_flight_limit: int | None = None
+    ) -> AcceptedBatch:
+        """Accept a batch of messages, all or nothing; arguments and errors as for `submit`."""
+        if self._memory_is_short:
+            raise Overloaded("Redis is nearly out of memory; try again later")
+        if idempotency is None:
+            return await self.batches.accept(order, in_flight_limit=in_flight_limit)
+        return await self.batches.accept(
+            order,
+            idempotency_key=idempotency.key,
+            body_hash=idempotency.body_hash,
+            key_ttl_s=idempotency.ttl_s,
+            in_flight_limit=in_flight_limit,
+        )
+
     async def _send(self, batch: Sequence[_Submission]) -> list[tuple[str, str]]:
         """Send one batch; send it again after an unknown reply: the script knows a job's id.
 
@@ -257,7 +276,7 @@ class Front:
                 args += ["", "", 0]
             else:
                 args += [keys.IDEMPOTENCY + idempotency.key, idempotency.body_hash, int(idempotency.ttl_s * 1000)]
-            args.append("lease" if submission.leases else "")
+            args += ["lease" if submission.leases else "", flows.record_of(job)]
         return args
 
     # --- waiting ---------------------------------------------------------------------------------

@@ -25,6 +25,12 @@ key                        type    life                         written by      
 `record:events`            stream  until the database has them  who accepts or ends     recorder
 `record:rows:<batch>`      list    until the database has them  who accepts a batch     recorder
 `api_keys`                 hash    for ever, revoked ones too   `penstock keys`         gateways
+`message:<id>`             string  setting, 7 days              who ends a job          aggregator, gateways, anyone
+`batch:<id>`               hash    open; then setting, 7 days   batch, who ends a job   aggregator, gateways, anyone
+`batch:members:<id>`       list    as its batch                 batch                   aggregator, gateways
+`batch:done:<id>`          set     as its batch                 who ends a job          who ends a job
+`batch_results:<id>`       string  setting, 7 days              aggregator              gateways, webhook, anyone
+`queue:<queue>`            hash    for ever                     gateways, webhook       gateways, webhook
 """
 
 from __future__ import annotations
@@ -32,7 +38,7 @@ from __future__ import annotations
 from typing import Final
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
-from pipeline.job import Priority
+from pipeline.job import DEFAULT_TENANT, Priority
 
 COMPLETION: Final = "job:completion:"
 DELAYED: Final = "job:delayed"
@@ -54,6 +60,12 @@ HEALTH: Final = "llm:health:"
 EVENTS: Final = "record:events"
 ROWS: Final = "record:rows:"
 API_KEYS: Final = "api_keys"
+MESSAGE: Final = "message:"
+BATCH: Final = "batch:"
+BATCH_MEMBERS: Final = "batch:members:"
+BATCH_DONE: Final = "batch:done:"
+BATCH_RESULTS: Final = "batch_results:"
+QUEUE: Final = "queue:"
 
 CANCEL_CHANNEL: Final = "job:cancelled"
 """Pub/sub: ids of running jobs to stop. A hint: the mark in the live record is the truth."""
@@ -78,6 +90,11 @@ LUA_KEYS: Final = {
     "events": EVENTS,
     "rows": ROWS,
     "api_keys": API_KEYS,
+    "message": MESSAGE,
+    "batch": BATCH,
+    "batch_members": BATCH_MEMBERS,
+    "batch_done": BATCH_DONE,
+    "queue": QUEUE,
     "cancel_channel": CANCEL_CHANNEL,
     "wake_channel": WAKE_CHANNEL,
     "placed": "job:llm_in",
@@ -104,6 +121,8 @@ BOUNDED: Final = {
     EVENTS: "events not yet written, bounded by admission",
     ROWS + "*": "one per event that names it",
     API_KEYS: "two fields per key that an operator made",
+    BATCH + "*": "open batches, bounded by admission; a closed one has a TTL",
+    QUEUE + "*": "one per queue that was set up, or that signs webhooks",
 }
 """Keys without a TTL (as glob patterns), each with the reason why it is bounded."""
 
@@ -111,6 +130,11 @@ BOUNDED: Final = {
 def stream(stage: str, priority: Priority = "normal") -> str:
     """Return the stream a stage reads for *priority*."""
     return f"job:{stage}_in" if priority == "normal" else f"job:{stage}_in:{priority}"
+
+
+def of_tenant(tenant: str, name: str) -> str:
+    """Return *name*, which a client has chosen, as it stands in keys: no other tenant's name can be the same."""
+    return name if tenant == DEFAULT_TENANT else f"{tenant}:{name}"
 
 
 def normalise_replica_url(text: str) -> tuple[str, int | None]:

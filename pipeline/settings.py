@@ -260,6 +260,17 @@ class HistorySettings(Section):
     auto_upgrade: bool = Field(False, description="the recorder brings the tables up to date when it starts")
 
 
+class MessagesSettings(Section):
+    """Messages and batches."""
+
+    max_batch: int = Field(10_000, ge=1, le=100_000, description="members of one batch")
+    max_body_bytes: int = Field(32 << 20, ge=1024, description="of a request that creates messages")
+    low_priority_from: int = Field(10, ge=0, description="batches above this size wait behind everything else")
+    aggregator_slots: int = Field(4, ge=1, le=256, description="batches that one aggregator gathers at once")
+    keep_s: float = Field(7 * 86_400, ge=60, le=366 * 86_400, description="results, once their batch has closed")
+    max_schedule_s: float = Field(30 * 86_400, gt=0, le=366 * 86_400, description="how far ahead schedule_at may be")
+
+
 class LogSettings(Section):
     """Log lines on standard output."""
 
@@ -281,6 +292,7 @@ class Lifetimes(Section):
     document_s: float = Field(600.0, gt=0, le=86_400)
     message_s: float = Field(86_400.0, gt=0)
     webhook_s: float = Field(345_600.0, gt=0)
+    batch_s: float = Field(86_400.0, gt=0)
 
 
 class Settings(Section):
@@ -300,6 +312,7 @@ class Settings(Section):
     log: LogSettings = LogSettings()
     metrics: MetricsSettings = MetricsSettings()
     lifetimes: Lifetimes = Lifetimes()
+    messages: MessagesSettings = MessagesSettings()
 
     @property
     def renew_timeout_s(self) -> float:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 from pipeline.job import Done, Job
 
 if TYPE_CHECKING:
+    from pipeline.batches import Batches
+    from pipeline.clock import Clock
     from pipeline.replicas import Replicas
 
 Outcome = Done | Exception
@@ -26,6 +28,8 @@ class Context(Protocol):
     Attributes:
         worker: name of this worker, as answers show it.
         replicas: the shared registry of LLM replicas.
+        batches: the batches in Redis.
+        clock: Redis' time.
     """
 
     @property
@@ -33,6 +37,12 @@ class Context(Protocol):
 
     @property
     def replicas(self) -> Replicas: ...  # noqa: D102 - the class says it
+
+    @property
+    def batches(self) -> Batches: ...  # noqa: D102 - the class says it
+
+    @property
+    def clock(self) -> Clock: ...  # noqa: D102 - the class says it
 
 
 class Stage:

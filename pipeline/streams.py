@@ -18,6 +18,7 @@ from pipeline.batching import Batcher
 from pipeline.clock import Clock, monotonic_us
 from pipeline.connection import Argument, Backoff, CommandRefused, Link, Outage
 from pipeline.errors import BrokerUnavailable, PenstockError
+from pipeline.flows import record_of
 from pipeline.job import Job
 from pipeline.priorities import Shares
 
@@ -347,7 +348,7 @@ class Placed:
 def start_arguments(job: Job) -> list[Argument]:
     """Return what a script needs to accept *job* on its first stage."""
     stage, tail = job.launch()
-    return [job.id, tail, keys.stream(stage, job.priority), job.tenant, job.deadline_ms, 0]
+    return [job.id, tail, keys.stream(stage, job.priority), job.tenant, job.deadline_ms, 0, record_of(job)]
 
 
 def _entry(

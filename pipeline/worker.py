@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from pipeline import metrics
+from pipeline.batches import Batches
 from pipeline.clock import Clock
-from pipeline.connection import Backoff, GroupMissing, Outage, OutOfMemory
+from pipeline.connection import Backoff, GroupMissing, Link, Outage, OutOfMemory
 from pipeline.errors import BrokerUnavailable, NotReady, PenstockError
 from pipeline.handling import Handling, Held, Reason
 from pipeline.quarantine import Quarantine
@@ -82,6 +83,7 @@ class Worker:
         self._following_up: asyncio.Task[None] | None = None
         self._follow_up_outage = Outage(f"{stage.name} control")
         self.replicas = Replicas(self.streams, settings, clock, self._entry_of, self._rng)
+        self.batches = Batches(Link(settings.redis, f"{stage.name}-batches"), settings, clock)
         self._handling = Handling(
             stage, self.streams, self.replicas, self._by_job, self._heard, settings, clock, self._rng, name
         )
@@ -92,6 +94,11 @@ class Worker:
     def worker(self) -> str:
         """Name of this worker, as answers show it."""
         return self.name
+
+    @property
+    def clock(self) -> Clock:
+        """Redis' time."""
+        return self._clock
 
     # --- feeding ---------------------------------------------------------------------------------
 
@@ -372,6 +379,7 @@ class Worker:
         await self.replicas.close()
         await self.stage.stop()
         await self.streams.close()
+        await self.batches.close()
 
     def _abort(self, held: Held, reason: Reason) -> None:
         if held.settling or held.reason is not None:

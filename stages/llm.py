@@ -223,7 +223,8 @@ def messages_of(job: Job) -> list[Json]:
         Reject: the job has none of them.
     """
     if "sources" in job.state:
-        return augment(job.payload["query"], [Source(one["title"], one["text"]) for one in job.state["sources"]])
+        sources = [Source(one["title"], one["text"]) for one in job.state["sources"]]
+        return augment(job.payload["query"], sources, job.payload.get("system_prompt"))
     messages = job.payload.get("messages")
     if messages:
         return list(messages)

@@ -49,9 +49,14 @@ class Source:
     text: str
 
 
-def augment(query: str, sources: Sequence[Source]) -> list[dict[str, str]]:
-    """Return the prompt that asks *query* of *sources*, as messages of the chat-completions protocol."""
-    return [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": _message(query, sources)}]
+def augment(query: str, sources: Sequence[Source], system_prompt: str | None = None) -> list[dict[str, str]]:
+    """Return the prompt that asks *query* of *sources*, as messages of the chat-completions protocol.
+
+    Args:
+        system_prompt: the sender's own, which stands before what we say of the sources.
+    """
+    instructions = f"{system_prompt}\n\n{INSTRUCTIONS}" if system_prompt else INSTRUCTIONS
+    return [{"role": "system", "content": instructions}, {"role": "user", "content": _message(query, sources)}]
 
 
 def fit(query: str, sources: Sequence[Source], budget: int, count: TokenCount) -> list[Source]:

@@ -123,7 +123,8 @@ class Retriever(Stage):
     def _sources(self, job: Job, found: Sequence[Hit]) -> Done:
         hits = spread(found, self._top_k(job))
         sources = [Source(hit.title, hit.text) for hit in hits]
-        fitting = fit(job.payload["query"], sources, self._settings.prompt_tokens, self._count)
+        budget = self._settings.prompt_tokens - self._count(job.payload.get("system_prompt") or "")
+        fitting = fit(job.payload["query"], sources, budget, self._count)
         used = [
             {"document": hit.document, "title": hit.title, "chunk": hit.chunk, "score": hit.score, "text": source.text}
             for hit, source in zip(hits, fitting, strict=False)  # the lowest hits may not have fitted

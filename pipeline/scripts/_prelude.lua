@@ -76,7 +76,7 @@ local function check_type(key, wanted)
 end
 
 -- The live record, fields by name; nil when there is none. Every key it names is of the right type: `finish` may go on.
-local LIVE_FIELDS = {'entry', 'stream', 'tenant', 'lease', 'cancel', 'reply', 'in_flight', 'idem', 'attempts'}
+local LIVE_FIELDS = {'entry', 'stream', 'tenant', 'lease', 'cancel', 'reply', 'in_flight', 'idem', 'attempts', 'record'}
 local function read_live(id)
   local values = call('HMGET', KEY.live .. id, unpack(LIVE_FIELDS))
   if not values[2] then return nil end
@@ -89,6 +89,16 @@ local function read_live(id)
   if live.in_flight then check_type(live.in_flight, 'set') end
   if live.idem then check_type(live.idem, 'hash') end
   if live.reply then check_type(live.reply, 'stream') end
+  if live.record then
+    live.kind, live.batch = string.match(live.record, '^(%a+) ?(.*)$')
+    if live.kind == 'batch' then live.batch = id end
+    check_type(KEY.events, 'stream')
+    if live.batch ~= '' then
+      check_type(KEY.batch .. live.batch, 'hash')
+      check_type(KEY.batch_done .. live.batch, 'set')
+      check_type(KEY.delayed, 'zset')
+    end
+  end
   return live
 end
 
@@ -134,6 +144,78 @@ local function ended(id, live, status, code, message, now_us)
     .. digits(now_us) .. '}'
 end
 
+-- remember: tell the recorder what was asked for (rank 0) or what became of it (a higher one); see records.py.
+local function remember(kind, id, tenant, rank, now_us, data, rows)
+  local at_ms = digits(math.floor(now_us / 1000))
+  local event = {'kind', kind, 'id', id, 'tenant', tenant, 'rank', rank, 'at_ms', at_ms, 'data', data}
+  if rows then
+    event[#event + 1] = 'rows'
+    event[#event + 1] = rows
+  end
+  call('XADD', KEY.events, '*', unpack(event))
+end
+
+-- How a batch stands: nil when there is none, or what its counters say it would be closed as.
+local function read_batch(id)
+  local found = call('HMGET', KEY.batch .. id, 'req.count', 'res.count', 'failed.count', 'cancelled.count', 'cancel',
+    'closed_ms', 'keep_ms', 'deadline_ms', 'tenant')
+  if not found[1] then return nil end
+  local function count(number) return tonumber(found[number] or '') or 0 end -- a stranger may have written no number
+  local batch = {
+    wanted = count(1), ended = count(2), failed = count(3), cancelled = count(4), cancel = found[5], closed = found[6],
+    keep_ms = count(7), deadline_ms = count(8), tenant = found[9] or 'default',
+  }
+  if batch.cancelled > 0 and (batch.cancel or batch.cancelled == batch.wanted) then
+    batch.verdict = 'cancelled'
+  elseif batch.failed > 0 or batch.ended < batch.wanted then
+    batch.verdict = 'completed_with_errors'
+  else
+    batch.verdict = 'completed'
+  end
+  return batch
+end
+
+-- A member of a batch has ended: keep its result, and count it once; the last one makes the batch's own job due. A closed
+-- batch does not change any more. The result outlives the batch's own job, which gathers it.
+local function count_member(id, batch_id, completion, ttl_ms, now_us)
+  local now_ms = math.floor(now_us / 1000)
+  local batch, key = read_batch(batch_id), KEY.batch .. batch_id
+  if batch then ttl_ms = math.max(batch.keep_ms, batch.deadline_ms - now_ms) end
+  local text = string.sub(completion, 1, -2) .. ',"batch_id":"' .. batch_id .. '"}'
+  call('SET', KEY.message .. id, text, 'PX', digits(ttl_ms))
+  if not batch or batch.closed or call('SADD', KEY.batch_done .. batch_id, id) == 0 then return end
+  local status = string.match(completion, '^{"id":"[^"]*","status":"(%a+)"')
+  if status ~= 'completed' then call('HINCRBY', key, 'failed.count', 1) end
+  if status == 'cancelled' then call('HINCRBY', key, 'cancelled.count', 1) end
+  if call('HINCRBY', key, 'res.count', 1) >= batch.wanted then
+    call('ZADD', KEY.delayed, 'XX', digits(now_ms), batch_id)
+  end
+end
+
+-- A batch's own job has ended, and with it the batch: what is left of it goes in its time.
+local function close_batch(id, ttl_ms, now_us)
+  local batch, key, now_ms = read_batch(id), KEY.batch .. id, digits(math.floor(now_us / 1000))
+  if batch and batch.closed then return end
+  if batch then
+    ttl_ms = digits(batch.keep_ms)
+    call('HSET', key, 'status', batch.verdict, 'closed_ms', now_ms)
+    remember('batch', id, batch.tenant, 10, now_us, '{"status":"' .. batch.verdict .. '","response_count":' .. batch.ended
+      .. ',"failed_count":' .. batch.failed .. ',"closed_ms":' .. now_ms .. '}')
+  end
+  for _, name in ipairs({key, KEY.batch_members .. id, KEY.batch_done .. id}) do call('PEXPIRE', name, ttl_ms) end
+end
+
+-- What follows from the end of a job that is remembered.
+local function record_end(id, live, completion, ttl_ms)
+  local now_us = clock_us()
+  if live.kind == 'message' then count_member(id, live.batch, completion, ttl_ms, now_us) end
+  if live.kind == 'batch' then
+    close_batch(id, ttl_ms, now_us)
+  else
+    remember(live.kind, id, live.tenant or 'default', 10, now_us, completion)
+  end
+end
+
 -- finish: the one place where a job ends. The caller has just removed its entry, in this same script.
 local function finish(id, live, completion, ttl_ms)
   call('SET', KEY.completion .. id, completion, 'PX', ttl_ms)
@@ -148,6 +230,7 @@ local function finish(id, live, completion, ttl_ms)
     ids[#ids + 1] = id
     told[live.reply] = ids
   end
+  if live.record then record_end(id, live, completion, ttl_ms) end
 end
 
 -- A stamp that rises with every accepted job, also when Redis' clock is set back: the larger of clock and last + 1.
@@ -164,10 +247,14 @@ local function check_accept()
   check_type(KEY.delayed, 'zset')
 end
 
+local function envelope(id, tail, now_us)
+  return '{"v":1,"id":"' .. id .. '","accepted_us":' .. digits(next_stamp(now_us)) .. ',' .. tail
+end
+
 -- accept: the one place where a job begins: its live record and its entry, or its place among the delayed.
 -- tail: the envelope without `v`, `id` and `accepted_us`. more: further fields of the live record, flat.
 local function accept(id, tail, stream, tenant, deadline_ms, due_ms, now_us, more, vector)
-  local data = '{"v":1,"id":"' .. id .. '","accepted_us":' .. digits(next_stamp(now_us)) .. ',' .. tail
+  local data = envelope(id, tail, now_us)
   local key = KEY.live .. id
   call('ZADD', KEY.live_index, deadline_ms, id)
   if tonumber(due_ms) * 1000 > now_us then
@@ -176,6 +263,15 @@ local function accept(id, tail, stream, tenant, deadline_ms, due_ms, now_us, mor
   else
     call('HSET', key, 'stream', stream, 'entry', add(stream, data, vector), 'tenant', tenant, unpack(more))
   end
+end
+
+-- Whether a job that begins is remembered: `record` is '' or its kind, a blank, and what was asked for (JSON).
+local function note_record(more, id, tenant, record, now_us)
+  if record == '' then return end
+  local kind, data = string.match(record, '^(%a+) (.*)$')
+  more[#more + 1] = 'record'
+  more[#more + 1] = kind
+  remember(kind, id, tenant, 0, now_us, data)
 end
 
 -- bury: write the story of an entry; returns how many old letters had to go.

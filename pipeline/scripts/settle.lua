@@ -3,7 +3,7 @@
 -- ARGV[1] consumer  ARGV[2] life of a completion (ms)  ARGV[3] dead letters at most  ARGV[4] their greatest age (ms)
 -- ARGV[5] 'placed' when the stage holds running places, else ''  ARGV[6] group
 -- then per entry 9 values: stream, entry, delivery count, job id, verb, and a, b, c of the verb, and the number of jobs
---   to start, followed by 6 values for each of these: id, tail, stream, tenant, deadline_ms, due_ms
+--   to start, followed by 7 values for each of these: id, tail, stream, tenant, deadline_ms, due_ms, record (see prelude)
 --   forward: a next stream, b envelope, c vector     complete: a completion
 --   retry:   a delay (ms),  b envelope, c vector     release:  b envelope, c vector
 --   bury:    a completion ('' none), b dead letter
@@ -13,7 +13,7 @@
 --   Entries are removed last, all together: should the script ever fail half-way, none has gone without its outcome.
 local now_us = clock_us()
 local consumer, ttl_ms, placed, group = ARGV[1], ARGV[2], ARGV[5] == 'placed', ARGV[6]
-local ANSWERS, FIRST, SIZE, START = 2, 7, 9, 6
+local ANSWERS, FIRST, SIZE, START = 2, 7, 9, 7
 local answers, records, at = {digits(now_us), 0}, {}, FIRST
 
 local spans = {} -- by stream: the first and the last of the batch's entries, and how many
@@ -52,6 +52,7 @@ local function check(record)
   for i = record.starts, record.ends, START do
     check_accept()
     check_type(ARGV[i + 2], 'stream')
+    if ARGV[i + 6] ~= '' then check_type(KEY.events, 'stream') end
   end
 end
 check_type(KEY.dead, 'stream')
@@ -109,7 +110,9 @@ local function settle(record)
   for i = record.starts, record.ends, START do
     local new = ARGV[i]
     if call('EXISTS', KEY.live .. new, KEY.completion .. new) == 0 then
-      accept(new, ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4], ARGV[i + 5], now_us, {'deadline', ARGV[i + 4]})
+      local more = {'deadline', ARGV[i + 4]}
+      note_record(more, new, ARGV[i + 3], ARGV[i + 6], now_us)
+      accept(new, ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4], ARGV[i + 5], now_us, more)
     end
   end
   return 'settled'

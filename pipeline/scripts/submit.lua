@@ -1,9 +1,9 @@
 #!lua
 -- submit: accept jobs: live record and entry in one step, or nothing. Refused by Redis itself when memory is full.
 -- ARGV[1] max live jobs  ARGV[2] number of candidates  ARGV[3..] candidates (URLs, healthy, shuffled)
--- then per job 13 values: id, tail (envelope without its head), stream, tenant, deadline_ms, due_ms (0: now), reply
+-- then per job 14 values: id, tail (envelope without its head), stream, tenant, deadline_ms, due_ms (0: now), reply
 --   stream ('' none), in-flight set ('' none), in-flight limit, idempotency key ('' none), body hash, key life (ms),
---   'lease' when a replica is to be picked now, else ''
+--   'lease' when a replica is to be picked now, else '', and its record (see prelude)
 -- Returns: time (us), then two values per job: 'accepted' | 'repeated' | 'mismatch' | 'overloaded' | 'in_flight', and the
 --   id of the job that answers.
 -- Invariant: one job per id and per idempotency key, however often this is sent; ties between replicas fall to the
@@ -12,7 +12,7 @@ local now_us = clock_us()
 local max_jobs = tonumber(ARGV[1])
 local candidates = {}
 for i = 1, tonumber(ARGV[2]) do candidates[i] = ARGV[2 + i] end
-local SIZE = 13
+local SIZE = 14
 local jobs -- alive now
 local answers = {digits(now_us)}
 
@@ -25,7 +25,8 @@ local function least_leased()
   return best
 end
 
-local function submit(id, tail, stream, tenant, deadline_ms, due_ms, reply, set, limit, idem, hash, idem_ms, leases)
+local function submit(id, tail, stream, tenant, deadline_ms, due_ms, reply, set, limit, idem, hash, idem_ms, leases,
+  record)
   if idem ~= '' then
     local seen = call('HMGET', idem, 'hash', 'job')
     if seen[1] then
@@ -58,6 +59,7 @@ local function submit(id, tail, stream, tenant, deadline_ms, due_ms, reply, set,
     note('lease', url)
     lease(id, url, now_us)
   end
+  note_record(more, id, tenant, record, now_us)
   accept(id, tail, stream, tenant, deadline_ms, due_ms, now_us, more)
   jobs = jobs + 1
   return 'accepted', id
@@ -70,6 +72,7 @@ for i = 3 + #candidates, #ARGV, SIZE do
   check_type(ARGV[i + 2], 'stream')
   if ARGV[i + 7] ~= '' then check_type(ARGV[i + 7], 'set') end
   if ARGV[i + 9] ~= '' then check_type(ARGV[i + 9], 'hash') end
+  if ARGV[i + 13] ~= '' then check_type(KEY.events, 'stream') end
 end
 for i = 3 + #candidates, #ARGV, SIZE do
   local word, id = submit(unpack(ARGV, i, i + SIZE - 1))

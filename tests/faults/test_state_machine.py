@@ -354,7 +354,7 @@ class Machine(RuleBasedStateMachine):
             args += [
                 new.job.id, tail, keys.stream(stage, new.job.priority), new.job.tenant, new.job.deadline_ms, new.due_ms,
                 new.reply, keys.IN_FLIGHT + new.job.tenant if limited else "", new.limit or 0,
-                idem, new.body_hash, LONG_MS if idem else 0, "lease" if new.leases else "",
+                idem, new.body_hash, LONG_MS if idem else 0, "lease" if new.leases else "", "",
             ]  # fmt: skip
         before = len(self.model.accepted)
         words = self.model.submit(batch, candidates, most)

@@ -186,6 +186,8 @@ class FakeReplicas(Replicas):
 class FakeContext:
     replicas: FakeReplicas
     worker: str = "worker-1"
+    batches: Any = None
+    clock: Any = None
 
 
 @dataclass

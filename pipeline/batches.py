@@ -1,0 +1,492 @@
+"""Batches of messages: accepted as a whole or not at all, counted, gathered, read.
+
+A message is a job that belongs to a batch; a single one has a batch of its own. A batch is a job, too, delayed until
+its members' deadline and a little more. Whoever ends a member keeps its result (`message:<id>`) and counts it in the
+same script; the last one makes the batch's job due at once. That job (stage aggregator) gathers the results in order,
+and with its end the batch is closed. So a batch closes when its members have ended, and at its deadline in any case.
+
+A small batch is accepted by one script. Of a large one the members are staged first, portion by portion, as live
+records that go by themselves; one script then makes jobs of all of them. What was never committed is nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Final
+
+import orjson
+
+from pipeline import flows, keys, scripts
+from pipeline.clock import Clock, monotonic_us
+from pipeline.connection import Argument, Backoff, Link, OutOfMemory
+from pipeline.errors import BrokerUnavailable, IdempotencyMismatch, Overloaded
+from pipeline.job import Job, Json, Priority, new_id
+
+if TYPE_CHECKING:
+    from pipeline.settings import Settings
+
+ANSWER_WITHIN_S: Final = 0.9
+"""With Redis away a client hears 503 within a second."""
+AT_ONCE: Final = 100
+"""Members that one script takes: about 2 ms during which Redis serves nobody else."""
+AT_ONCE_BYTES: Final = 1 << 20
+STAGED_FOR_MS: Final = 60_000
+GRACE_MS: Final = 5_000
+"""After the members' deadline: whoever holds one, or the next tick, has ended it by then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One prompt, as it goes to the model."""
+
+    prompt: str
+    system_prompt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What one request asks for.
+
+    Attributes:
+        queue_id: as the client named it.
+        single: it asked for one message, not for a batch that happens to hold one.
+        due_ms: when to begin; None: now.
+        retry_of: the message that this one repeats by hand.
+    """
+
+    tenant: str
+    queue_id: str
+    messages: Sequence[Message]
+    single: bool = False
+    model: str | None = None
+    retrieve: bool = False
+    webhook_url: str | None = None
+    webhook_event: str | None = None
+    due_ms: int | None = None
+    retry_of: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptedBatch:
+    """A batch was accepted, now or earlier under the same Idempotency-Key (`repeated`)."""
+
+    batch_id: str
+    message_ids: Sequence[str]
+    repeated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a batch stands.
+
+    Attributes:
+        status: `pending`, `processing`, or how it was closed.
+    """
+
+    batch_id: str
+    queue_id: str
+    status: str
+    request_count: int
+    response_count: int
+    failed_count: int
+    created_ms: int
+    closed_ms: int | None
+
+    @property
+    def is_closed(self) -> bool:
+        """Say whether nothing changes any more."""
+        return self.closed_ms is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One member of a batch: `state` is `queued`, `running`, `ended` or `lost`; `text` its result once it has one."""
+
+    id: str
+    text: bytes
+    state: str
+
+    @property
+    def is_alive(self) -> bool:
+        """Say whether it may still end."""
+        return self.state in {"queued", "running"}
+
+    def result(self) -> Json:
+        """Return it as the results of a batch show it."""
+        if self.text:
+            return result_of(self.text)
+        if self.state == "lost":
+            error = {"type": "failed", "code": "lost", "message": "nothing is known of this message any more"}
+            return {"message_id": self.id, "status": "failed", "error": error}
+        return {"message_id": self.id, "status": "processing" if self.state == "running" else "pending"}
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """Some members of a batch, in order.
+
+    Attributes:
+        verdict: how the batch would be closed now.
+        is_cancelled: the batch is to be cancelled.
+        lost: how many of these were found to be lost, just now.
+    """
+
+    verdict: str
+    is_cancelled: bool
+    lost: int
+    members: list[Member]
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """What messages of a queue get where they name nothing themselves."""
+
+    model: str | None = None
+    system_prompt: str | None = None
+    webhook_url: str | None = None
+    webhook_event: str | None = None
+
+
+class Batches:
+    """The batches in Redis, over one connection of their own: a large one must not hold up anything else."""
+
+    def __init__(self, link: Link, settings: Settings, clock: Clock) -> None:
+        self._link = link
+        self._settings = settings
+        self._clock = clock
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._link.close()
+
+    # --- accepting -------------------------------------------------------------------------------
+
+    async def accept(
+        self,
+        order: Order,
+        *,
+        idempotency_key: str = "",
+        body_hash: str = "",
+        key_ttl_s: float = 0,
+        in_flight_limit: int | None = None,
+    ) -> AcceptedBatch:
+        """Accept a batch: when this returns, all of it is in Redis; when it raises, nothing is.
+
+        Args:
+            idempotency_key: as Redis knows it; "" for none.
+            in_flight_limit: unfinished jobs its tenant may have; a batch counts as one.
+
+        Raises:
+            Overloaded: too much unfinished work, of all, of this tenant (`too_many_in_flight`), or of the recorder.
+            IdempotencyMismatch: the key was used with another body.
+            BrokerUnavailable: no answer within a second; with `unknown` the batch may have been accepted all the same.
+        """
+        if not self._clock.is_set:  # its deadline would be counted from a clock that may be hours off
+            raise BrokerUnavailable("Redis has not been reached yet")
+        plan = _Plan(order, self._settings, self._clock.now_ms())
+        head = self._commit_arguments(plan, idempotency_key, body_hash, key_ttl_s, in_flight_limit)
+        word = answering = ""
+        for _ in range(2):  # once more, should what was staged have gone again
+            word, answering = await self._place(plan, head)
+            if word != "unstaged":
+                break
+        match word:
+            case "accepted":
+                return AcceptedBatch(plan.batch_id, plan.ids)
+            case "repeated":
+                return AcceptedBatch(answering, await self.member_ids(answering), repeated=True)
+            case "mismatch":
+                raise IdempotencyMismatch
+            case "in_flight":
+                message = f"this API key has {in_flight_limit} unfinished jobs, as many as it may"
+                raise Overloaded(message, code="too_many_in_flight")
+            case "backlog":
+                raise Overloaded("the recorder is behind: too much waits to be written to history; try again later")
+            case "unstaged":
+                raise BrokerUnavailable("Redis forgot a part of the batch while it was being accepted")
+        raise Overloaded
+
+    async def _place(self, plan: _Plan, head: Sequence[Argument]) -> tuple[str, str]:
+        portions = _portions(plan.members())
+        first = next(portions)
+        second = next(portions, None)
+        if second is None:
+            return await self._commit([*head, "here", *(part for member in first for part in member)])
+        for portion in chain((first, second), portions):
+            await self._stage(plan, portion)
+        return await self._commit([*head, "staged", *plan.ids])
+
+    async def _stage(self, plan: _Plan, portion: Sequence[_Row]) -> None:
+        args: list[Argument] = [plan.batch_id, STAGED_FOR_MS, plan.stream, plan.order.tenant, plan.deadline_ms]
+        for member in portion:
+            args += member
+        await self._insist(scripts.STAGE, args)
+
+    async def _commit(self, args: Sequence[Argument]) -> tuple[str, str]:
+        reply = await self._insist(scripts.BATCH, args)
+        return reply[1].decode(), reply[2].decode()
+
+    async def _insist(self, script: scripts.Script, args: Sequence[Argument]) -> Any:
+        """Run a script that may be sent again, until it answers or a client would wait too long."""
+        backoff = Backoff(self._settings.redis.reconnect_cap_s)
+        try:
+            async with asyncio.timeout(ANSWER_WITHIN_S):
+                while True:
+                    try:
+                        sent_us = monotonic_us()
+                        reply = await self._link.run(script, (), args)
+                    except BrokerUnavailable as error:
+                        await backoff.failed(error)
+                    else:
+                        self._clock.observe(int(reply[0]), sent_us)
+                        return reply
+        except TimeoutError as error:
+            raise BrokerUnavailable("Redis does not answer", unknown=True) from error
+        except OutOfMemory as error:
+            raise Overloaded("Redis is out of memory; try again later") from error
+
+    def _commit_arguments(
+        self, plan: _Plan, key: str, body_hash: str, key_ttl_s: float, in_flight_limit: int | None
+    ) -> list[Argument]:
+        settings, order, job = self._settings, plan.order, plan.job
+        stage, tail = job.launch()
+        return [
+            plan.batch_id, order.tenant, plan.stream, order.due_ms or 0, plan.deadline_ms,
+            settings.admission.max_jobs, settings.history.max_backlog,
+            keys.IN_FLIGHT + order.tenant if in_flight_limit is not None else "", in_flight_limit or 0,
+            keys.IDEMPOTENCY + key if key else "", body_hash, int(key_ttl_s * 1000),
+            tail, keys.stream(stage, job.priority), job.deadline_ms, plan.closes_ms,
+            int(settings.messages.keep_s * 1000), order.queue_id, orjson.dumps(plan.told()),
+        ]  # fmt: skip
+
+    # --- gathering -------------------------------------------------------------------------------
+
+    async def gather(self, batch_id: str, first: int, most: int, *, close: bool = False) -> Portion | None:
+        """Return how members stand, from number *first* on; None when there is no such batch.
+
+        Args:
+            close: end those that are lost.
+        """
+        fallback_ms = int(self._settings.worker.completion_ttl_s * 1000)
+        reply = await self._link.run(scripts.GATHER, (), (batch_id, first, most, "close" if close else "", fallback_ms))
+        if reply[0] == b"gone":
+            return None
+        rows = zip(reply[3::3], reply[4::3], reply[5::3], strict=True)
+        members = [Member(member.decode(), text, state.decode()) for member, text, state in rows]
+        return Portion(reply[0].decode(), reply[1] == b"cancel", int(reply[2]), members)
+
+    async def cancel_member(self, message_id: str, tenant: str) -> None:
+        """Cancel one member: at once while it waits, by its worker while it runs."""
+        ttl_ms = int(self._settings.worker.completion_ttl_s * 1000)
+        await self._link.run(scripts.CANCEL, (), (message_id, tenant, ttl_ms))
+
+    async def keep_results(self, batch_id: str, text: bytes) -> None:
+        """Write what the batch's results are, for good; doing it twice changes nothing."""
+        ttl_ms = int(self._settings.messages.keep_s * 1000)
+        await self._link.call("SET", keys.BATCH_RESULTS + batch_id, text, "PX", ttl_ms)
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    async def standing(self, batch_id: str, tenant: str) -> Standing | None:
+        """Return how a batch stands; None when Redis does not know it, or not of this tenant."""
+        names = ("tenant", "queue", "status", "req.count", "res.count", "failed.count", "created_ms", "closed_ms")
+        found = await self._within(self._link.call("HMGET", keys.BATCH + batch_id, *names))
+        if found[0] is None or found[0].decode() != tenant:
+            return None
+        texts = [value.decode() if value is not None else "" for value in found]
+        wanted, ended, failed, created_ms = (int(text or 0) for text in texts[3:7])
+        status = texts[2]
+        if not texts[7]:
+            status = "processing" if ended or await self._has_begun(batch_id) else "pending"
+        closed_ms = int(texts[7]) if texts[7] else None
+        return Standing(batch_id, texts[1], status, wanted, ended, failed, created_ms, closed_ms)
+
+    async def _has_begun(self, batch_id: str) -> bool:
+        """Say whether the first member is in somebody's hands: the first in a batch begins first."""
+        portion = await self._within(self.gather(batch_id, 0, 1))
+        return portion is not None and any(member.state == "running" for member in portion.members)
+
+    async def members(self, batch_id: str, first: int, most: int) -> list[Member] | None:
+        """Return members in order; None when Redis does not know the batch."""
+        portion: Portion | None = await self._within(self.gather(batch_id, first, most))
+        return None if portion is None else portion.members
+
+    async def member_ids(self, batch_id: str) -> list[str]:
+        """Return the ids of all members, in order."""
+        found = await self._within(self._link.call("LRANGE", keys.BATCH_MEMBERS + batch_id, 0, -1))
+        return [member.decode() for member in found]
+
+    async def results(self, batch_id: str) -> bytes | None:
+        """Return the text that the aggregator wrote; None while there is none."""
+        text: bytes | None = await self._within(self._link.call("GET", keys.BATCH_RESULTS + batch_id))
+        return text
+
+    async def message(self, message_id: str, tenant: str) -> Json | None:
+        """Return how a message stands; None when Redis does not know it, or not of this tenant."""
+        reply = await self._within(self._link.run(scripts.MESSAGE, (), (message_id,)))
+        if not reply or reply[1].decode() != tenant:
+            return None
+        text, _, state, batch_id, queue_id, created_ms = (part.decode() for part in reply)
+        shown = Member(message_id, text.encode(), state).result()
+        shown |= {"batch_id": batch_id, "queue_id": queue_id or None}
+        return shown | {"created_ms": int(created_ms)} if created_ms else shown
+
+    # --- queues ----------------------------------------------------------------------------------
+
+    async def queue(self, tenant: str, queue_id: str) -> Queue:
+        """Return a queue's defaults: empty ones of a queue that nobody has set up."""
+        names = Queue.__slots__
+        key = keys.QUEUE + keys.of_tenant(tenant, queue_id)
+        found = await self._within(self._link.call("HMGET", key, *names))
+        return Queue(*(value.decode() if value is not None else None for value in found))
+
+    async def set_queue(self, tenant: str, queue_id: str, queue: Queue) -> None:
+        """Put defaults in the place of those that a queue had; its secret stays."""
+        args: list[Argument] = [keys.of_tenant(tenant, queue_id), queue_id, tenant, orjson.dumps(_given(queue))]
+        for name in Queue.__slots__:
+            args += [name, getattr(queue, name) or ""]
+        await self._within(self._link.run(scripts.QUEUE, (), args))
+
+    async def _within(self, call: Any) -> Any:
+        try:
+            async with asyncio.timeout(ANSWER_WITHIN_S):
+                return await call
+        except TimeoutError as error:
+            raise BrokerUnavailable("Redis does not answer", unknown=True) from error
+
+    def __repr__(self) -> str:
+        return f"<Batches over {self._link.name}>"
+
+
+# --- values ------------------------------------------------------------------------------------
+
+
+def result_of(text: bytes) -> Json:
+    """Return a member's result, as the results of its batch show it, from the text of `message:<id>`."""
+    body = orjson.loads(text)
+    result: Json = {"message_id": body["id"], "status": body["status"]}
+    answer = "result" if body["status"] == "completed" else "error"
+    result[answer] = body[answer]
+    return result | {name: body.get(name) for name in ("worker", "replica", "attempts", "timings_ms")}
+
+
+def results_text(batch_id: str, status: str, results: Iterable[bytes]) -> bytes:
+    """Return the body of `GET /batch/{id}/results`; *results* are JSON texts, in order."""
+    return b'{"batch_id":"%b","status":"%b","results":[%b]}' % (batch_id.encode(), status.encode(), b",".join(results))
+
+
+_Row = tuple[Argument, Argument, Argument]
+"""A member as scripts take it: id, tail of its envelope, and an array of its id and what history is told."""
+
+
+class _Plan:
+    """An order with ids and instants: what is sent, however often, is the same."""
+
+    def __init__(self, order: Order, settings: Settings, now_ms: int) -> None:
+        self.order = order
+        self.batch_id = new_id()
+        self.ids = [new_id() for _ in order.messages]
+        self.created_ms = now_ms
+        self.due_ms = max(now_ms, order.due_ms or 0)
+        self._lifetime_s = settings.lifetimes.message_s
+        self.deadline_ms = self.due_ms + int(self._lifetime_s * 1000)
+        self.closes_ms = self.deadline_ms + GRACE_MS
+        low = len(order.messages) > settings.messages.low_priority_from
+        self.priority: Priority = "low" if low else "normal"
+        self.flow = "message_retrieve" if order.retrieve else "message"
+        self.stream = keys.stream(flows.FLOWS[self.flow].route[0], self.priority)
+        payload = flows.BatchPayload(
+            batch_id=self.batch_id,
+            queue=keys.of_tenant(order.tenant, order.queue_id),
+            request_count=len(self.ids),
+            created_ms=now_ms,
+            webhook_url=order.webhook_url,
+            message_id=self.ids[0] if order.single else None,
+        )
+        self.job = flows.new_job(
+            "batch",
+            payload,
+            job_id=self.batch_id,
+            now_ms=self.closes_ms,
+            lifetime_s=settings.lifetimes.batch_s,
+            tenant=order.tenant,
+        )
+
+    def told(self) -> Json:
+        """Return what history is told of the batch."""
+        order = self.order
+        told = {"queue_id": order.queue_id, "request_count": len(self.ids), "created_ms": self.created_ms}
+        more = {"webhook_url": order.webhook_url, "webhook_event": order.webhook_event}
+        return told | {name: value for name, value in more.items() if value is not None}
+
+    def members(self) -> Iterator[_Row]:
+        """Yield the members one by one: a large batch is never in memory twice."""
+        for position, (message_id, message) in enumerate(zip(self.ids, self.order.messages, strict=True)):
+            _, tail = self._job(message_id, message).launch()
+            yield message_id, tail, orjson.dumps([message_id, self._told_of(position, message)])
+
+    def _job(self, message_id: str, message: Message) -> Job:
+        order = self.order
+        payload: flows.Payload
+        if order.retrieve:
+            payload = flows.RetrievalPayload(
+                query=message.prompt, system_prompt=message.system_prompt, model=order.model
+            )
+        elif message.system_prompt is not None:
+            turns = [
+                flows.ChatMessage(role="system", content=message.system_prompt),
+                flows.ChatMessage(role="user", content=message.prompt),
+            ]
+            payload = flows.PromptPayload(messages=turns, model=order.model)
+        else:
+            payload = flows.PromptPayload(prompt=message.prompt, model=order.model)
+        job = flows.new_job(
+            self.flow,
+            payload,
+            job_id=message_id,
+            now_ms=self.due_ms,
+            lifetime_s=self._lifetime_s,
+            tenant=order.tenant,
+            priority=self.priority,
+        )
+        job.retry_of = order.retry_of
+        return job
+
+    def _told_of(self, position: int, message: Message) -> Json:
+        order = self.order
+        told = {
+            "batch_id": self.batch_id,
+            "queue_id": order.queue_id,
+            "position": position,
+            "prompt": message.prompt,
+            "created_ms": self.created_ms,
+        }
+        more = {
+            "system_prompt": message.system_prompt,
+            "model": order.model,
+            "retrieve": order.retrieve or None,
+            "retry_of": order.retry_of,
+            "schedule_at_ms": order.due_ms,
+        }
+        return told | {name: value for name, value in more.items() if value is not None}
+
+
+def _portions(members: Iterator[_Row]) -> Iterator[list[_Row]]:
+    """Divide members into what one script takes at once, by number and by size."""
+    portion: list[_Row] = []
+    size = 0
+    for member in members:
+        portion.append(member)
+        size += sum(len(part) for part in member if isinstance(part, (str, bytes)))
+        if len(portion) == AT_ONCE or size >= AT_ONCE_BYTES:
+            yield portion
+            portion, size = [], 0
+    if portion:
+        yield portion
+
+
+def _given(queue: Queue) -> Json:
+    return {name: value for name in Queue.__slots__ if (value := getattr(queue, name)) is not None}

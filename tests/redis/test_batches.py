@@ -1,0 +1,622 @@
+"""Batches: accepted as a whole or not at all, each member counted once, always closed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import orjson
+import pytest
+
+from pipeline import batches, keys, scripts
+from pipeline.batches import AcceptedBatch, Message, Order
+from pipeline.connection import CommandRefused, Link
+from pipeline.errors import BrokerUnavailable, IdempotencyMismatch, Overloaded
+from pipeline.front import Front, Idempotency
+from pipeline.job import Completion, decode
+from pipeline.settings import Settings
+from stages.aggregator import Aggregator
+from tests.conftest import wait_until
+from tests.rig import (
+    Gate,
+    Hand,
+    Mortal,
+    Scripted,
+    assert_nothing_is_left,
+    bury,
+    changed,
+    complete,
+    everything,
+    letters,
+    outcome,
+    retry,
+    working,
+)
+
+HOOK = "https://example.com/hook"
+
+
+def order(count: int, *, tenant: str = "default", **more: Any) -> Order:
+    """So many messages of one queue."""
+    return Order(tenant, "q", [Message(f"prompt {number}") for number in range(count)], **more)
+
+
+async def counters(link: Link, batch_id: str) -> dict[str, str]:
+    """What `batch:<id>` says."""
+    flat = await link.call("HGETALL", keys.BATCH + batch_id)
+    return {name.decode(): value.decode() for name, value in zip(flat[::2], flat[1::2], strict=True)}
+
+
+async def results(link: Link, batch_id: str) -> dict[str, Any]:
+    """The results that the aggregator wrote."""
+    text = await link.call("GET", keys.BATCH_RESULTS + batch_id)
+    assert text is not None
+    value: dict[str, Any] = orjson.loads(text)
+    return value
+
+
+async def events(link: Link) -> list[dict[str, Any]]:
+    """What the recorder is told, in order."""
+    found = []
+    for _, fields in await link.call("XRANGE", keys.EVENTS, "-", "+"):
+        event: dict[str, Any] = {n.decode(): v.decode() for n, v in zip(fields[::2], fields[1::2], strict=True)}
+        found.append(event | {"data": orjson.loads(event["data"]), "rank": int(event["rank"])})
+    return found
+
+
+async def is_closed(link: Link, batch_id: str) -> bool:
+    """Say whether the batch is closed."""
+    return bool(await link.call("HEXISTS", keys.BATCH + batch_id, "closed_ms"))
+
+
+async def all_but_replies(link: Link) -> dict[bytes, bytes]:
+    """All that Redis holds, without what a gateway keeps alive for itself."""
+    return {name: value for name, value in (await everything(link)).items() if not name.startswith(b"reply:")}
+
+
+async def make_due(link: Link, job_id: str) -> None:
+    """Let the time of a delayed job have come."""
+    assert await link.call("ZADD", keys.DELAYED, "XX", "CH", 1, job_id) == 1
+
+
+async def promote(link: Link) -> int:
+    """Do what every worker's tick does."""
+    return int((await link.run(scripts.PROMOTE, (), (100,)))[1])
+
+
+@asynccontextmanager
+async def aggregating(settings: Settings) -> AsyncIterator[None]:
+    """Run an aggregator for the block's time."""
+    async with working(settings, [Aggregator(settings)]):
+        yield
+
+
+async def assert_all_ended(link: Link) -> None:
+    """Nothing lives, and what is left of batches goes by itself; what the recorder would take is taken away."""
+    rows = await link.call("KEYS", keys.ROWS + "*")
+    await link.call("DEL", keys.EVENTS, *rows)
+    await assert_nothing_is_left(link)
+    for pattern in (keys.BATCH, keys.MESSAGE, keys.BATCH_RESULTS):
+        for name in await link.call("KEYS", pattern + "*"):
+            assert 0 < await link.call("PTTL", name) <= 7 * 86_400_000, name
+
+
+# --- accepting ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a large batch be one of more than three."""
+    monkeypatch.setattr(batches, "AT_ONCE", 3)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.usefixtures("portions")
+async def test_batch_is_there_as_a_whole(link: Link, settings: Settings, front: Front, count: int) -> None:
+    """Counters, members in order, a job for each, one to gather them; the recorder is told of all."""
+    accepted = await front.submit_batch(order(count))
+    assert len(accepted.message_ids) == count
+    found = await counters(link, accepted.batch_id)
+    assert (found["req.count"], found["res.count"], found["status"]) == (str(count), "0", "pending")
+    members = await link.call("LRANGE", keys.BATCH_MEMBERS + accepted.batch_id, 0, -1)
+    assert [member.decode() for member in members] == accepted.message_ids
+    assert await link.call("ZCARD", keys.LIVE_INDEX) == count + 1
+    await promote(link)
+    async with Hand(settings, "owner", "llm") as owner:
+        jobs = [decode(entry.data or b"") for entry in await owner.take()]
+    assert sorted(job.id for job in jobs) == sorted(accepted.message_ids)
+    assert len({job.accepted_us for job in jobs}) == count
+    prompts = {job.id: job.payload["prompt"] for job in jobs}
+    assert [prompts[message_id] for message_id in accepted.message_ids] == [f"prompt {n}" for n in range(count)]
+    (told,) = await events(link)
+    assert (told["kind"], told["id"], told["rank"], told["data"]["request_count"]) == (
+        "batch", accepted.batch_id, 0, count,
+    )  # fmt: skip
+    rows = [orjson.loads(row) for row in await link.call("LRANGE", told["rows"], 0, -1)]
+    assert [(row[0], row[1]["position"], row[1]["prompt"]) for row in rows] == [
+        (message_id, number, f"prompt {number}") for number, message_id in enumerate(accepted.message_ids)
+    ]
+    assert {row[1]["batch_id"] for row in rows} == {accepted.batch_id}
+
+
+async def test_large_batches_wait_behind_everything_else(link: Link, settings: Settings, front: Front) -> None:
+    """Above a size that can be set; smaller ones do not."""
+    settings = changed(settings, messages={"low_priority_from": 2})
+    async with Front(settings, "other") as other:
+        await other.submit_batch(order(2))
+        await other.submit_batch(order(3))
+    assert await link.call("XLEN", keys.stream("llm")) == 2
+    assert await link.call("XLEN", keys.stream("llm", "low")) == 3
+
+
+async def test_scheduled_batch_begins_when_it_is_due(link: Link, front: Front) -> None:
+    """Until then it is on no stream; its deadline counts from there."""
+    due_ms = front.clock.now_ms() + 3_600_000
+    accepted = await front.submit_batch(order(2, due_ms=due_ms))
+    assert await promote(link) == 0
+    for message_id in accepted.message_ids:
+        assert float(await link.call("ZSCORE", keys.DELAYED, message_id)) == due_ms
+        assert int(await link.call("HGET", keys.LIVE + message_id, "deadline")) == due_ms + 86_400_000
+        await make_due(link, message_id)
+    assert await promote(link) == 2
+
+
+@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.usefixtures("portions")
+async def test_batch_sent_again_is_one_batch(
+    link: Link, front: Front, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Every reply is lost once; the gateway sends again, and the scripts know what they have done."""
+    run, lost = front.batches._link.run, 0
+
+    async def deaf(*args: Any, **more: Any) -> Any:
+        nonlocal lost
+        reply = await run(*args, **more)
+        lost += 1
+        if lost % 2:
+            raise BrokerUnavailable("the reply was lost", unknown=True)
+        return reply
+
+    monkeypatch.setattr(front.batches._link, "run", deaf)
+    accepted = await front.submit_batch(order(count))
+    assert lost == 2 * (1 if count == 2 else 4)
+    assert await link.call("ZCARD", keys.LIVE_INDEX) == count + 1
+    assert await link.call("LLEN", keys.BATCH_MEMBERS + accepted.batch_id) == count
+    assert len(await events(link)) == 1
+
+
+@pytest.mark.usefixtures("portions")
+@pytest.mark.parametrize("survived", [0, 1, 2, 3])
+async def test_gateway_that_dies_while_it_stages_leaves_nothing_that_counts(
+    link: Link, settings: Settings, front: Front, monkeypatch: pytest.MonkeyPatch, survived: int
+) -> None:
+    """However many portions were staged: no index, no stream, no list knows them, and they go by themselves."""
+    run, calls = front.batches._link.run, 0
+
+    async def die(*args: Any, **more: Any) -> Any:
+        nonlocal calls
+        if calls == survived:
+            raise asyncio.CancelledError
+        calls += 1
+        return await run(*args, **more)
+
+    monkeypatch.setattr(front.batches._link, "run", die)
+    with pytest.raises(asyncio.CancelledError):
+        await front.submit_batch(order(9))
+    staged = await link.call("KEYS", keys.LIVE + "*")
+    assert len(staged) == 3 * survived
+    for name in [*staged, *await link.call("KEYS", keys.ROWS + "*")]:
+        assert 0 < await link.call("PTTL", name) <= batches.STAGED_FOR_MS
+    for pattern in (keys.BATCH + "*", keys.LIVE_INDEX, keys.DELAYED, keys.EVENTS):
+        assert await link.call("KEYS", pattern) == []
+    monkeypatch.undo()
+    for name in staged:
+        assert await front.batches.message(name.decode().removeprefix(keys.LIVE), "default") is None
+        await link.call("DEL", name)
+    await assert_nothing_is_left(link)
+
+
+@pytest.mark.usefixtures("portions")
+async def test_batch_that_lost_a_part_while_it_was_staged_is_staged_again(
+    link: Link, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commit finds that a member is gone and changes nothing; then all of it is there."""
+    run, commits = front.batches._link.run, 0
+
+    async def forgetful(script: scripts.Script, *args: Any, **more: Any) -> Any:
+        nonlocal commits
+        if script is scripts.BATCH:
+            commits += 1
+            if commits == 1:
+                await link.call("DEL", (await link.call("KEYS", keys.LIVE + "*"))[0])
+        return await run(script, *args, **more)
+
+    monkeypatch.setattr(front.batches._link, "run", forgetful)
+    await front.submit_batch(order(5))
+    assert commits == 2
+    assert await link.call("ZCARD", keys.LIVE_INDEX) == 6
+    assert len(await link.call("KEYS", keys.LIVE + "*")) == 6
+
+
+@pytest.mark.usefixtures("portions")
+async def test_portion_that_arrives_after_the_commit_changes_nothing(
+    link: Link, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lay in the buffer of a connection that nobody listens to any more."""
+    run, staged = front.batches._link.run, []
+
+    async def note(script: scripts.Script, names: Any, args: Any, **more: Any) -> Any:
+        if script is scripts.STAGE:
+            staged.append(args)
+        return await run(script, names, args, **more)
+
+    monkeypatch.setattr(front.batches._link, "run", note)
+    await front.submit_batch(order(5))
+    before = await all_but_replies(link)
+    for args in staged:
+        assert (await link.run(scripts.STAGE, (), args))[1] == b"late"
+    assert await all_but_replies(link) == before
+
+
+@pytest.mark.usefixtures("portions")
+@pytest.mark.parametrize("count", [2, 8])
+async def test_refused_batch_leaves_nothing(link: Link, settings: Settings, front: Front, count: int) -> None:
+    """Too many jobs, too many of this key, a recorder that is behind: nothing was created."""
+    await link.call("XADD", keys.EVENTS, "*", "kind", "other")
+    for change, code in (
+        ({"admission": {"max_jobs": count}}, "overloaded"),
+        ({"history": {"max_backlog": 1}}, "overloaded"),
+        ({}, "too_many_in_flight"),
+    ):
+        async with Front(changed(settings, **change), "other") as other:
+            await link.call("SADD", keys.IN_FLIGHT + "default", "one", "two")
+            with pytest.raises(Overloaded) as caught:
+                await other.submit_batch(order(count), in_flight_limit=2 if not change else None)
+            assert caught.value.code == code
+    await link.call("DEL", keys.IN_FLIGHT + "default")
+    assert await link.call("KEYS", keys.BATCH + "*") == []
+    assert await link.call("EXISTS", keys.LIVE_INDEX, keys.DELAYED) == 0
+    assert await link.call("XLEN", keys.EVENTS) == 1
+    for name in await link.call("KEYS", keys.LIVE + "*"):
+        assert await link.call("PTTL", name) > 0
+
+
+async def test_key_of_a_wrong_type_refuses_the_whole_batch(link: Link, front: Front) -> None:
+    """The script looks before it writes."""
+    await link.call("SET", keys.stream("llm"), "a string")
+    before = await all_but_replies(link)
+    with pytest.raises(CommandRefused):
+        await front.submit_batch(order(3))
+    assert await all_but_replies(link) == before
+
+
+async def test_same_key_and_body_is_the_same_batch(link: Link, settings: Settings, front: Front) -> None:
+    """With the same members, also when it has been closed; another body is refused."""
+    key, other = Idempotency("k", "body"), Idempotency("k", "other body")
+    first = await front.submit_batch(order(3), idempotency=key)
+    async with aggregating(settings), Hand(settings, "owner", "llm") as owner:
+        again = await front.submit_batch(order(3), idempotency=key)
+        assert again == AcceptedBatch(first.batch_id, first.message_ids, repeated=True)
+        await owner.settle(*(complete(entry) for entry in await owner.take()))
+        await wait_until(lambda: is_closed(link, first.batch_id))
+        assert (await front.submit_batch(order(3), idempotency=key)).batch_id == first.batch_id
+        with pytest.raises(IdempotencyMismatch):
+            await front.submit_batch(order(3), idempotency=other)
+    await assert_all_ended(link)
+
+
+async def test_same_key_at_the_same_time_is_one_batch(link: Link, settings: Settings, front: Front) -> None:
+    """Two gateways race; one batch is accepted, and both hear of it."""
+    key = Idempotency("k", "body")
+    async with Front(settings, "other") as other:
+        both = await asyncio.gather(
+            *(one.submit_batch(order(3), idempotency=key) for one in (front, other, front, other))
+        )
+    assert len({accepted.batch_id for accepted in both}) == 1
+    assert len({tuple(accepted.message_ids) for accepted in both}) == 1
+    assert sum(accepted.repeated for accepted in both) == 3
+    assert await link.call("ZCARD", keys.LIVE_INDEX) == 4
+
+
+async def test_batch_counts_as_one_job_of_its_key(link: Link, settings: Settings, front: Front) -> None:
+    """Until it is closed."""
+    first = await front.submit_batch(order(5), in_flight_limit=1)
+    with pytest.raises(Overloaded):
+        await front.submit_batch(order(1), in_flight_limit=1)
+    async with aggregating(settings), Hand(settings, "owner", "llm") as owner:
+        await owner.settle(*(complete(entry) for entry in await owner.take()))
+        await wait_until(lambda: is_closed(link, first.batch_id))
+        await front.submit_batch(order(1), in_flight_limit=1)
+
+
+# --- counting -------------------------------------------------------------------------------------
+
+
+async def test_member_is_counted_once_however_it_ends(link: Link, settings: Settings, front: Front) -> None:
+    """Completed, failed, expired, cancelled: each in its own way, each once, each with its result in its place."""
+    accepted = await front.submit_batch(order(5))
+    done, failed, expired, cancelled, lost = accepted.message_ids
+    async with Hand(settings, "owner", "llm") as owner:
+        entries = {decode(entry.data or b"").id: entry for entry in await owner.take(3)}
+        assert set(entries) == {done, failed, expired}
+        settlements = [complete(entries[done]), bury(entries[failed])]
+        assert await owner.settle(*settlements) == ["settled", "settled"]
+        assert await owner.settle(*settlements) == ["lost", "lost"]
+        assert (await counters(link, accepted.batch_id))["res.count"] == "2"
+        await owner.die()
+        await link.call("ZADD", keys.LIVE_INDEX, 1, expired)
+        await link.run(scripts.EXPIRE, (), (10, 1_000))
+        assert await front.cancel(cancelled, "default") == "cancelled"
+        (entry,) = await link.call("XRANGE", keys.stream("llm"), "-", "+")
+        await link.call("XDEL", keys.stream("llm"), entry[0])
+        await link.call("ZADD", keys.LIVE_INDEX, 1, lost)
+        await link.run(scripts.EXPIRE, (), (10, 1_000))
+    async with aggregating(settings):
+        await wait_until(lambda: is_closed(link, accepted.batch_id))
+    found = await counters(link, accepted.batch_id)
+    assert (found["res.count"], found["failed.count"], found["status"]) == ("5", "4", "completed_with_errors")
+    body = await results(link, accepted.batch_id)
+    assert [row["message_id"] for row in body["results"]] == accepted.message_ids
+    assert [row["status"] for row in body["results"]] == ["completed", "failed", "expired", "cancelled", "failed"]
+    assert body["results"][4]["error"]["code"] == "lost"
+    told = [event for event in await events(link) if event["rank"] == 10]
+    assert [event["id"] for event in told if event["kind"] == "batch"] == [accepted.batch_id]
+    assert sorted(event["id"] for event in told if event["kind"] == "message") == sorted(accepted.message_ids)
+    await assert_all_ended(link)
+
+
+async def test_result_of_a_member_is_its_outcome_with_its_batch(link: Link, settings: Settings, front: Front) -> None:
+    """`message:<id>` reads like a completion; it stays when that has gone."""
+    accepted = await front.submit_batch(order(1))
+    (message_id,) = accepted.message_ids
+    async with Hand(settings, "owner", "llm") as owner:
+        await owner.settle(complete(await owner.take_one()))
+    text = await link.call("GET", keys.MESSAGE + message_id)
+    assert Completion.decode(text) == await outcome(link, message_id)
+    assert orjson.loads(text)["batch_id"] == accepted.batch_id
+    assert await link.call("PTTL", keys.MESSAGE + message_id) > 6 * 86_400_000
+
+
+async def test_retried_member_is_not_counted(link: Link, settings: Settings, front: Front) -> None:
+    """It has not ended."""
+    accepted = await front.submit_batch(order(1))
+    async with Hand(settings, "owner", "llm") as owner:
+        await owner.settle(retry(await owner.take_one(), delay_ms=0))
+        assert (await counters(link, accepted.batch_id))["res.count"] == "0"
+        await promote(link)
+        await owner.settle(complete(await owner.take_one()))
+    assert (await counters(link, accepted.batch_id))["res.count"] == "1"
+
+
+async def test_two_settles_of_one_member_count_once(link: Link, settings: Settings, front: Front) -> None:
+    """A worker that was presumed dead settles at the same time as its heir."""
+    accepted = await front.submit_batch(order(2))
+    async with Hand(settings, "old", "llm") as old, Hand(settings, "heir", "llm") as heir:
+        entries = await old.take()
+        await old.die()
+        claimed = await heir.streams.claim(entries[0].stream, "old", 10, idle=False)
+        answers = await asyncio.gather(
+            old.settle(*map(complete, entries)), heir.settle(*map(complete, claimed.entries)),
+            old.settle(*map(complete, entries)),
+        )  # fmt: skip
+    assert [set(some) for some in answers] == [{"lost"}, {"settled"}, {"lost"}]
+    assert (await counters(link, accepted.batch_id))["res.count"] == "2"
+
+
+async def test_members_that_end_at_the_same_time_are_all_counted(link: Link, settings: Settings, front: Front) -> None:
+    """Twenty hands settle one each; exactly one of them is the last."""
+    accepted = await front.submit_batch(order(20, webhook_url=HOOK))
+    async with Hand(settings, "owner", "llm") as owner:
+        entries = await owner.take()
+        others = [Hand(settings, "owner", "llm") for _ in entries]
+        await asyncio.gather(*(hand.settle(complete(entry)) for hand, entry in zip(others, entries, strict=True)))
+        for hand in others:
+            await hand.streams.close()
+    assert (await counters(link, accepted.batch_id))["res.count"] == "20"
+    assert float(await link.call("ZSCORE", keys.DELAYED, accepted.batch_id)) <= front.clock.now_ms()
+
+
+async def test_closed_batch_does_not_change(link: Link, settings: Settings, front: Front) -> None:
+    """Its own job was buried while a member ran: that member's result is kept, the counters stay."""
+    accepted = await front.submit_batch(order(1))
+    await make_due(link, accepted.batch_id)
+    await promote(link)
+    async with Hand(settings, "owner", "llm") as owner, Hand(settings, "killer", "aggregator") as killer:
+        entry = await owner.take_one()
+        await killer.settle(bury(await killer.take_one()))
+        assert await is_closed(link, accepted.batch_id)
+        before = await counters(link, accepted.batch_id)
+        assert before["status"] == "completed_with_errors"
+        await owner.settle(complete(entry))
+    assert await counters(link, accepted.batch_id) == before
+    assert await link.call("EXISTS", keys.MESSAGE + accepted.message_ids[0]) == 1
+    await assert_all_ended(link)
+
+
+async def test_counters_deleted_by_hand_are_not_revived(link: Link, settings: Settings, front: Front) -> None:
+    """A hash that HINCRBY made anew would stay for ever."""
+    accepted = await front.submit_batch(order(1))
+    await link.call("DEL", keys.BATCH + accepted.batch_id)
+    async with Hand(settings, "owner", "llm") as owner:
+        await owner.settle(complete(await owner.take_one()))
+    assert await link.call("EXISTS", keys.BATCH + accepted.batch_id) == 0
+    assert await link.call("PTTL", keys.MESSAGE + accepted.message_ids[0]) > 0
+
+
+@pytest.mark.parametrize("name", [keys.BATCH, keys.BATCH_DONE])
+async def test_counters_of_a_wrong_type_stop_the_settle_before_it_writes(
+    link: Link, settings: Settings, front: Front, name: str
+) -> None:
+    """The outcome is kept by its worker until somebody has mended the key."""
+    accepted = await front.submit_batch(order(1))
+    async with Hand(settings, "owner", "llm") as owner:
+        entry = await owner.take_one()
+        await link.call("SET", name + accepted.batch_id, "a string")
+        before = await all_but_replies(link)
+        with pytest.raises(CommandRefused):
+            await owner.settle(complete(entry))
+        assert await all_but_replies(link) == before
+        await link.call("DEL", name + accepted.batch_id)
+        assert await owner.settle(complete(entry)) == ["settled"]
+
+
+# --- closing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 7])
+async def test_batch_closes_as_soon_as_its_last_member_has_ended(
+    link: Link, settings: Settings, front: Front, count: int
+) -> None:
+    """Results in order, its own completion, one webhook's job; long before its deadline."""
+    accepted = await front.submit_batch(order(count, single=count == 1, webhook_url=HOOK, tenant="acme"))
+    async with aggregating(settings), Hand(settings, "owner", "llm") as owner:
+        entries = await owner.take()
+        await owner.settle(*(complete(entry) for entry in reversed(entries)))
+        await wait_until(lambda: is_closed(link, accepted.batch_id))
+    body = await results(link, accepted.batch_id)
+    assert (body["batch_id"], body["status"]) == (accepted.batch_id, "completed")
+    assert [row["message_id"] for row in body["results"]] == accepted.message_ids
+    found = await outcome(link, accepted.batch_id)
+    assert found is not None
+    assert found.result is not None
+    assert (found.tenant, found.result["batch_status"], found.result["response_count"]) == ("acme", "completed", count)
+    async with Hand(settings, "sender", "webhook") as sender:
+        webhook = decode((await sender.take_one()).data or b"")
+    assert webhook.tenant == "acme"
+    assert webhook.payload["webhook_id"] == f"msg_{accepted.batch_id}"
+    assert webhook.payload["queue"] == "acme:q"
+    assert webhook.payload["event"] == ("message.completed" if count == 1 else "batch.completed")
+    assert webhook.payload.get("message_id") == (accepted.message_ids[0] if count == 1 else None)
+    told = [event for event in await events(link) if event["kind"] == "webhook"]
+    assert [(event["id"], event["rank"]) for event in told] == [(webhook.id, 0)]
+    assert told[0]["data"] == webhook.payload
+
+
+async def test_batch_closes_at_its_deadline_with_the_member_that_was_lost(
+    link: Link, settings: Settings, front: Front
+) -> None:
+    """One member's record is gone without a trace: it fails as lost, is counted, and history hears of it."""
+    accepted = await front.submit_batch(order(3))
+    kept, gone, other = accepted.message_ids
+    async with aggregating(settings), Hand(settings, "owner", "llm") as owner:
+        entries = {decode(entry.data or b"").id: entry for entry in await owner.take()}
+        await owner.settle(complete(entries[kept]), complete(entries[other]))
+        await link.call("DEL", keys.LIVE + gone)
+        await make_due(link, accepted.batch_id)
+        await wait_until(lambda: is_closed(link, accepted.batch_id))
+        assert await owner.settle(complete(entries[gone])) == ["orphan"]
+    body = await results(link, accepted.batch_id)
+    assert [row["status"] for row in body["results"]] == ["completed", "failed", "completed"]
+    assert body["results"][1]["error"]["code"] == "lost"
+    found = await counters(link, accepted.batch_id)
+    assert (found["res.count"], found["failed.count"], found["status"]) == ("3", "1", "completed_with_errors")
+    (told,) = [event for event in await events(link) if event["id"] == gone]
+    assert (told["kind"], told["rank"], told["data"]["error"]["code"]) == ("message", 10, "lost")
+
+
+async def test_aggregator_waits_for_members_that_still_run(link: Link, settings: Settings, front: Front) -> None:
+    """Called too early, it charges nothing, and comes again when the last has ended."""
+    accepted = await front.submit_batch(order(1))
+    await make_due(link, accepted.batch_id)
+    async with aggregating(settings), Hand(settings, "owner", "llm") as owner:
+        entry = await owner.take_one()
+        live = keys.LIVE + accepted.batch_id
+
+        async def was_put_off() -> bool:
+            return int(await link.call("HGET", live, "attempts") or -1) == 0
+
+        await wait_until(was_put_off)
+        assert not await is_closed(link, accepted.batch_id)
+        await owner.settle(complete(entry))
+        await wait_until(lambda: is_closed(link, accepted.batch_id))
+    assert (await counters(link, accepted.batch_id))["status"] == "completed"
+
+
+async def test_cancelled_batch_ends_its_members_and_closes(link: Link, settings: Settings, front: Front) -> None:
+    """What waits ends at once, what runs is told; what had ended keeps its result."""
+    gate = Gate()
+    accepted = await front.submit_batch(order(4))
+    async with Hand(settings, "owner", "llm") as owner:
+        await owner.settle(complete(await owner.take_one()))
+    stages = [Scripted("llm", gate, slots=1), Aggregator(settings)]
+    async with working(settings, stages):
+        await wait_until(lambda: len(gate.waiting) == 1)
+        assert await front.cancel(accepted.batch_id, "other") == "unknown"
+        assert await front.cancel(accepted.batch_id, "default") == "cancelling"
+        assert await front.cancel(accepted.batch_id, "default") == "cancelling"
+        await wait_until(lambda: is_closed(link, accepted.batch_id))
+    body = await results(link, accepted.batch_id)
+    assert body["status"] == "cancelled"
+    assert [row["status"] for row in body["results"]] == ["completed", "cancelled", "cancelled", "cancelled"]
+    assert len(gate.stopped) == 1
+    assert (await counters(link, accepted.batch_id))["status"] == "cancelled"
+    await assert_all_ended(link)
+
+
+async def test_batch_that_has_all_its_results_cannot_be_cancelled(link: Link, settings: Settings, front: Front) -> None:
+    """It is only not gathered yet."""
+    accepted = await front.submit_batch(order(1))
+    async with Hand(settings, "owner", "llm") as owner:
+        await owner.settle(complete(await owner.take_one()))
+    assert await front.cancel(accepted.batch_id, "default") == "finished"
+    async with aggregating(settings):
+        await wait_until(lambda: is_closed(link, accepted.batch_id))
+    assert await front.cancel(accepted.batch_id, "default") == "finished"
+    assert (await counters(link, accepted.batch_id))["status"] == "completed"
+
+
+async def test_batch_whose_record_is_gone_is_buried(link: Link, settings: Settings, front: Front) -> None:
+    """Nothing is left to gather; its story is kept."""
+    accepted = await front.submit_batch(order(1))
+    await link.call("DEL", keys.BATCH + accepted.batch_id)
+    await make_due(link, accepted.batch_id)
+    async with aggregating(settings), Hand(settings, "owner", "llm") as owner:
+        await wait_until(lambda: outcome(link, accepted.batch_id))
+        await owner.settle(complete(await owner.take_one()))
+    assert [letter["reason"] for letter in await letters(link)] == ["batch_gone"]
+    await assert_all_ended(link)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("fatal", range(5))
+async def test_aggregator_killed_at_any_call_closes_the_batch_once(
+    link: Link, settings: Settings, front: Front, monkeypatch: pytest.MonkeyPatch, fatal: int, after: bool
+) -> None:
+    """Before each of its calls to Redis and after it: the batch closes, with one webhook and one event."""
+    monkeypatch.setattr("stages.aggregator.AT_ONCE", 2)
+    accepted = await front.submit_batch(order(5, webhook_url=HOOK))
+    async with Hand(settings, "owner", "llm") as owner:
+        await owner.settle(*(complete(entry) for entry in await owner.take()))
+    doomed = Mortal([Aggregator(settings)], settings)
+    (worker,) = doomed.workers
+    calls, reached = 0, asyncio.Event()
+
+    def killing(call: Any) -> Any:
+        async def wrapped(*args: Any, **more: Any) -> Any:
+            nonlocal calls
+            number, calls = calls, calls + 1
+            reply = None if number == fatal and not after else await call(*args, **more)
+            if number == fatal:
+                reached.set()
+                await asyncio.Event().wait()
+            return reply
+
+        return wrapped
+
+    for owner_of_call, name in (
+        (worker.batches._link, "run"), (worker.batches._link, "call"), (worker.streams, "_run_settle"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner_of_call, name, killing(getattr(owner_of_call, name)))
+    doomed.task = asyncio.create_task(doomed.run())
+    await reached.wait()
+    await doomed.crash()
+    async with aggregating(settings):
+        await wait_until(lambda: is_closed(link, accepted.batch_id))
+    body = await results(link, accepted.batch_id)
+    assert [row["message_id"] for row in body["results"]] == accepted.message_ids
+    assert await link.call("XLEN", keys.stream("webhook")) == 1
+    closed = [event for event in await events(link) if event["kind"] == "batch" and event["rank"] == 10]
+    assert len(closed) == 1
+    assert (await counters(link, accepted.batch_id))["res.count"] == "5"
