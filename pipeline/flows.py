@@ -92,6 +92,7 @@ class Flow:
         call_timeout_s: bound of one LLM call.
         longest_s: the longest life that a sender may ask for.
         leases: whether a replica is picked when the job is accepted, not only when it is placed.
+        recorded: whether the history is to know of it; then none is accepted while too much waits to be recorded.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Flow:
     call_timeout_s: float = 30.0
     longest_s: float = 86_400.0
     leases: bool = False
+    recorded: bool = False
 
 
 FLOWS: Final[dict[str, Flow]] = {
@@ -144,6 +146,7 @@ FLOWS: Final[dict[str, Flow]] = {
             lifetime="message_s",
             result=("answer", "model", "usage"),
             call_timeout_s=120.0,
+            recorded=True,
         ),
     )
 }
