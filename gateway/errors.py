@@ -18,8 +18,10 @@ from pipeline.connection import CommandRefused, OutOfMemory
 from pipeline.errors import (
     BrokerUnavailable,
     DeadlineExceeded,
+    HistoryUnavailable,
     IdempotencyMismatch,
     JobLost,
+    MalformedCursor,
     Overloaded,
     PenstockError,
 )
@@ -136,6 +138,11 @@ def problem_of(error: PenstockError, job_id: str | None = None) -> Problem | Non
             return Problem(503, error.code, str(error), kind="overloaded", retry_after_s=error.after_s)
         case IdempotencyMismatch():
             return Problem(422, "idempotency_mismatch", str(error), param="Idempotency-Key")
+        case MalformedCursor():
+            return Problem(422, "invalid_cursor", str(error), param="after")
+        case HistoryUnavailable():
+            message = "the history cannot be read for now"
+            return Problem(503, "history_unavailable", message, retry_after_s=RETRY_SOON_S)
         case JobLost():
             return Problem(503, "job_lost", str(error), retry_after_s=RETRY_SOON_S, job_id=job_id)
         case DeadlineExceeded():

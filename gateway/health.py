@@ -88,7 +88,13 @@ async def metrics(call: Call) -> Answer:
     REPLICA_LOAD.clear()
     for replica, load in loads.items():
         REPLICA_LOAD.labels(replica).set(load)
-    of_pipeline = pipeline_metrics(overview, redis_up=redis_up, max_jobs=call.gateway.settings.admission.max_jobs)
+    settings = call.gateway.settings
+    of_pipeline = pipeline_metrics(
+        overview,
+        redis_up=redis_up,
+        max_jobs=settings.admission.max_jobs,
+        max_backlog=settings.history.max_backlog,
+    )
     page = generate_latest(REGISTRY) + generate_latest(Told(of_pipeline))
     return Answer(200, page, content_type=CONTENT_TYPE_LATEST.encode())
 

@@ -47,11 +47,12 @@ for _reason in ("overloaded", "too_many_in_flight", "redis_unavailable"):  # one
     REFUSALS.labels(_reason)
 
 
-def pipeline_metrics(overview: Overview | None, *, redis_up: bool, max_jobs: int) -> list[Metric]:
+def pipeline_metrics(overview: Overview | None, *, redis_up: bool, max_jobs: int, max_backlog: int) -> list[Metric]:
     """Return what is to be told of the pipeline; None: nothing is known of it now, and nothing old is told.
 
     Args:
         max_jobs: unfinished jobs from which nothing is accepted any more.
+        max_backlog: events not yet recorded from which nothing that is recorded is accepted any more.
     """
     told: list[Metric] = [_gauge("penstock_redis_up", "1 when Redis answers this gateway", redis_up)]
     if overview is None:
@@ -81,6 +82,10 @@ def pipeline_metrics(overview: Overview | None, *, redis_up: bool, max_jobs: int
         CounterMetricFamily("penstock_dead_letters_written", "Dead letters ever written", overview.letters_ever),
         _gauge("penstock_redis_memory_bytes", "Memory that Redis uses", overview.memory_bytes),
         _gauge("penstock_redis_memory_limit_bytes", "Redis' maxmemory; 0: none", overview.memory_limit_bytes),
+        _gauge("penstock_record_backlog", "Events that the database does not have yet", overview.record_backlog),
+        _gauge("penstock_record_backlog_limit", "Events to be recorded from which no more are accepted", max_backlog),
+        _gauge("penstock_record_oldest_seconds", "How long the oldest of these events has waited",
+               overview.record_oldest_ms / 1000),
     ]  # fmt: skip
     replicas = [((view.url,), view) for view in overview.replicas]
     told += [

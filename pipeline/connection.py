@@ -254,22 +254,23 @@ def _make_connection(settings: RedisSettings, name: str) -> AbstractConnection:
 class Outage:
     """Logs an outage once when it begins and once, with its length, when it ends."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, of: str = "redis") -> None:
         self._what = what
+        self._away, self._back = f"{of} is away", f"{of} is back"
         self._since_us: int | None = None
 
     def begins(self, error: Exception) -> None:
         """Note that something failed."""
         if self._since_us is None:
             self._since_us = monotonic_us()
-            log.warning("redis is away", at=self._what, error=str(error))
+            log.warning(self._away, at=self._what, error=str(error))
 
     def ends(self) -> None:
         """Note that it works (again)."""
         if self._since_us is not None:
             away_s = (monotonic_us() - self._since_us) / 1e6
             self._since_us = None
-            log.info("redis is back", at=self._what, away_s=round(away_s, 3))
+            log.info(self._back, at=self._what, away_s=round(away_s, 3))
 
 
 class Backoff:
@@ -285,7 +286,7 @@ class Backoff:
         self._outage = outage  # None: another loop tells of the same trouble
 
     async def failed(self, error: Exception) -> None:
-        """Note that Redis is away, and wait before the next try."""
+        """Note that what is needed is away, and wait before the next try."""
         if self._outage is not None:
             self._outage.begins(error)
         await self.wait()

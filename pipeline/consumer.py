@@ -31,7 +31,7 @@ from pipeline.worker import Worker, wait_at_most
 
 if TYPE_CHECKING:
     from pipeline.settings import Settings
-    from pipeline.stage import Stage
+    from pipeline.stage import Loop, Stage
 
 log = structlog.get_logger(__name__)
 
@@ -45,17 +45,18 @@ AT_ONCE: Final = 200
 
 
 class Consumer:
-    """A process that works on one stage or several.
+    """A process that works on stages, one or several, and runs loops beside them.
 
     Its name is the worker's name and a nonce: a process that starts again is another consumer.
     """
 
-    def __init__(self, stages: Sequence[Stage], settings: Settings, *, metrics_address: str = "") -> None:
+    def __init__(
+        self, stages: Sequence[Stage], settings: Settings, *, loops: Sequence[Loop] = (), metrics_address: str = ""
+    ) -> None:
         self._settings = settings
         self.clock = Clock()
-        self.worker_name = (
-            settings.worker.name or f"{socket.gethostname().split('.')[0]}-{'+'.join(s.name for s in stages)}"
-        )
+        names = "+".join([*(stage.name for stage in stages), *(loop.name for loop in loops)])
+        self.worker_name = settings.worker.name or f"{socket.gethostname().split('.')[0]}-{names}"
         self.name = f"{self.worker_name}:{secrets.token_hex(4)}"
         self._quarantine = Quarantine(settings.worker.lease_s)
         self._renew_now = asyncio.Event()
@@ -63,6 +64,7 @@ class Consumer:
             Worker(stage, self.name, settings, self.clock, self._quarantine, self.worker_name, self._renew_now.set)
             for stage in stages
         ]
+        self._loops = loops
         self._quarantine.holders += self.workers
         self._link = Link(settings.redis, "lease")
         self._ticker = Link(settings.redis, "tick")
@@ -96,6 +98,10 @@ class Consumer:
                 feeding += [group.create_task(w.run(), name=f"feed {w.stage.name}") for w in self.workers]
                 feeding += [
                     group.create_task(self._claim_forever(w), name=f"claim {w.stage.name}") for w in self.workers
+                ]
+                feeding += [
+                    group.create_task(loop.run(self.name, self.clock, self._stop), name=loop.name)
+                    for loop in self._loops
                 ]
                 await self._stop.wait()
                 log.info("draining", worker=self.worker_name, in_hand=sum(len(w.held) for w in self.workers))
@@ -191,6 +197,7 @@ class Consumer:
             {
                 "worker": self.worker_name,
                 "stages": {worker.stage.name: worker.not_ready for worker in self.workers},
+                "loops": {loop.name: loop.not_ready for loop in self._loops},
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
                 "started_ms": self._started_ms,

@@ -84,12 +84,15 @@ class DeadLetters:
     async def retry(self, letter_id: str, now_ms: int) -> str:
         """Start the letter's job again from the beginning of its route, under a new id; return that id.
 
-        The old outcome stands. The new job names the old one in `retry_of`.
+        The old outcome stands. The new job names the old one in `retry_of`. An event of the history is put back to be
+        written, and keeps its record's id.
 
         Raises:
             Reject: no such letter (`unknown_letter`), or nothing in it that could be run (`not_a_job`).
         """
         letter = await self.show(letter_id)
+        if letter.stream == keys.EVENTS:
+            return await self._recall(letter)
         job = self._again(letter, now_ms)
         stage, tail = job.launch()
         stream = keys.stream(stage, job.priority)
@@ -97,6 +100,15 @@ class DeadLetters:
         if await self._link.run(scripts.REVIVE, (), args) != b"revived":
             raise _unknown(letter_id)
         return job.id
+
+    async def _recall(self, letter: Letter) -> str:
+        fields: dict[str, str] = orjson.loads(letter.original or "{}")
+        if "kind" not in fields:
+            raise Reject(f"letter {letter.id} holds no event that could be written", code="not_an_event")
+        values = [part for pair in fields.items() for part in pair]
+        if await self._link.run(scripts.RECALL, (), (letter.id, *values)) != b"recalled":
+            raise _unknown(letter.id)
+        return fields.get("id", "-")
 
     async def discard(self, letter_id: str) -> None:
         """Throw one letter away.

@@ -135,6 +135,7 @@ class Flow:
         leases: whether a replica is picked when the job is accepted, not only when it is placed.
         record: the kind of record that history has of such a job by itself, from its acceptance on; "": none. Of
             messages and batches history is told by the scripts that accept and end batches.
+        recorded: whether the history is to know of it; then none is accepted while too much waits to be recorded.
     """
 
     name: str
@@ -148,6 +149,7 @@ class Flow:
     longest_s: float = 86_400.0
     leases: bool = False
     record: str = ""
+    recorded: bool = False
 
 
 _TOLD = ("url", "event", "webhook_id", "batch_id", "message_id", "queue", "attempts")
@@ -193,6 +195,7 @@ FLOWS: Final[dict[str, Flow]] = {
             lifetime="message_s",
             result=("answer", "model", "usage"),
             call_timeout_s=120.0,
+            recorded=True,
         ),
         Flow(
             "message_retrieve",

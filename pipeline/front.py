@@ -134,6 +134,7 @@ class Front:
         self._waiting: dict[str, _Waiting] = {}
         self._replicas: list[str] = []
         self._memory_is_short = False
+        self._records_are_behind = False
         self._last_reply = b"0"
         self._rng = Random()
         self._tasks: list[asyncio.Task[None]] = []
@@ -184,14 +185,14 @@ class Front:
             wait: whether this gateway is going to `wait` for it.
 
         Raises:
-            Overloaded: too much unfinished work, of all or (`too_many_in_flight`) of this tenant.
+            Overloaded: too much unfinished work, of all or (`too_many_in_flight`) of this tenant; or too much waits to
+                be recorded, where this would be, too.
             IdempotencyMismatch: the key was used with another body.
             BrokerUnavailable: no answer within a second; with `unknown` the job may have been accepted all the same.
         """
         if not self.clock.is_set:  # its deadline was counted from a clock that may be hours off
             raise BrokerUnavailable("Redis has not been reached yet")
-        if self._memory_is_short:
-            raise Overloaded("Redis is nearly out of memory; try again later")
+        self._refuse_overload(job.flow)
         reply = self._reply_stream if wait else ""
         submission = _Submission(job, flows.FLOWS[job.flow].leases, reply, in_flight_limit, idempotency)
         if wait:
@@ -223,8 +224,7 @@ class Front:
         self, order: Order, *, idempotency: Idempotency | None = None, in_flight_limit: int | None = None
     ) -> AcceptedBatch:
         """Accept a batch of messages, all or nothing; arguments and errors as for `submit`."""
-        if self._memory_is_short:
-            raise Overloaded("Redis is nearly out of memory; try again later")
+        self._refuse_overload("message")
         if idempotency is None:
             return await self.batches.accept(order, in_flight_limit=in_flight_limit)
         return await self.batches.accept(
@@ -234,6 +234,17 @@ class Front:
             key_ttl_s=idempotency.ttl_s,
             in_flight_limit=in_flight_limit,
         )
+
+    def _refuse_overload(self, flow: str) -> None:
+        """Refuse work of this flow while what it needs is nearly used up, as the last sweep saw it.
+
+        Raises:
+            Overloaded: Redis' memory is short, or the history is too far behind to be told of more.
+        """
+        if self._memory_is_short:
+            raise Overloaded("Redis is nearly out of memory; try again later")
+        if self._records_are_behind and flows.FLOWS[flow].recorded:
+            raise Overloaded("too much waits to be recorded; try again later")
 
     async def _send(self, batch: Sequence[_Submission]) -> list[tuple[str, str]]:
         """Send one batch; send it again after an unknown reply: the script knows a job's id.
@@ -403,7 +414,7 @@ class Front:
                             future.set_exception(JobLost())
 
     async def _refresh(self) -> None:
-        """Keep the reply stream alive; learn which replicas there are and how much memory Redis has left."""
+        """Keep the reply stream alive; learn which replicas there are, how much memory Redis has left, what waits."""
         if not await self._link.call("PEXPIRE", self._reply_stream, REPLY_STREAM_TTL_MS):
             await self._link.call("XADD", self._reply_stream, "MAXLEN", "~", 10_000, "*", "id", "")
             await self._link.call("PEXPIRE", self._reply_stream, REPLY_STREAM_TTL_MS)
@@ -413,6 +424,8 @@ class Front:
         limit = int(memory.get("maxmemory", "0"))
         share = int(memory.get("used_memory", "0")) / limit if limit else 0.0
         self._memory_is_short = share > self._settings.admission.max_memory_share
+        backlog = int(await self._link.call("XLEN", keys.EVENTS))
+        self._records_are_behind = backlog > self._settings.history.max_backlog
 
     async def _observe_clock(self) -> None:
         sent_us = monotonic_us()

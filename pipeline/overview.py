@@ -61,7 +61,12 @@ class ReplicaView:
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
-    """One process: its stages, each with None or the reason why it is not ready."""
+    """One process.
+
+    Attributes:
+        stages: its stages and loops, each with None or the reason why it is not ready.
+        loops: those of them that take no jobs and have no streams.
+    """
 
     consumer: str
     worker: str
@@ -69,6 +74,7 @@ class WorkerView:
     host: str
     pid: int
     metrics: str
+    loops: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +99,8 @@ class Overview:
         lapsed_workers: workers that ended without a word within the last ten minutes.
         letters_ever: dead letters ever written to this Redis, those included that are gone.
         memory_limit_bytes: 0 where Redis has none.
+        record_backlog: events of the history that the database does not have yet.
+        record_oldest_ms: how long the oldest of them has waited, 0 where there is none.
     """
 
     streams: list[StreamView]
@@ -106,6 +114,8 @@ class Overview:
     letters_ever: int
     memory_bytes: int
     memory_limit_bytes: int
+    record_backlog: int
+    record_oldest_ms: int
 
 
 async def look(link: Link, *, thorough: bool = True) -> Overview:
@@ -122,7 +132,7 @@ async def look(link: Link, *, thorough: bool = True) -> Overview:
     now_ms = int(seconds) * 1000 + int(micros) // 1000
     workers, lapsed = await _workers(link, now_ms)
     stages = {stage for flow in flows.FLOWS.values() for stage in flow.route}
-    stages |= {stage for worker in workers for stage in worker.stages}
+    stages |= {stage for worker in workers for stage in worker.stages if stage not in worker.loops}
     if thorough:
         stages |= await _stages_with_streams(link)
     streams = [await _stream(link, stage, priority) for stage in sorted(stages) for priority in PRIORITIES]
@@ -139,6 +149,8 @@ async def look(link: Link, *, thorough: bool = True) -> Overview:
         letters_ever=await _letters_ever(link),
         memory_bytes=int(memory.get("used_memory", "0")),
         memory_limit_bytes=int(memory.get("maxmemory", "0")),
+        record_backlog=int(await link.call("XLEN", keys.EVENTS)),
+        record_oldest_ms=await _oldest_event_ms(link, now_ms),
     )
 
 
@@ -177,6 +189,13 @@ async def _group(link: Link, stream: str, stage: str) -> dict[str, Any]:
     except CommandRefused:  # there is no such stream: one of another type was refused before
         return {}
     return next((group for group in groups if group["name"] == stage.encode()), {})
+
+
+async def _oldest_event_ms(link: Link, now_ms: int) -> int:
+    for _, fields in await link.call("XRANGE", keys.EVENTS, "-", "+", "COUNT", 1):
+        at_ms = number(_named(fields).get("at_ms"))
+        return max(0, now_ms - int(at_ms)) if at_ms else 0
+    return 0
 
 
 async def _letters_ever(link: Link) -> int:
@@ -224,7 +243,11 @@ async def _workers(link: Link, now_ms: int) -> tuple[list[WorkerView], int]:
     for name, record in zip(seen_ms, records, strict=True):
         if record:
             body: dict[str, Any] = orjson.loads(record)
-            views.append(WorkerView(name, body["worker"], body["stages"], body["host"], body["pid"], body["metrics"]))
+            loops: dict[str, str | None] = body.get("loops", {})
+            stages = body["stages"] | loops
+            views.append(
+                WorkerView(name, body["worker"], stages, body["host"], body["pid"], body["metrics"], tuple(loops))
+            )
         elif now_ms - seen_ms[name] < LAPSED_WITHIN_S * 1000:
             lapsed += 1
     return sorted(views, key=lambda view: view.worker), lapsed

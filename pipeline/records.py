@@ -4,7 +4,7 @@ Redis holds work in flight. Its scripts append an event for each thing that is t
 `record:events`); the recorder takes them in bulk and writes them here. An event tells of one record of one kind: a row
 of one table, named by tenant and id. It has a rank, and the columns of a table obey one of two rules:
 
-- `first`: filled by the first event that knows a value, never changed afterwards (what was asked for);
+- `first`: filled by the event of rank 0, never changed afterwards (what was asked for);
 - `latest`: replaced by an event whose rank is higher than that of the row (how it stands with it).
 
 So the order in which events come does not matter, repeating them changes nothing, and any number of recorders may write
@@ -184,7 +184,15 @@ class Event:
             raise MalformedEntry(f"the event cannot be read: {error}", code="not_an_event") from error
         event = cls(kind, record_id, tenant, rank, at_ms, data, rows)
         event.row()
+        if rows and not KINDS[kind].members:
+            raise MalformedEntry(f"a {kind} names no list", code="not_an_event")
         return event
+
+    def fields(self) -> dict[str, str]:
+        """Return the names and values of the entry that tells this event."""
+        data = orjson.dumps(self.data).decode()
+        fields = {"kind": self.kind, "id": self.id, "tenant": self.tenant, "rank": str(self.rank)}
+        return fields | {"at_ms": str(self.at_ms), "data": data} | ({"rows": self.rows} if self.rows else {})
 
     def members(self, elements: Sequence[bytes]) -> list[Self | MalformedEntry]:
         """Return the events of elements of the list `rows`; each is a JSON array of an id and its data."""
@@ -216,6 +224,8 @@ class Event:
         values = self.data | kind.more(self)
         tenant, key = kind.table.primary_key.columns
         values |= {tenant.name: self.tenant, key.name: self.id, "rank": self.rank}
+        if self.rank:
+            values |= {column.name: None for column in kind.table.columns if column.info.get("rule") == "first"}
         row = {column.name: _printable(values.get(column.name)) for column in kind.table.columns}
         for column in kind.table.columns:
             if not _fits(column, row[column.name]):

@@ -9,6 +9,7 @@ A handler returns `Done`, or raises: `Reject` (can never succeed), `RetryLater` 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -81,3 +82,23 @@ class Stage:
 
     async def stop(self) -> None:
         """Close what `start` opened."""
+
+
+class Loop:
+    """A part of a process that has a lease like a stage, and takes no jobs: it works in a way of its own.
+
+    Attributes:
+        name: `penstock stage <name>` runs it.
+        not_ready: why it cannot work now, None when it can; `penstock status` shows it.
+    """
+
+    name: str
+    not_ready: str | None = "starting"
+
+    async def run(self, consumer: str, clock: Clock, stop: asyncio.Event) -> None:
+        """Work until *stop*, end what is in hand, and return. Cancelled, it leaves that to others.
+
+        Args:
+            consumer: this process, as the lease names it.
+        """
+        raise NotImplementedError

@@ -131,6 +131,9 @@ def _headline(picture: Picture) -> Text:
     seen = picture.seen
     line = Text(f"{_counted(seen.live_jobs, 'job')} alive, {seen.delayed} delayed, ")
     line.append(_counted(seen.dead_letters, "dead letter"), style="yellow" if seen.dead_letters else "")
+    if seen.record_backlog:
+        events = f", {_counted(seen.record_backlog, 'event')} to be recorded (oldest {_span(seen.record_oldest_ms)})"
+        line.append(events, style="yellow" if seen.record_oldest_ms > _WORRY_MS else "")
     return line
 
 

@@ -7,7 +7,6 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import structlog
 import uvloop
@@ -17,15 +16,13 @@ from pipeline import logs
 from pipeline.consumer import Consumer
 from pipeline.errors import ConfigError
 from pipeline.settings import Settings, load
-
-if TYPE_CHECKING:
-    from pipeline.stage import Stage
+from pipeline.stage import Loop, Stage
 
 log = structlog.get_logger(__name__)
 
 
-def build(name: str, settings: Settings) -> Stage:
-    """Return the stage of that name: `build(settings)` of the module `stages.<name>`.
+def build(name: str, settings: Settings) -> Stage | Loop:
+    """Return the stage of that name, or the loop: `build(settings)` of the module `stages.<name>`.
 
     Raises:
         ConfigError: there is no such stage.
@@ -38,19 +35,22 @@ def build(name: str, settings: Settings) -> Stage:
         if error.name != f"stages.{name}":
             raise
         raise ConfigError(f"there is no stage called {name!r}: stages/{name}.py does not exist") from error
-    stage: Stage = module.build(settings)
+    stage: Stage | Loop = module.build(settings)
     return stage
 
 
 async def work(names: Sequence[str], settings: Settings) -> None:
     """Run the stages until a signal stops them."""
-    stages = [build(name, settings) for name in dict.fromkeys(names)]
+    parts = [build(name, settings) for name in dict.fromkeys(names)]
+    stages = [part for part in parts if isinstance(part, Stage)]
+    loops = [part for part in parts if isinstance(part, Loop)]
     try:
         server, _ = start_http_server(settings.metrics.port, settings.metrics.host)
     except OSError as error:
         raise ConfigError(f"PENSTOCK_METRICS__PORT: cannot listen on {settings.metrics.port}: {error}") from error
     try:
-        consumer = Consumer(stages, settings, metrics_address=f"{settings.metrics.host}:{server.server_port}")
+        address = f"{settings.metrics.host}:{server.server_port}"
+        consumer = Consumer(stages, settings, loops=loops, metrics_address=address)
         consumer.stop_on_signals()
         gc.collect()
         gc.freeze()  # what was imported stays: walking over it would stop the loop for 25 ms now and then

@@ -17,7 +17,7 @@ from typing import Final
 
 from pipeline.job import Done, Job
 from pipeline.settings import Settings
-from pipeline.stage import Context, Outcome, Stage
+from pipeline.stage import Context, Loop, Outcome, Stage
 from stages import __main__ as program
 
 KILL: Final = "KILL-YOUR-WORKER"
@@ -76,8 +76,9 @@ def main() -> int:
     """Run as `python -m stages` does."""
     build = program.build
 
-    def build_troubled(name: str, settings: Settings) -> Stage:
-        return Troubled(build(name, settings))
+    def build_troubled(name: str, settings: Settings) -> Stage | Loop:
+        built = build(name, settings)
+        return Troubled(built) if isinstance(built, Stage) else built
 
     program.build = build_troubled
     return program.main()

@@ -23,7 +23,7 @@ GRACE_S = 0.05
 
 NOTHING = Overview(
     streams=[], replicas=[], workers=[], gateways=[], lapsed_workers=0, live_jobs=0, delayed=0, dead_letters=0,
-    letters_ever=0, memory_bytes=0, memory_limit_bytes=0,
+    letters_ever=0, memory_bytes=0, memory_limit_bytes=0, record_backlog=0, record_oldest_ms=0,
 )  # fmt: skip
 """A Redis that nobody has worked on yet."""
 

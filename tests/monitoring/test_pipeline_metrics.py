@@ -71,7 +71,7 @@ async def test_workers_are_counted_by_stage_and_by_whether_they_can_work(
 def test_a_worker_of_two_stages_counts_at_both() -> None:
     """At each by its own state."""
     worker = WorkerView("w:1", "w", {"llm": None, "encoder": "starting"}, "here", 1, "")
-    metrics = pipeline_metrics(replace(NOTHING, workers=[worker]), redis_up=True, max_jobs=1)
+    metrics = pipeline_metrics(replace(NOTHING, workers=[worker]), redis_up=True, max_jobs=1, max_backlog=1)
     (family,) = [metric for metric in metrics if metric.name == "penstock_stage_workers"]
     assert {tuple(sample.labels.values()): sample.value for sample in family.samples} == {
         ("llm", "ready"): 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -70,6 +71,8 @@ def picture(workers: int = 2) -> Picture:
             letters_ever=1,
             memory_bytes=2 << 20,
             memory_limit_bytes=0,
+            record_backlog=0,
+            record_oldest_ms=0,
         ),
         oldest_ms={"job:llm_in": 125_000, "job:llm_in:low": 40},
         health={urls[0]: health, urls[1]: broken},
@@ -176,3 +179,12 @@ def test_scripts_get_the_same_picture() -> None:
     assert body["workers"][0] | {"holds": {"llm": 30}, "oldest_held_ms": 900} == body["workers"][0]
     assert body["workers"][1]["holds"] == {}
     assert body["lapsed"] == [{"consumer": "machine-old:cd", "holds": {"llm": 2}, "oldest_held_ms": 70_000}]
+
+
+def test_what_waits_to_be_recorded_is_told() -> None:
+    """Only while something does: mostly it is written before anybody looks."""
+    behind = replace(picture(), seen=replace(picture().seen, record_backlog=12, record_oldest_ms=125_000))
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render(behind, width=200))
+    assert "12 events to be recorded (oldest 2 min)" in console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    assert "recorded" not in "".join(lines(200))

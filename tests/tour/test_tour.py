@@ -229,7 +229,9 @@ def build(settings):
 """
     )
     monkeypatch.setattr(stages, "__path__", [*stages.__path__, str(tmp_path)])
-    async with running(settings, build("shout", settings)):
+    stage = build("shout", settings)
+    assert isinstance(stage, Stage)
+    async with running(settings, stage):
         completion = await ask(front, question(front, "hello", "shout"))
     monkeypatch.delitem(sys.modules, "stages.shout")
     assert completion.result == {"answer": "hello!"}
