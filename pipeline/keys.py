@@ -13,6 +13,8 @@ key                        type    life                         written by      
 `live:<id>`                hash    until the job ends           submit, settle, ...     all scripts, gateways
 `inflight:<tenant>`        set     ids until the job ends       submit, settle          submit
 `idem:<hash>`              hash    24 h                         submit, who ends a job  submit, gateways
+`batch_results:<id>`       string  setting, 7 d             aggregator              gateways, webhook
+`queue:<queue>`            hash    one per queue            gateways, secret        gateways, webhook
 `reply:<gateway>`          stream  60 s after its gateway       settle, cancel, expire  that gateway
 `worker:<consumer>`        string  lease, 10 s                  its worker              all workers, gateways
 `workers`                  zset    until seen to be gone        workers                 status, gateways
@@ -39,6 +41,8 @@ STAMP: Final = "job:stamp"
 LIVE: Final = "live:"
 IN_FLIGHT: Final = "inflight:"
 IDEMPOTENCY: Final = "idem:"
+BATCH_RESULTS: Final = "batch_results:"
+QUEUE: Final = "queue:"
 REPLY: Final = "reply:"
 WORKER: Final = "worker:"
 WORKERS: Final = "workers"
@@ -61,6 +65,7 @@ LUA_KEYS: Final = {
     "live_index": LIVE_INDEX,
     "stamp": STAMP,
     "live": LIVE,
+    "queue": QUEUE,
     "worker": WORKER,
     "workers": WORKERS,
     "gateways": GATEWAYS,
@@ -87,6 +92,7 @@ BOUNDED: Final = {
     STAMP: "one number",
     LIVE + "*": "one per live job",
     IN_FLIGHT + "*": "one member per live job",
+    QUEUE + "*": "one per queue that a client has named",
     WORKERS: "one member per process, dropped when it is gone",
     REPLICAS: "one field per replica",
     LOAD + "*": "one per replica",

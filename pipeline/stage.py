@@ -16,6 +16,7 @@ from pipeline.job import Done, Job
 
 if TYPE_CHECKING:
     from pipeline.replicas import Replicas
+    from pipeline.webhooks import Webhooks
 
 Outcome = Done | Exception
 
@@ -26,6 +27,7 @@ class Context(Protocol):
     Attributes:
         worker: name of this worker, as answers show it.
         replicas: the shared registry of LLM replicas.
+        webhooks: results to be told to receivers outside, and the secrets to sign them with.
     """
 
     @property
@@ -33,6 +35,9 @@ class Context(Protocol):
 
     @property
     def replicas(self) -> Replicas: ...  # noqa: D102 - the class says it
+
+    @property
+    def webhooks(self) -> Webhooks: ...  # noqa: D102 - the class says it
 
 
 class Stage:

@@ -186,6 +186,7 @@ class FakeReplicas(Replicas):
 class FakeContext:
     replicas: FakeReplicas
     worker: str = "worker-1"
+    webhooks: Any = None
 
 
 @dataclass
