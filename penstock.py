@@ -117,7 +117,9 @@ def gateway(
 
 
 @app.command()
-def stage(names: Annotated[list[str], typer.Argument(metavar="NAME...", help="encoder, retriever, llm")]) -> None:
+def stage(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="encoder, retriever, llm, webhook")],
+) -> None:
     """Run one or more stages in this process."""
     settings = _settings()
     from stages.__main__ import run as run_stages

@@ -16,11 +16,11 @@ import structlog
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway import discovery, documents, health, jobs, openapi, page, query
+from gateway import discovery, documents, health, jobs, openapi, page, query, webhooks
 from gateway.auth import ApiKeys, refuse_cross_site
 from gateway.errors import RETRY_SOON_S, BrokenKey, ClientGone, Problem, problem_of
 from gateway.metrics import REFUSALS
-from gateway.operation import Answer, Call, Gateway, Operation, answer
+from gateway.operation import Answer, Call, Gateway, Operation, Records, answer
 from pipeline.errors import PenstockError
 from pipeline.front import Front
 from pipeline.job import Json
@@ -36,6 +36,7 @@ def operations() -> tuple[Operation, ...]:
     services = (
         *query.OPERATIONS,
         *documents.OPERATIONS,
+        *webhooks.OPERATIONS,
         *jobs.OPERATIONS,
         *health.OPERATIONS,
         *discovery.OPERATIONS,
@@ -64,13 +65,13 @@ def operations() -> tuple[Operation, ...]:
     )
 
 
-def create_app(settings: Settings, front: Front) -> ASGIApp:
-    """Return the application that serves *front*.
+def create_app(settings: Settings, front: Front, records: Records | None = None) -> ASGIApp:
+    """Return the application that serves *front*, and what *records* remember.
 
     Raises:
         ConfigError: the API keys are malformed.
     """
-    gateway = Gateway(settings, front, ApiKeys(settings.gateway.api_keys))
+    gateway = Gateway(settings, front, ApiKeys(settings.gateway.api_keys), records)
     return Edge(_router(operations()), gateway)
 
 

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar, cast
+from typing import Any, Final, Protocol, Self, TypeVar, cast
 
 import orjson
 from pydantic import BaseModel, ValidationError
@@ -89,13 +89,25 @@ class Operation:
     example: Json | None = None
 
 
+class Records(Protocol):
+    """What a gateway reads from history."""
+
+    async def webhook(self, tenant: str, webhook_id: str) -> Json | None:
+        """Return what is remembered of a webhook's job, None where nothing is."""
+
+
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """What all calls share."""
+    """What all calls share.
+
+    Attributes:
+        records: history, where there is one.
+    """
 
     settings: Settings
     front: Front
     keys: ApiKeys
+    records: Records | None = None
 
 
 class Call:

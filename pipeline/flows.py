@@ -152,7 +152,7 @@ class Flow:
     recorded: bool = False
 
 
-_TOLD = ("url", "event", "webhook_id", "batch_id", "message_id", "queue", "attempts")
+_TOLD = ("url", "event", "webhook_id", "batch_id", "message_id", "queue", "at_ms", "attempts")
 _MINUTE, _HOUR = 60.0, 3_600.0
 
 FLOWS: Final[dict[str, Flow]] = {

@@ -31,11 +31,12 @@ from pipeline.errors import (
     Overloaded,
     PenstockError,
 )
-from pipeline.job import Completion, Job
+from pipeline.job import Completion, Job, decode
 from pipeline.limit import within
 from pipeline.overview import Overview, look
 from pipeline.replicas import read_registry
 from pipeline.streams import number
+from pipeline.webhooks import Secrets, Webhooks
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -83,6 +84,19 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """A live job on its way.
+
+    Attributes:
+        due_ms: when it is due, on Redis' clock; None when it is due already.
+    """
+
+    job: Job
+    where: Literal["queued", "running"]
+    due_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Health:
     """What the pipeline needs, and why it lacks it; None means fine."""
 
@@ -124,6 +138,7 @@ class Front:
         self._reply_stream = f"{keys.REPLY}{name}:{secrets.token_hex(4)}"
         self._submitter = Link(settings.redis, "submit")
         self._link = Link(settings.redis, "front")
+        self._webhooks = Webhooks(self._link, self.clock)
         self._sweeper = Link(settings.redis, "sweep")
         self._reader = Link(settings.redis, "replies")
         self._looker = Link(settings.redis, "overview")
@@ -470,6 +485,33 @@ class Front:
         reply: bytes = await self._ask(scripts.CANCEL, (job_id, tenant, ttl_ms))
         word: Literal["cancelled", "cancelling", "finished", "unknown"] = reply.decode()  # type: ignore[assignment]
         return word
+
+    async def standing(self, job_id: str, tenant: str) -> Standing | None:
+        """Return a live job as it stands on its way; None when it has ended, or is not known to this tenant.
+
+        Raises:
+            BrokerUnavailable: Redis does not answer within a second.
+            MalformedEntry: its entry is no envelope of ours.
+        """
+        reply = await self._ask(scripts.ENVELOPE, (job_id,))
+        if not reply or reply[1].decode() != tenant or not reply[2]:
+            return None
+        where: Literal["queued", "running"] = reply[0].decode()
+        return Standing(decode(reply[2]), where, int(reply[3]) if reply[3] else None)
+
+    async def secrets(self, queue: str) -> Secrets:
+        """Return the secrets that sign a queue's webhooks; the first to ask makes one.
+
+        Args:
+            queue: what follows `queue:` in its key.
+        """
+        found: Secrets = await self._within(self._webhooks.secrets(queue))
+        return found
+
+    async def rotate_secret(self, queue: str) -> Secrets:
+        """Give a queue another secret; the present one signs too for a day. Not to be sent again blindly."""
+        found: Secrets = await self._within(self._webhooks.rotate(queue))
+        return found
 
     async def idempotent_outcome(self, key: str) -> Completion | None:
         """Return the outcome kept with an Idempotency-Key, after the completion's own life has ended."""

@@ -99,9 +99,10 @@ LUA_KEYS: Final = {
     "wake_channel": WAKE_CHANNEL,
     "placed": "job:llm_in",
     "placed_group": "llm",
+    "telling": "webhook",
 }
 """What scripts know as `KEY`. `placed` begins the streams whose entries wait for a replica's slot, `placed_group` reads
-them."""
+them. `telling` is the flow whose outcome tells its story (`Flow.story`) whatever the end."""
 
 BOUNDED: Final = {
     "job:*_in": "unfinished work, bounded by admission",

@@ -225,6 +225,14 @@ class LlmSettings(Section):
         return self
 
 
+class WebhookSettings(Section):
+    """The webhook stage: calls receivers outside. When it tries again stands in `pipeline.flows`."""
+
+    concurrency: int = Field(32, ge=1, le=4096, description="calls in hand of one webhook process")
+    timeout_s: float = Field(15.0, gt=0, le=120, description="for one call, from the name to the head of its answer")
+    allow_private: bool = Field(False, description="call any address and port, for development only")
+
+
 class BalancingSettings(Section):
     """Which replica takes the next job."""
 
@@ -306,6 +314,7 @@ class Settings(Section):
     encoder: EncoderSettings = EncoderSettings()
     retriever: RetrieverSettings = RetrieverSettings()
     llm: LlmSettings = LlmSettings()
+    webhook: WebhookSettings = WebhookSettings()
     balancing: BalancingSettings = BalancingSettings()
     gateway: GatewaySettings = GatewaySettings()
     history: HistorySettings = HistorySettings()

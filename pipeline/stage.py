@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pipeline.batches import Batches
     from pipeline.clock import Clock
     from pipeline.replicas import Replicas
+    from pipeline.webhooks import Webhooks
 
 Outcome = Done | Exception
 
@@ -31,6 +32,7 @@ class Context(Protocol):
         replicas: the shared registry of LLM replicas.
         batches: the batches in Redis.
         clock: Redis' time.
+        webhooks: results to be told to receivers outside, and the secrets to sign them with.
     """
 
     @property
@@ -44,6 +46,9 @@ class Context(Protocol):
 
     @property
     def clock(self) -> Clock: ...  # noqa: D102 - the class says it
+
+    @property
+    def webhooks(self) -> Webhooks: ...  # noqa: D102 - the class says it
 
 
 class Stage:

@@ -28,6 +28,7 @@ from pipeline.handling import Handling, Held, Reason
 from pipeline.quarantine import Quarantine
 from pipeline.replicas import Replicas
 from pipeline.streams import Entry, Streams
+from pipeline.webhooks import Webhooks
 
 if TYPE_CHECKING:
     from pipeline.settings import Settings
@@ -81,6 +82,7 @@ class Worker:
         self._seen_unheld: dict[tuple[str, bytes], int] = {}
         self._taken_up: OrderedDict[tuple[str, bytes], None] = OrderedDict()
         self._following_up: asyncio.Task[None] | None = None
+        self._results: Link | None = None
         self._follow_up_outage = Outage(f"{stage.name} control")
         self.replicas = Replicas(self.streams, settings, clock, self._entry_of, self._rng)
         self.batches = Batches(Link(settings.redis, f"{stage.name}-batches"), settings, clock)
@@ -99,6 +101,13 @@ class Worker:
     def clock(self) -> Clock:
         """Redis' time."""
         return self._clock
+
+    @property
+    def webhooks(self) -> Webhooks:
+        """Results to be told and secrets; over a connection of their own, since results may be large."""
+        if self._results is None:
+            self._results = Link(self._settings.redis, f"{self.stage.name}-results")
+        return Webhooks(self._results, self._clock)
 
     # --- feeding ---------------------------------------------------------------------------------
 
@@ -380,6 +389,8 @@ class Worker:
         await self.stage.stop()
         await self.streams.close()
         await self.batches.close()
+        if self._results is not None:
+            await self._results.close()
 
     def _abort(self, held: Held, reason: Reason) -> None:
         if held.settling or held.reason is not None:

@@ -76,7 +76,9 @@ local function check_type(key, wanted)
 end
 
 -- The live record, fields by name; nil when there is none. Every key it names is of the right type: `finish` may go on.
-local LIVE_FIELDS = {'entry', 'stream', 'tenant', 'lease', 'cancel', 'reply', 'in_flight', 'idem', 'attempts', 'record'}
+local LIVE_FIELDS = {
+  'entry', 'stream', 'tenant', 'lease', 'cancel', 'reply', 'in_flight', 'idem', 'attempts', 'record', 'body',
+}
 local function read_live(id)
   local values = call('HMGET', KEY.live .. id, unpack(LIVE_FIELDS))
   if not values[2] then return nil end
@@ -136,10 +138,18 @@ local function group_of(stream)
   return string.match(string.gsub(string.gsub(stream, ':high$', ''), ':low$', ''), '^job:(.+)_in$')
 end
 
+-- What the outcome of a flow that tells its story shows, of a job that ended while it waited for a retry: its state. Only
+-- such flows are named here, whose state holds nothing else. What looks like a key inside a text is escaped there.
+local STORY = '^{"v":1,"id":"[^"]+","accepted_us":%d+,"flow":"' .. KEY.telling .. '",.-,"state":({.*}),"timings_ms":{'
+local function story(live)
+  local state = live.body and string.match(live.body, STORY)
+  return state and state ~= '{}' and state or 'null'
+end
+
 -- An outcome that no worker wrote: the job ended while it waited.
 local function ended(id, live, status, code, message, now_us)
   return '{"id":"' .. id .. '","status":"' .. status .. '","tenant":"' .. (live.tenant or 'default')
-    .. '","result":null,"error":{"type":"' .. status .. '","code":"' .. code .. '","message":"' .. message
+    .. '","result":' .. story(live) .. ',"error":{"type":"' .. status .. '","code":"' .. code .. '","message":"' .. message
     .. '"},"worker":null,"replica":null,"attempts":' .. (live.attempts or '0') .. ',"timings_ms":{},"finished_us":'
     .. digits(now_us) .. '}'
 end

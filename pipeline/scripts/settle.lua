@@ -81,6 +81,7 @@ local function settle(record)
     return 'settled'
   end
   if live.cancel and record.verb ~= 'complete' then
+    live.body = record.b -- what it would have gone on with
     finish(id, live, ended(id, live, 'cancelled', 'cancelled', 'the job was cancelled', now_us), ttl_ms)
     return 'cancelled'
   end

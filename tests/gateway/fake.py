@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 
 from pipeline.clock import Clock
 from pipeline.errors import DeadlineExceeded, IdempotencyMismatch, Overloaded, PenstockError
-from pipeline.front import Accepted, Front, Health, Idempotency
+from pipeline.front import Accepted, Front, Health, Idempotency, Standing
 from pipeline.job import Completion, Job
 from pipeline.overview import Overview
 
@@ -49,6 +49,7 @@ class FakeFront(Front):
         kept: outcomes that outlive their job, by Idempotency-Key.
         foreign: given back by `wait` and `look` instead of the right outcome.
         picture: what `overview` shows.
+        due_ms: when a job that waits is due, by id.
         enlisted: what the gateway says of itself; None: it has signed off.
     """
 
@@ -64,6 +65,7 @@ class FakeFront(Front):
         self.kept: dict[str, Completion] = {}
         self.foreign: Completion | None = None
         self.jobs: dict[str, Live] = {}
+        self.due_ms: dict[str, int] = {}
         self.opened = self.closed = False
         self._keys: dict[str, tuple[str, str]] = {}
         self._waiters: Counter[str] = Counter()
@@ -132,6 +134,13 @@ class FakeFront(Front):
         if live is None:
             return None
         return self.foreign or live.completion or live.state
+
+    async def standing(self, job_id: str, tenant: str) -> Standing | None:
+        self._reach_redis()
+        live = self.jobs.get(job_id)
+        if live is None or live.completion is not None or live.job.tenant != tenant:
+            return None
+        return Standing(live.job, live.state, self.due_ms.get(job_id))
 
     async def cancel(self, job_id: str, tenant: str) -> Literal["cancelled", "cancelling", "finished", "unknown"]:
         self._reach_redis()

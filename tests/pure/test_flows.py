@@ -10,6 +10,7 @@ from pipeline import flows
 from pipeline.errors import MalformedEntry
 from pipeline.flows import FLOWS, FOREIGN
 from pipeline.job import Job, decode
+from pipeline.keys import LUA_KEYS
 from pipeline.settings import Lifetimes
 
 LIFETIMES = Lifetimes().model_dump()
@@ -103,3 +104,8 @@ def test_a_schedule_fits_into_its_flows_life() -> None:
         if flow.retries_s is not None:
             assert list(flow.retries_s) == sorted(flow.retries_s)
             assert 1.1 * sum(flow.retries_s) < LIFETIMES[flow.lifetime]
+
+
+def test_scripts_know_the_flows_that_tell_their_story() -> None:
+    """They end jobs that wait, and copy the whole state: so it must hold the story and nothing else."""
+    assert {flow.name for flow in FLOWS.values() if flow.story} == {LUA_KEYS["telling"]}

@@ -188,6 +188,7 @@ class FakeContext:
     worker: str = "worker-1"
     batches: Any = None
     clock: Any = None
+    webhooks: Any = None
 
 
 @dataclass

@@ -32,9 +32,14 @@ async def test_status_shows_workers_streams_and_replicas(whole: Outside) -> None
     code, out, _ = await penstock("status", "--data-dir", str(whole.system.data_dir), "--json")
     assert code == 0
     found = orjson.loads(out)
-    assert {stage for worker in found["workers"] for stage in worker["stages"]} == {"encoder", "retriever", "llm"}
+    assert {stage for worker in found["workers"] for stage in worker["stages"]} == {
+        "encoder",
+        "retriever",
+        "llm",
+        "webhook",
+    }
     assert {worker["pid"] for worker in found["workers"]} == {
-        whole.system.pid_of(stage) for stage in ("encoder", "retriever", "llm")
+        whole.system.pid_of(stage) for stage in ("encoder", "retriever", "llm", "webhook")
     }
     assert {stream["stream"] for stream in found["streams"]} >= {"job:encoder_in", "job:retriever_in", "job:llm_in"}
     assert {replica["url"] for replica in found["replicas"]} == set(whole.system.replicas)
