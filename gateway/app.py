@@ -16,7 +16,7 @@ import structlog
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway import discovery, documents, health, jobs, openapi, page, query, webhooks
+from gateway import discovery, documents, health, jobs, messages, openapi, page, query, webhooks
 from gateway.auth import ApiKeys, refuse_cross_site
 from gateway.errors import RETRY_SOON_S, BrokenKey, ClientGone, Problem, problem_of
 from gateway.metrics import REFUSALS
@@ -36,6 +36,7 @@ def operations() -> tuple[Operation, ...]:
     services = (
         *query.OPERATIONS,
         *documents.OPERATIONS,
+        *messages.OPERATIONS,
         *webhooks.OPERATIONS,
         *jobs.OPERATIONS,
         *health.OPERATIONS,

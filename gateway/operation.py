@@ -22,7 +22,7 @@ from gateway.errors import BrokenKey, ClientGone, Headers, Problem, invalid
 from gateway.idempotency import read_key
 from gateway.limits import read_body
 from pipeline.clock import monotonic_us
-from pipeline.errors import JobLost
+from pipeline.errors import HistoryUnavailable, JobLost
 from pipeline.flows import Payload, new_job
 from pipeline.front import Accepted, Front, Idempotency
 from pipeline.job import DEFAULT_TENANT, Completion, Job, Json, Priority, is_valid_id, new_id
@@ -94,6 +94,39 @@ class Records(Protocol):
 
     async def webhook(self, tenant: str, webhook_id: str) -> Json | None:
         """Return what is remembered of a webhook's job, None where nothing is."""
+
+    async def message(self, tenant: str, message_id: str) -> Json | None:
+        """Return what is remembered of a message, None where nothing is."""
+
+    async def batch(self, tenant: str, batch_id: str) -> Json | None:
+        """Return what is remembered of a batch, None where nothing is."""
+
+    async def messages(
+        self,
+        tenant: str,
+        *,
+        queue: str | None = None,
+        status: str | None = None,
+        batch_id: str | None = None,
+        since_ms: int | None = None,
+        until_ms: int | None = None,
+        after: str | None = None,
+        limit: int = 50,
+    ) -> tuple[list[Json], str | None]:
+        """Return a page of messages, and the cursor of the next one."""
+
+    async def batches(
+        self,
+        tenant: str,
+        *,
+        queue: str | None = None,
+        status: str | None = None,
+        since_ms: int | None = None,
+        until_ms: int | None = None,
+        after: str | None = None,
+        limit: int = 50,
+    ) -> tuple[list[Json], str | None]:
+        """Return a page of batches, and the cursor of the next one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,14 +205,29 @@ class Call:
         """Return the id that the path carries as *name*, valid or not."""
         return cast("str", self._scope["path_params"][name])
 
-    async def read(self, model: type[Model]) -> Model:
+    @property
+    def history(self) -> Records:
+        """What is remembered.
+
+        Raises:
+            HistoryUnavailable: this gateway has no history.
+        """
+        if self.gateway.records is None:
+            raise HistoryUnavailable
+        return self.gateway.records
+
+    async def read(self, model: type[Model], max_bytes: int | None = None) -> Model:
         """Read and check the body.
+
+        Args:
+            max_bytes: its largest size; the setting's when None.
 
         Raises:
             Problem: too large, not JSON, not an object, or with wrong fields.
             ClientGone: the client left before its body had arrived.
         """
-        raw = await read_body(self._receive, self.headers, self.gateway.settings.gateway.max_body_bytes)
+        limit = max_bytes or self.gateway.settings.gateway.max_body_bytes
+        raw = await read_body(self._receive, self.headers, limit)
         try:
             value = orjson.loads(raw)
         except orjson.JSONDecodeError as error:
@@ -204,6 +252,11 @@ class Call:
             priority=priority,
         )
 
+    @property
+    def in_flight_limit(self) -> int | None:
+        """How many unfinished jobs this caller may have; None: any number."""
+        return self.gateway.settings.gateway.max_in_flight_per_key if self.gateway.keys else None
+
     async def submit(self, job: Job, *, wait: bool) -> Accepted:
         """Hand *job* to the pipeline; where the call carries an Idempotency-Key, an earlier job may answer for it.
 
@@ -211,9 +264,8 @@ class Call:
             Problem: the key is malformed.
             PenstockError: not accepted; see `Front.submit`.
         """
-        limit = self.gateway.settings.gateway.max_in_flight_per_key if self.gateway.keys else None
         key = read_key(self.headers, self.tenant, self.path, self.body)
-        accepted = await self.front.submit(job, idempotency=key, in_flight_limit=limit, wait=wait)
+        accepted = await self.front.submit(job, idempotency=key, in_flight_limit=self.in_flight_limit, wait=wait)
         if accepted.repeated:
             self._repeats = key
         self.job_id = accepted.job_id

@@ -13,7 +13,7 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Final
 
 import structlog
@@ -24,6 +24,7 @@ from gateway.app import create_app
 from gateway.auth import ApiKeys, refuse_open_address
 from gateway.discovery import enlisted
 from gateway.limits import bounded
+from gateway.operation import Records
 from pipeline.errors import ConfigError
 from pipeline.front import Front
 from pipeline.job import new_id
@@ -63,8 +64,9 @@ async def serve(
             async with (
                 make_front(settings, name) as front,
                 enlisted(front, settings, name, address.removeprefix("http://")),
+                _history(settings) as records,
             ):
-                server = Server(settings, create_app(settings, front), stop)
+                server = Server(settings, create_app(settings, front, records), stop)
                 gc.collect()
                 gc.freeze()  # what was imported stays: walking over it would stop the loop for 25 ms now and then
                 logger.info("gateway.listening", address=address)
@@ -72,6 +74,18 @@ async def serve(
                     on_listening(address)
                 await server.serve(sockets=[listener])
     logger.info("gateway.stopped")
+
+
+@contextlib.asynccontextmanager
+async def _history(settings: Settings) -> AsyncIterator[Records]:
+    """Open the history, which connects when it is first asked."""
+    from pipeline import records as history  # SQLAlchemy: what only asks for help need not wait for it
+
+    records = history.Records.open(settings.history.url, timeout_s=settings.history.timeout_s)
+    try:
+        yield records
+    finally:
+        await records.close()
 
 
 def listen(settings: GatewaySettings) -> socket.socket:

@@ -373,6 +373,11 @@ def result_of(text: bytes) -> Json:
     return result | {name: body.get(name) for name in ("worker", "replica", "attempts", "timings_ms")}
 
 
+def result_text(member: Member) -> bytes:
+    """Return a member as it stands in the results of its batch (JSON)."""
+    return orjson.dumps(member.result())
+
+
 def results_text(batch_id: str, status: str, results: Iterable[bytes]) -> bytes:
     """Return the body of `GET /batch/{id}/results`; *results* are JSON texts, in order."""
     return b'{"batch_id":"%b","status":"%b","results":[%b]}' % (batch_id.encode(), status.encode(), b",".join(results))

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-import orjson
 import structlog
 from prometheus_client import Counter
 
 from pipeline import flows
-from pipeline.batches import Member, results_text
+from pipeline.batches import result_text, results_text
 from pipeline.connection import OutOfMemory
 from pipeline.errors import Reject, RetryLater
 from pipeline.histogram import Histogram
@@ -80,7 +79,7 @@ class Aggregator(Stage):
             verdict, is_cancelled = portion.verdict, portion.is_cancelled
             alive += [member.id for member in portion.members if member.is_alive]
             if not alive:
-                results += map(_text, portion.members)
+                results += map(result_text, portion.members)
         if is_cancelled:
             for message_id in alive:
                 await batches.cancel_member(message_id, job.tenant)
@@ -119,10 +118,6 @@ class Aggregator(Stage):
             "webhook", payload, job_id=new_id(), now_ms=now_ms, lifetime_s=self._lifetime_s, tenant=job.tenant
         )
         return (webhook,)
-
-
-def _text(member: Member) -> bytes:
-    return orjson.dumps(member.result())
 
 
 def build(settings: Settings) -> Stage:

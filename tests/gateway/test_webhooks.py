@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import orjson
@@ -10,7 +10,7 @@ import pytest
 
 from gateway.app import create_app
 from gateway.errors import Problem
-from gateway.operation import Call, Gateway
+from gateway.operation import Call, Gateway, Records
 from gateway.webhooks import WebhookReplayed, WebhookStatus, check_url
 from pipeline import flows, keys
 from pipeline.connection import Link
@@ -162,7 +162,7 @@ async def test_history_knows_what_redis_has_forgotten(front: Front, settings: Se
     """What was asked for and how it ended; and it can be replayed from there."""
     row = told(created_ms=7, status="failed", result=told(attempts=[ATTEMPT]), error=None, attempts=10)
     history = Remembered(row)
-    transport = httpx.ASGITransport(create_app(settings, front, history))
+    transport = httpx.ASGITransport(create_app(settings, front, cast("Records", history)))
     async with httpx.AsyncClient(base_url="http://127.0.0.1", transport=transport) as http:
         found = (await http.get("/webhook/w1")).json()
         assert (found["status"], found["url"], found["attempts"]) == ("failed", URL, [ATTEMPT])

@@ -79,6 +79,8 @@ class Kept(Webhooks):
 class FakeContext:
     webhooks: Kept = field(default_factory=Kept)
     replicas: Any = None
+    batches: Any = None
+    clock: Any = None
     worker: str = "worker-1"
 
 

@@ -1,0 +1,781 @@
+"""The messages service: prompts that are worked on without anybody waiting, one by one or many in a batch.
+
+Accepting is all or nothing. What is asked for is checked as a whole first, so that a batch with one wrong field creates
+nothing. Single records are read from Redis first and then from history; lists come from history, and what these say of
+messages that have not ended is looked up in Redis.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, Literal, TypeVar
+from urllib.parse import parse_qs
+
+import orjson
+from pydantic import BaseModel, Field, StringConstraints, TypeAdapter
+
+from gateway.errors import RETRY_SOON_S, BrokenKey, Problem
+from gateway.idempotency import read_key
+from gateway.jobs import JobError
+from gateway.operation import Answer, Call, Operation, Parameter, answer
+from gateway.webhooks import check_url
+from pipeline import keys
+from pipeline.batches import AcceptedBatch, Message, Order, Queue, Standing, result_text, results_text
+from pipeline.connection import CommandRefused
+from pipeline.flows import MAX_QUERY_CHARS, ModelName, Payload
+from pipeline.job import Json
+
+T = TypeVar("T")
+
+QueueId = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._-]+$")]
+Text = Annotated[str, StringConstraints(min_length=1)]
+Value = str | int | float | bool
+Event = Literal["on_complete"]
+MessageState = Literal["pending", "processing", "completed", "failed", "expired", "cancelled"]
+BatchState = Literal["pending", "processing", "completed", "completed_with_errors", "cancelled"]
+
+MOST_LISTED: Final = 200
+LISTED: Final = 50
+PORTION: Final = 200
+"""Members read from Redis by one call."""
+
+_OWN_ID: Final = re.compile(r"[0-9a-f]{32}")
+_PLACEHOLDER: Final = re.compile(r"\{\{\s*([A-Za-z0-9_.-]{1,128})\s*\}\}")
+_QUEUE_ID: Final[TypeAdapter[str]] = TypeAdapter(QueueId)
+
+# --- What is asked and answered ----------------------------------------------------------------
+
+
+class MessageItem(Payload):
+    """One message of a batch."""
+
+    prompt: Text
+    system_prompt: Text | None = Field(None, description="the queue's when absent")
+    supportive_variable: dict[str, Value] | None = Field(
+        None, description="fills `{{name}}` in prompt and system prompt; without it both are taken as they are"
+    )
+
+
+class MessageRequest(Payload):
+    """One message (`prompt`) or a batch of them (`messages`)."""
+
+    queue_id: QueueId
+    prompt: Text | None = None
+    messages: list[MessageItem] | None = Field(None, min_length=1)
+    system_prompt: Text | None = Field(None, description="of a single message; the queue's when absent")
+    supportive_variable: dict[str, Value] | None = Field(None, description="of a single message")
+    retrieve: bool = Field(False, description="answer from the indexed documents")
+    model: ModelName | None = Field(None, description="the queue's when absent")
+    webhook_url: str | None = Field(None, description="told when all has ended; the queue's when absent")
+    webhook_event: Event | None = Field(None, description="when to tell: `on_complete`, the default")
+    schedule_at: str | None = Field(None, description="begin then: RFC 3339 with a time zone, `2027-01-31T08:00:00Z`")
+
+
+class MessageCreated(BaseModel):
+    """It was accepted as a whole; `message_id` for a single message, `message_count` and `message_ids` for a batch."""
+
+    success: Literal[True]
+    message: str
+    batch_id: str
+    message_id: str | None = None
+    message_count: int | None = None
+    message_ids: list[str] | None = None
+    retry_of: str | None = None
+
+
+class MessageShown(BaseModel):
+    """How a message stands; what it asked for is there where it was read from history."""
+
+    message_id: str
+    status: MessageState
+    batch_id: str | None = None
+    queue_id: str | None = None
+    result: dict[str, Any] | None = None
+    error: JobError | None = None
+    worker: str | None = None
+    replica: str | None = None
+    attempts: int | None = None
+    timings_ms: dict[str, float] | None = None
+    created_ms: int | None = None
+    finished_ms: int | None = None
+    position: int | None = None
+    prompt: str | None = None
+    system_prompt: str | None = None
+    model: str | None = None
+    retrieve: bool | None = None
+    retry_of: str | None = None
+    schedule_at_ms: int | None = None
+
+
+class MessagePage(BaseModel):
+    """Some messages."""
+
+    messages: list[MessageShown]
+    next: str | None = Field(description="`after` for the next page; null after the last one")
+
+
+class BatchShown(BaseModel):
+    """How a batch stands."""
+
+    batch_id: str
+    queue_id: str | None
+    status: BatchState
+    request_count: int
+    response_count: int
+    failed_count: int
+    progress: float = Field(description="ended messages, from 0 to 1")
+    created_ms: int | None = None
+    closed_ms: int | None = None
+
+
+class BatchPage(BaseModel):
+    """Some batches."""
+
+    batches: list[BatchShown]
+    next: str | None = Field(description="`after` for the next page; null after the last one")
+
+
+class BatchResults(BaseModel):
+    """What became of each message of a batch, in the order given."""
+
+    batch_id: str
+    status: BatchState
+    results: list[MessageShown]
+
+
+class Cancelled(BaseModel):
+    """What cancelling did."""
+
+    status: Literal["cancelled", "cancelling"]
+    message_id: str | None = None
+    batch_id: str | None = None
+
+
+class QueueDefaults(Payload):
+    """What messages of a queue get where they name nothing themselves."""
+
+    model: ModelName | None = None
+    system_prompt: Text | None = None
+    webhook_url: str | None = None
+    webhook_event: Event | None = None
+
+
+class QueueShown(BaseModel):
+    """A queue; one that nobody has set up has no defaults."""
+
+    queue_id: str
+    model: str | None
+    system_prompt: str | None
+    webhook_url: str | None
+    webhook_event: str | None
+    webhook_secret: str = Field(description="signs the webhooks of this queue; made when it is first asked for")
+
+
+# --- Creating ----------------------------------------------------------------------------------
+
+
+async def create(call: Call) -> Answer:
+    """Create a message, or a batch of messages.
+
+    All of it is accepted, or nothing. Results are read at `/message/{id}` and `/batch/{id}/results`; with a
+    `webhook_url` somebody is told when all has ended.
+    """
+    settings = call.gateway.settings
+    request = await call.read(MessageRequest, settings.messages.max_body_bytes)
+    items = _items(request, settings.messages.max_batch)
+    due_ms = _due_ms(call, request.schedule_at)
+    if request.webhook_url is not None:
+        check_url(call, request.webhook_url, param="webhook_url")
+    queue = await _from_redis(call.front.batches.queue(call.tenant, request.queue_id))
+    webhook_url = request.webhook_url or queue.webhook_url
+    order = Order(
+        tenant=call.tenant,
+        queue_id=request.queue_id,
+        messages=[_message(item, path, queue.system_prompt, retrieve=request.retrieve) for path, item in items],
+        single=request.messages is None,
+        model=request.model or queue.model,
+        retrieve=request.retrieve,
+        webhook_url=webhook_url,
+        webhook_event=(request.webhook_event or queue.webhook_event or "on_complete") if webhook_url else None,
+        due_ms=due_ms,
+    )
+    return _created(await _accept(call, order), single=order.single)
+
+
+async def _accept(call: Call, order: Order) -> AcceptedBatch:
+    key = read_key(call.headers, call.tenant, call.path, call.body)
+    accepted = await call.front.submit_batch(order, idempotency=key, in_flight_limit=call.in_flight_limit)
+    call.job_id = accepted.batch_id
+    return accepted
+
+
+def _created(accepted: AcceptedBatch, *, single: bool, retry_of: str | None = None) -> Answer:
+    said = "Message created successfully" if single else "Batch created successfully"
+    body: Json = {"success": True, "message": said, "batch_id": accepted.batch_id}
+    ids = list(accepted.message_ids)
+    body |= {"message_id": ids[0]} if single else {"message_count": len(ids), "message_ids": ids}
+    if retry_of is not None:
+        body["retry_of"] = retry_of
+    return answer(body, 200, [(b"idempotent-replayed", b"true")] if accepted.repeated else [])
+
+
+def _items(request: MessageRequest, most: int) -> list[tuple[str, MessageItem]]:
+    """Return the messages asked for, each with the beginning of its fields' paths."""
+    if request.messages is None:
+        if request.prompt is None:
+            raise _wrong("prompt", "give either `prompt` (one message) or `messages` (a batch)")
+        item = MessageItem(
+            prompt=request.prompt,
+            system_prompt=request.system_prompt,
+            supportive_variable=request.supportive_variable,
+        )
+        return [("", item)]
+    if request.prompt is not None:
+        raise _wrong("messages", "give either `prompt` or `messages`, and only one of them")
+    for name in ("system_prompt", "supportive_variable"):
+        if getattr(request, name) is not None:
+            raise _wrong(name, "in a batch it stands in each of `messages`, or in the queue's defaults")
+    if len(request.messages) > most:
+        raise _wrong("messages", f"at most {most} in one batch")
+    return [(f"messages[{number}].", item) for number, item in enumerate(request.messages)]
+
+
+def _message(item: MessageItem, path: str, system_default: str | None, *, retrieve: bool) -> Message:
+    prompt, system_prompt = item.prompt, item.system_prompt or system_default
+    if item.supportive_variable is not None:
+        values = {name: _text_of(value) for name, value in item.supportive_variable.items()}
+        prompt = _fill(prompt, values, f"{path}prompt")
+        if system_prompt is not None:
+            system_prompt = _fill(system_prompt, values, f"{path}system_prompt") or None
+    if not prompt:
+        raise _wrong(f"{path}prompt", "holds nothing once its placeholders are filled")
+    if retrieve and not prompt.strip():
+        raise _wrong(f"{path}prompt", "holds nothing but white space, for which no document can be found")
+    if retrieve and len(prompt) > MAX_QUERY_CHARS:
+        raise _wrong(f"{path}prompt", f"with `retrieve` at most {MAX_QUERY_CHARS} characters")
+    return Message(prompt, system_prompt)
+
+
+def _fill(text: str, values: Mapping[str, str], path: str) -> str:
+    def value_of(found: re.Match[str]) -> str:
+        value = values.get(found[1])
+        if value is None:
+            message = f"{{{{{found[1]}}}}} has no value: name it in `supportive_variable`"
+            raise _wrong(path, message, code="missing_variable")
+        return value
+
+    return _PLACEHOLDER.sub(value_of, text)
+
+
+def _text_of(value: Value) -> str:
+    return value if isinstance(value, str) else orjson.dumps(value).decode()
+
+
+def _due_ms(call: Call, text: str | None) -> int | None:
+    if text is None:
+        return None
+    due_ms = _instant_ms(text, "schedule_at")
+    now_ms, most_s = call.front.clock.now_ms(), call.gateway.settings.messages.max_schedule_s
+    if due_ms > now_ms + most_s * 1000:
+        raise _wrong("schedule_at", f"at most {most_s:g} seconds ahead")
+    return due_ms if due_ms > now_ms else None
+
+
+def _instant_ms(text: str, path: str) -> int:
+    try:
+        instant = datetime.fromisoformat(text)
+        if instant.tzinfo is not None:
+            return int(instant.astimezone(UTC).timestamp() * 1000)
+    except (ValueError, OverflowError):
+        pass
+    raise _wrong(path, "an instant as in RFC 3339, with a time zone: 2027-01-31T08:00:00Z")
+
+
+def _wrong(path: str, message: str, code: str = "invalid_field") -> Problem:
+    return Problem(422, code, f"{path}: {message}", param=path)
+
+
+# --- Messages ----------------------------------------------------------------------------------
+
+
+async def look(call: Call) -> Answer:
+    """Tell how a message stands."""
+    return answer(await _find_message(call, _own_id(call, "message_id", "message")))
+
+
+async def list_messages(call: Call) -> Answer:
+    """List messages, the newest first.
+
+    A page may hold fewer than `limit` where a status is asked for: what has changed since is left out.
+    """
+    asked = _Asked(call, {"queue_id", "status", "batch_id", "since", "until", "after", "limit"})
+    status = asked.one_of("status", MessageState)
+    rows, after = await call.history.messages(
+        call.tenant,
+        queue=asked.text("queue_id"),
+        status="pending" if status == "processing" else status,
+        batch_id=asked.text("batch_id"),
+        since_ms=asked.instant_ms("since"),
+        until_ms=asked.instant_ms("until"),
+        after=asked.text("after"),
+        limit=asked.limit(),
+    )
+    shown = [await _up_to_date(call, _of_row(row)) for row in rows]
+    return answer({"messages": [row for row in shown if status in {None, row["status"]}], "next": after})
+
+
+async def cancel(call: Call) -> Answer:
+    """Cancel a message.
+
+    200: it had not begun, and never will. 202: a worker holds it and has been told.
+    """
+    message_id = _own_id(call, "message_id", "message")
+    found = await _find_message(call, message_id)
+    done = "finished"
+    if found["status"] in _OPEN:
+        done = await call.front.cancel(message_id, call.tenant)
+    if done in {"finished", "unknown"}:
+        raise Problem(409, "message_finished", "the message has ended already", job_id=message_id)
+    return answer({"message_id": message_id, "status": done}, 200 if done == "cancelled" else 202)
+
+
+async def retry(call: Call) -> Answer:
+    """Send a message that has ended again, as a new one in a batch of its own.
+
+    The old outcome stands; the new message names the old one in `retry_of`.
+    """
+    message_id = _own_id(call, "message_id", "message")
+    found = await _find_message(call, message_id)
+    if found["status"] in _OPEN:
+        raise Problem(409, "message_pending", "the message has not ended yet", job_id=message_id)
+    row = await call.history.message(call.tenant, message_id)
+    if row is None or row.get("prompt") is None or row.get("queue_id") is None:
+        said = "history does not know yet what this message asked for"
+        raise Problem(503, "not_recorded_yet", said, retry_after_s=RETRY_SOON_S)
+    batch = await call.history.batch(call.tenant, row["batch_id"]) if row.get("batch_id") else None
+    webhook_url = (batch or {}).get("webhook_url")
+    order = Order(
+        tenant=call.tenant,
+        queue_id=row["queue_id"],
+        messages=[Message(row["prompt"], row.get("system_prompt"))],
+        single=True,
+        model=row.get("model"),
+        retrieve=bool(row.get("retrieve")),
+        webhook_url=webhook_url,
+        webhook_event=(batch or {}).get("webhook_event") if webhook_url else None,
+        retry_of=message_id,
+    )
+    return _created(await _accept(call, order), single=True, retry_of=message_id)
+
+
+_OPEN: Final = frozenset({"pending", "processing"})
+
+
+async def _find_message(call: Call, message_id: str) -> Json:
+    found = await _from_redis(call.front.batches.message(message_id, call.tenant))
+    if found is not None:
+        return found
+    row = await call.history.message(call.tenant, message_id)
+    if row is None:
+        raise _not_found("message", message_id)
+    return _of_row(row)
+
+
+async def _up_to_date(call: Call, row: Json) -> Json:
+    """Return a row of history with what has happened since it was written."""
+    if row["status"] not in _OPEN:
+        return row
+    found = await _from_redis(call.front.batches.message(row["message_id"], call.tenant))
+    return row if found is None else row | {name: value for name, value in found.items() if value is not None}
+
+
+def _of_row(row: Json) -> Json:
+    shown = {name: row.get(name) for name in MessageShown.model_fields}
+    return {name: value for name, value in shown.items() if value is not None} | {"status": row["status"] or "pending"}
+
+
+# --- Batches -----------------------------------------------------------------------------------
+
+
+async def look_at_batch(call: Call) -> Answer:
+    """Tell how a batch stands."""
+    return answer(await _find_batch(call, _own_id(call, "batch_id", "batch")))
+
+
+async def list_batches(call: Call) -> Answer:
+    """List batches, the newest first.
+
+    A page may hold fewer than `limit` where a status is asked for: what has changed since is left out.
+    """
+    asked = _Asked(call, {"queue_id", "status", "since", "until", "after", "limit"})
+    status = asked.one_of("status", BatchState)
+    rows, after = await call.history.batches(
+        call.tenant,
+        queue=asked.text("queue_id"),
+        status="pending" if status == "processing" else status,
+        since_ms=asked.instant_ms("since"),
+        until_ms=asked.instant_ms("until"),
+        after=asked.text("after"),
+        limit=asked.limit(),
+    )
+    shown = []
+    for row in rows:
+        standing = None
+        if row["status"] in _OPEN:
+            standing = await _standing(call, row["batch_id"])
+        shown.append(_of_batch_row(row) if standing is None else _of_standing(standing))
+    return answer({"batches": [row for row in shown if status in {None, row["status"]}], "next": after})
+
+
+async def list_members(call: Call) -> Answer:
+    """List the messages of a batch, in the order given."""
+    batch_id = _own_id(call, "batch_id", "batch")
+    asked = _Asked(call, {"after", "limit"})
+    after, limit = asked.text("after"), asked.limit()
+    standing = await _standing(call, batch_id)
+    if standing is None:
+        row = await call.history.batch(call.tenant, batch_id)
+        if row is None:
+            raise _not_found("batch", batch_id)
+        if after is not None and after.isdigit():
+            raise _wrong("after", "this list is read from history by now: begin anew", code="invalid_cursor")
+        rows, following = await call.history.messages(call.tenant, batch_id=batch_id, after=after, limit=limit)
+        return answer({"messages": [_of_row(row) for row in rows], "next": following})
+    if after is not None and not (after.isdigit() and len(after) < 10):
+        raise _wrong("after", "this is no `next` of this list", code="invalid_cursor")
+    first = int(after or 0)
+    members = await _from_redis(call.front.batches.members(batch_id, first, limit)) or []
+    about = {"batch_id": batch_id, "queue_id": standing.queue_id, "created_ms": standing.created_ms}
+    shown = [member.result() | about | {"position": first + number} for number, member in enumerate(members)]
+    more = first + len(members) < standing.request_count and bool(members)
+    return answer({"messages": shown, "next": str(first + len(members)) if more else None})
+
+
+async def results(call: Call) -> Answer:
+    """Tell what became of each message of a batch, in the order given.
+
+    Of a batch that has not been closed, those that have not ended are pending or processing.
+    """
+    batch_id = _own_id(call, "batch_id", "batch")
+    standing = await _standing(call, batch_id)
+    if standing is None:
+        return Answer(200, await _remembered_results(call, batch_id))
+    if standing.is_closed:
+        text = await _from_redis(call.front.batches.results(batch_id))
+        if text is not None:
+            return Answer(200, text)
+    found: list[bytes] = []
+    for first in range(0, standing.request_count, PORTION):
+        members = await _from_redis(call.front.batches.members(batch_id, first, PORTION)) or []
+        found += [result_text(member) for member in members]
+    return Answer(200, results_text(batch_id, standing.status, found))
+
+
+async def _remembered_results(call: Call, batch_id: str) -> bytes:
+    row = await call.history.batch(call.tenant, batch_id)
+    if row is None:
+        raise _not_found("batch", batch_id)
+    found: list[bytes] = []
+    after: str | None = None
+    while True:
+        rows, after = await call.history.messages(call.tenant, batch_id=batch_id, after=after, limit=PORTION)
+        found += [orjson.dumps(_result_of_row(member)) for member in rows]
+        if after is None:
+            return results_text(batch_id, row["status"] or "pending", found)
+
+
+def _result_of_row(row: Json) -> Json:
+    part = "result" if row["status"] == "completed" else "error"
+    names = ("message_id", "status", part, "worker", "replica", "attempts", "timings_ms")
+    return {name: row.get(name) for name in names}
+
+
+async def cancel_batch(call: Call) -> Answer:
+    """Cancel a batch.
+
+    202: the messages that have not begun never will, and those that run are stopped; then the batch is closed.
+    """
+    batch_id = _own_id(call, "batch_id", "batch")
+    found = await _find_batch(call, batch_id)
+    done = "finished"
+    if found["status"] in _OPEN:
+        done = await call.front.cancel(batch_id, call.tenant)
+    if done in {"finished", "unknown"}:
+        raise Problem(409, "batch_finished", "all messages of the batch have ended already", job_id=batch_id)
+    return answer({"batch_id": batch_id, "status": "cancelling"}, 202)
+
+
+async def _find_batch(call: Call, batch_id: str) -> Json:
+    standing = await _standing(call, batch_id)
+    if standing is not None:
+        return _of_standing(standing)
+    row = await call.history.batch(call.tenant, batch_id)
+    if row is None:
+        raise _not_found("batch", batch_id)
+    return _of_batch_row(row)
+
+
+async def _standing(call: Call, batch_id: str) -> Standing | None:
+    return await _from_redis(call.front.batches.standing(batch_id, call.tenant))
+
+
+def _of_standing(standing: Standing) -> Json:
+    return {
+        "batch_id": standing.batch_id,
+        "queue_id": standing.queue_id,
+        "status": standing.status,
+        "request_count": standing.request_count,
+        "response_count": standing.response_count,
+        "failed_count": standing.failed_count,
+        "progress": _progress(standing.response_count, standing.request_count),
+        "created_ms": standing.created_ms,
+        "closed_ms": standing.closed_ms,
+    }
+
+
+def _of_batch_row(row: Json) -> Json:
+    wanted, ended = row.get("request_count") or 0, row.get("response_count") or 0
+    return {
+        "batch_id": row["batch_id"],
+        "queue_id": row.get("queue_id"),
+        "status": row.get("status") or "pending",
+        "request_count": wanted,
+        "response_count": ended,
+        "failed_count": row.get("failed_count") or 0,
+        "progress": _progress(ended, wanted),
+        "created_ms": row.get("created_ms"),
+        "closed_ms": row.get("closed_ms"),
+    }
+
+
+def _progress(ended: int, wanted: int) -> float:
+    return round(ended / wanted, 4) if wanted else 1.0
+
+
+# --- Queues ------------------------------------------------------------------------------------
+
+
+async def look_at_queue(call: Call) -> Answer:
+    """Tell a queue's defaults, and the secret that signs its webhooks."""
+    queue_id = _queue_id(call)
+    queue = await _from_redis(call.front.batches.queue(call.tenant, queue_id))
+    return answer(await _shown_queue(call, queue_id, queue))
+
+
+async def set_queue(call: Call) -> Answer:
+    """Set a queue's defaults, all of them: what is not named is taken away. Its secret stays."""
+    queue_id = _queue_id(call)
+    asked = await call.read(QueueDefaults)
+    if asked.webhook_url is not None:
+        check_url(call, asked.webhook_url, param="webhook_url")
+    queue = Queue(asked.model, asked.system_prompt, asked.webhook_url, asked.webhook_event)
+    await _from_redis(call.front.batches.set_queue(call.tenant, queue_id, queue))
+    return answer(await _shown_queue(call, queue_id, queue))
+
+
+async def rotate_secret(call: Call) -> Answer:
+    """Give a queue another secret; the one before it signs too for a day."""
+    queue_id = _queue_id(call)
+    await _from_redis(call.front.rotate_secret(keys.of_tenant(call.tenant, queue_id)))
+    return await look_at_queue(call)
+
+
+async def _shown_queue(call: Call, queue_id: str, queue: Queue) -> Json:
+    secrets = await _from_redis(call.front.secrets(keys.of_tenant(call.tenant, queue_id)))
+    return {"queue_id": queue_id, "webhook_secret": secrets.current} | {
+        name: getattr(queue, name) for name in Queue.__slots__
+    }
+
+
+def _queue_id(call: Call) -> str:
+    try:
+        return _QUEUE_ID.validate_python(call.path_id("queue_id"))
+    except ValueError:
+        raise _wrong("queue_id", "1 to 128 characters out of A-Z a-z 0-9 . _ -") from None
+
+
+# --- Small parts -------------------------------------------------------------------------------
+
+
+def _own_id(call: Call, name: str, what: str) -> str:
+    """Return the id in the path; one that we never gave is no record's, and is never made a part of a key."""
+    given = call.path_id(name)
+    if _OWN_ID.fullmatch(given) is None:
+        raise _not_found(what, given)
+    return given
+
+
+def _not_found(what: str, given: str) -> Problem:
+    return Problem(404, f"{what}_not_found", f"there is no {what} {given[:128]!r}")
+
+
+async def _from_redis(question: Awaitable[T]) -> T:
+    """Ask Redis; a key that holds what Penstock never wrote is an operator's to mend."""
+    try:
+        return await question
+    except (ValueError, CommandRefused) as error:
+        raise BrokenKey(str(error)) from error
+
+
+class _Asked:
+    """What stands behind the `?`, each name once."""
+
+    def __init__(self, call: Call, known: set[str]) -> None:
+        self._given = parse_qs(call.query_string, keep_blank_values=True)
+        for name, values in sorted(self._given.items()):
+            if name not in known:
+                raise _wrong(name[:128], "there is no such parameter")
+            if len(values) > 1:
+                raise _wrong(name, "given more than once")
+
+    def text(self, name: str) -> str | None:
+        values = self._given.get(name)
+        return values[0] if values else None
+
+    def one_of(self, name: str, choices: Any) -> str | None:
+        value = self.text(name)
+        known: Sequence[str] = choices.__args__
+        if value is not None and value not in known:
+            raise _wrong(name, f"one of {', '.join(known)}")
+        return value
+
+    def instant_ms(self, name: str) -> int | None:
+        value = self.text(name)
+        return None if value is None else _instant_ms(value, name)
+
+    def limit(self) -> int:
+        value = self.text("limit")
+        if value is None:
+            return LISTED
+        if not (value.isascii() and value.isdigit() and 1 <= int(value[:6]) <= MOST_LISTED):
+            raise _wrong("limit", f"a number from 1 to {MOST_LISTED}")
+        return int(value)
+
+
+def _id(name: str) -> Parameter:
+    return Parameter(name, "the id, as it was answered", required=True, type=Annotated[str, Field(min_length=1)])
+
+
+_QUEUE: Final = Parameter("queue_id", "of this queue only", type=QueueId)
+_SINCE: Final = Parameter("since", "created then or later (RFC 3339)")
+_UNTIL: Final = Parameter("until", "created before (RFC 3339)")
+_AFTER: Final = Parameter("after", "`next` of the page before")
+_LIMIT: Final = Parameter(
+    "limit", f"rows in the page, {LISTED} unless said", type=Annotated[int, Field(ge=1, le=MOST_LISTED)]
+)
+_IN_PATH: Final = Parameter("queue_id", "the queue, as clients name it", required=True, type=QueueId)
+
+OPERATIONS: Final = (
+    Operation(
+        "POST",
+        "/message/create",
+        create,
+        body=MessageRequest,
+        answers={200: MessageCreated},
+        idempotent=True,
+        example={"queue_id": "letters", "prompt": "Write a line to {{name}}.", "supportive_variable": {"name": "Ann"}},
+    ),
+    Operation(
+        "GET",
+        "/message/{message_id}",
+        look,
+        answers={200: MessageShown},
+        errors=(404,),
+        parameters=(_id("message_id"),),
+    ),
+    Operation(
+        "GET",
+        "/message",
+        list_messages,
+        answers={200: MessagePage},
+        errors=(422,),
+        parameters=(
+            _QUEUE,
+            Parameter("status", "as it stands now", type=MessageState),
+            Parameter("batch_id", "of this batch only"),
+            _SINCE,
+            _UNTIL,
+            _AFTER,
+            _LIMIT,
+        ),
+    ),
+    Operation(
+        "POST",
+        "/message/{message_id}/cancel",
+        cancel,
+        answers={200: Cancelled, 202: Cancelled},
+        errors=(404, 409),
+        parameters=(_id("message_id"),),
+    ),
+    Operation(
+        "POST",
+        "/message/{message_id}/retry",
+        retry,
+        answers={200: MessageCreated},
+        errors=(404, 409, 422),
+        parameters=(_id("message_id"),),
+        idempotent=True,
+    ),
+    Operation(
+        "GET",
+        "/batch/{batch_id}",
+        look_at_batch,
+        answers={200: BatchShown},
+        errors=(404,),
+        parameters=(_id("batch_id"),),
+    ),
+    Operation(
+        "GET",
+        "/batch/{batch_id}/messages",
+        list_members,
+        answers={200: MessagePage},
+        errors=(404, 422),
+        parameters=(_id("batch_id"), _AFTER, _LIMIT),
+    ),
+    Operation(
+        "GET",
+        "/batch/{batch_id}/results",
+        results,
+        answers={200: BatchResults},
+        errors=(404,),
+        parameters=(_id("batch_id"),),
+    ),
+    Operation(
+        "GET",
+        "/batch",
+        list_batches,
+        answers={200: BatchPage},
+        errors=(422,),
+        parameters=(_QUEUE, Parameter("status", "as it stands now", type=BatchState), _SINCE, _UNTIL, _AFTER, _LIMIT),
+    ),
+    Operation(
+        "POST",
+        "/batch/{batch_id}/cancel",
+        cancel_batch,
+        answers={202: Cancelled},
+        errors=(404, 409),
+        parameters=(_id("batch_id"),),
+    ),
+    Operation(
+        "GET", "/queue/{queue_id}", look_at_queue, answers={200: QueueShown}, errors=(422,), parameters=(_IN_PATH,)
+    ),
+    Operation(
+        "PUT",
+        "/queue/{queue_id}",
+        set_queue,
+        body=QueueDefaults,
+        answers={200: QueueShown},
+        parameters=(_IN_PATH,),
+        example={"system_prompt": "Answer in one sentence.", "webhook_url": "https://example.com/hook"},
+    ),
+    Operation(
+        "POST",
+        "/queue/{queue_id}/rotate",
+        rotate_secret,
+        answers={200: QueueShown},
+        errors=(422,),
+        parameters=(_IN_PATH,),
+    ),
+)

@@ -1,0 +1,513 @@
+"""The messages service over HTTP: what is accepted, what is refused with nothing created, what is told afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+
+from gateway.app import create_app
+from pipeline import keys
+from pipeline.connection import Link
+from pipeline.errors import MalformedEntry, Reject
+from pipeline.front import Front
+from pipeline.job import Done, Job
+from pipeline.records import Event, Records
+from pipeline.settings import Settings
+from stages.aggregator import Aggregator
+from tests.conftest import wait_until
+from tests.rig import Scripted, changed, working
+
+Json = dict[str, Any]
+HOOK = "https://example.com/hook"
+TENANTS = {"gateway": {"api_keys": ("anna:key-a", "ben:key-b")}}
+ANNA, BEN = {"authorization": "Bearer key-a"}, {"authorization": "Bearer key-b"}
+
+
+async def answering(job: Job) -> Done:
+    """Say what was asked, and refuse what is bad."""
+    turns = job.payload.get("messages") or [{"content": job.payload.get("prompt") or job.payload["query"]}]
+    text = " | ".join(turn["content"] for turn in turns)
+    if "bad" in text:
+        raise Reject("the model will not say", code="content_filtered")
+    return Done({"answer": text, "model": job.payload.get("model", "m")})
+
+
+@dataclass
+class Service:
+    """A gateway, its Redis, and its history, which is written when the test says so."""
+
+    http: httpx.AsyncClient
+    link: Link
+    front: Front
+    records: Records
+
+    async def create(self, headers: dict[str, str] | None = None, /, **body: Any) -> httpx.Response:
+        return await self.http.post("/message/create", json={"queue_id": "q"} | body, headers=headers or {})
+
+    async def get(self, path: str, headers: dict[str, str] | None = None, /, **query: Any) -> Json:
+        reply = await self.http.get(path, params=query, headers=headers or {})
+        assert reply.status_code == 200, reply.text
+        value: Json = reply.json()
+        return value
+
+    async def record(self) -> None:
+        """Do the recorder's work."""
+        for entry, fields in await self.link.call("XRANGE", keys.EVENTS, "-", "+"):
+            event = Event.decode(fields)
+            events = [event]
+            if event.rows:
+                for one in event.members(await self.link.call("LRANGE", event.rows, 0, -1)):
+                    assert not isinstance(one, MalformedEntry)
+                    events.append(one)
+            await self.records.apply(events)
+            await self.link.call("XDEL", keys.EVENTS, entry)
+            if event.rows:
+                await self.link.call("DEL", event.rows)
+
+    async def forget(self) -> None:
+        """Let seven days pass: what Redis kept is gone."""
+        for pattern in (keys.MESSAGE, keys.BATCH, keys.BATCH_RESULTS, keys.COMPLETION):
+            for name in await self.link.call("KEYS", pattern + "*"):
+                await self.link.call("DEL", name)
+
+    async def ended(self, batch_id: str, headers: dict[str, str] | None = None, /) -> Json:
+        """Wait until a batch is closed; return how it stands."""
+        found: Json = {}
+
+        async def is_closed() -> bool:
+            nonlocal found
+            found = await self.get(f"/batch/{batch_id}", headers)
+            return found["closed_ms"] is not None
+
+        await wait_until(is_closed)
+        return found
+
+    async def is_untouched(self) -> bool:
+        """Say whether neither Redis nor history knows of anything."""
+        names = [name for name in await self.link.call("KEYS", "*") if not name.startswith((b"reply:", b"worker"))]
+        streams = [name for name in names if not name.startswith((b"job:", b"workers"))]
+        live = await self.link.call("EXISTS", keys.LIVE_INDEX, keys.DELAYED, keys.EVENTS)
+        rows, _ = await self.records.messages("default")
+        return not streams and not live and not rows
+
+
+@pytest.fixture
+async def records(tmp_path: Path) -> AsyncIterator[Records]:
+    """An empty history."""
+    records = Records.open(f"sqlite:///{tmp_path}/history.db")
+    await records.upgrade()
+    yield records
+    await records.close()
+
+
+@pytest.fixture
+async def service(
+    request: pytest.FixtureRequest, link: Link, settings: Settings, front: Front, records: Records
+) -> AsyncIterator[Service]:
+    """A gateway on a real Redis and a real history; `params` change its settings."""
+    settings = changed(settings, **getattr(request, "param", {}))
+    transport = httpx.ASGITransport(create_app(settings, front, records))
+    async with httpx.AsyncClient(base_url="http://127.0.0.1", transport=transport) as http:
+        yield Service(http, link, front, records)
+
+
+@pytest.fixture
+async def workers(link: Link, settings: Settings) -> AsyncIterator[None]:
+    """Stages that work on messages."""
+    stages = [Scripted("encoder", answering), Scripted("retriever", answering), Scripted("llm", answering)]
+    async with working(settings, [*stages, Aggregator(settings)]):
+        yield
+
+
+guarded = pytest.mark.parametrize("service", [TENANTS], indirect=True)
+
+# --- creating -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("workers")
+async def test_single_message_has_a_batch_of_its_own(service: Service) -> None:
+    """200, and the result is read under its id."""
+    reply = await service.create(prompt="Hello.")
+    assert reply.status_code == 200
+    body = reply.json()
+    assert (body["success"], body["message"]) == (True, "Message created successfully")
+    assert body.keys() == {"success", "message", "batch_id", "message_id"}
+    batch = await service.ended(body["batch_id"])
+    assert (batch["request_count"], batch["response_count"], batch["status"], batch["progress"]) == (
+        1, 1, "completed", 1.0,
+    )  # fmt: skip
+    found = await service.get(f"/message/{body['message_id']}")
+    assert (found["status"], found["result"]["answer"], found["batch_id"], found["queue_id"]) == (
+        "completed", "Hello.", body["batch_id"], "q",
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("workers")
+async def test_batch_answers_in_the_order_given(service: Service) -> None:
+    """Ids in order, results in order, each with its outcome; the failed one among them."""
+    prompts = ["one", "bad", "three"]
+    reply = await service.create(messages=[{"prompt": prompt} for prompt in prompts])
+    body = reply.json()
+    assert (body["message"], body["message_count"]) == ("Batch created successfully", 3)
+    batch = await service.ended(body["batch_id"])
+    assert (batch["status"], batch["failed_count"]) == ("completed_with_errors", 1)
+    found = await service.get(f"/batch/{body['batch_id']}/results")
+    assert (found["batch_id"], found["status"]) == (body["batch_id"], "completed_with_errors")
+    assert [row["message_id"] for row in found["results"]] == body["message_ids"]
+    assert [row["status"] for row in found["results"]] == ["completed", "failed", "completed"]
+    assert found["results"][0]["result"]["answer"] == "one"
+    assert found["results"][1]["error"]["code"] == "content_filtered"
+
+
+@pytest.mark.usefixtures("workers")
+async def test_placeholders_are_filled_where_values_are_given(service: Service) -> None:
+    """In prompt and system prompt, once; without `supportive_variable` the text is taken as it is."""
+    values = {"name": "Ann {{x}}", "n": 3, "yes": True}
+    first = {"prompt": "Hi {{name}}, {{ n }}", "system_prompt": "{{yes}}", "supportive_variable": values}
+    reply = await service.create(messages=[first, {"prompt": "Hi {{name}}"}])
+    await service.ended(reply.json()["batch_id"])
+    found = await service.get(f"/batch/{reply.json()['batch_id']}/results")
+    assert [row["result"]["answer"] for row in found["results"]] == ["true | Hi Ann {{x}}, 3", "Hi {{name}}"]
+
+
+@pytest.mark.usefixtures("workers")
+async def test_queue_gives_what_a_message_does_not_name(service: Service) -> None:
+    """Model, system prompt, webhook; what a message names itself wins. A queue that nobody set up has no defaults."""
+    assert (await service.get("/queue/q"))["model"] is None
+    wanted = {"model": "big", "system_prompt": "Be brief.", "webhook_url": HOOK}
+    reply = await service.http.put("/queue/q", json=wanted)
+    assert reply.status_code == 200
+    assert (reply.json() | wanted) == reply.json() == await service.get("/queue/q")
+    assert reply.json()["webhook_secret"].startswith("whsec_")
+    batch_id = (await service.create(messages=[{"prompt": "a"}, {"prompt": "b", "system_prompt": "c"}])).json()[
+        "batch_id"
+    ]
+    await service.ended(batch_id)
+    found = await service.get(f"/batch/{batch_id}/results")
+    assert [row["result"] for row in found["results"]] == [
+        {"answer": "Be brief. | a", "model": "big"}, {"answer": "c | b", "model": "big"},
+    ]  # fmt: skip
+    ((_, fields),) = await service.link.call("XRANGE", keys.stream("webhook"), "-", "+")
+    assert orjson.loads(fields[1])["payload"]["url"] == HOOK
+    await service.http.put("/queue/q", json={})
+    again = await service.get("/queue/q")
+    assert (again["model"], again["webhook_url"]) == (None, None)
+    assert again["webhook_secret"] == reply.json()["webhook_secret"]
+    rotated = await service.http.post("/queue/q/rotate")
+    assert rotated.json()["webhook_secret"] not in {None, again["webhook_secret"]}
+
+
+@pytest.mark.usefixtures("workers")
+async def test_retrieving_message_passes_encoder_and_retriever(service: Service) -> None:
+    """The prompt is the question."""
+    body = (await service.create(prompt="What is a lease?", retrieve=True)).json()
+    await service.ended(body["batch_id"])
+    timings = (await service.get(f"/message/{body['message_id']}"))["timings_ms"]
+    assert {"encoder", "retriever", "llm"} <= timings.keys()
+
+
+@pytest.mark.usefixtures("workers")
+async def test_same_idempotency_key_repeats_the_answer(service: Service) -> None:
+    """The same ids in the same order, said to be a repetition; another body is refused."""
+    key = {"idempotency-key": "k1"}
+    first = await service.create(key, messages=[{"prompt": "a"}, {"prompt": "b"}])
+    again = await service.create(key, messages=[{"prompt": "a"}, {"prompt": "b"}])
+    assert again.json() == first.json()
+    assert again.headers["idempotent-replayed"] == "true"
+    other = await service.create(key, messages=[{"prompt": "a"}])
+    assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_mismatch")
+
+
+FIRST = {"prompt": "a"}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": "a", "messages": [FIRST]}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": [FIRST] * 4}, "messages"),
+        ({"messages": [FIRST, FIRST, {"prompt": 7}]}, "messages[2].prompt"),
+        ({"messages": [FIRST, {"prompt": ""}]}, "messages[1].prompt"),
+        ({"messages": [FIRST, {}]}, "messages[1].prompt"),
+        ({"messages": [FIRST, "a"]}, "messages[1]"),
+        ({"messages": [FIRST, {"prompt": "a", "colour": "red"}]}, "messages[1].colour"),
+        ({"messages": [FIRST, {"prompt": "{{b}}", "supportive_variable": {"a": 1}}]}, "messages[1].prompt"),
+        (
+            {"messages": [{"prompt": "a", "system_prompt": "{{b}}", "supportive_variable": {}}]},
+            "messages[0].system_prompt",
+        ),
+        ({"messages": [{"prompt": "a", "supportive_variable": {"b": []}}]}, "messages[0].supportive_variable.b"),
+        ({"messages": [FIRST], "system_prompt": "a"}, "system_prompt"),
+        ({"prompt": "{{a}}", "supportive_variable": {"a": ""}}, "prompt"),
+        ({"prompt": "a", "webhook_url": "ftp://example.com"}, "webhook_url"),
+        ({"prompt": "a", "webhook_url": "http://127.0.0.1/"}, "webhook_url"),
+        ({"prompt": "a", "webhook_event": "sometimes"}, "webhook_event"),
+        ({"prompt": "a", "schedule_at": "tomorrow"}, "schedule_at"),
+        ({"prompt": "a", "schedule_at": "2027-01-31T08:00:00"}, "schedule_at"),
+        ({"prompt": "a", "schedule_at": "9999-01-31T08:00:00Z"}, "schedule_at"),
+        ({"prompt": " ", "retrieve": True}, "prompt"),
+        ({"prompt": "a" * 16_001, "retrieve": True}, "prompt"),
+        ({"prompt": "a", "queue_id": "a:b"}, "queue_id"),
+        ({"prompt": "a", "queue_id": None}, "queue_id"),
+        ({"prompt": "a", "model": ""}, "model"),
+    ],
+)
+@pytest.mark.parametrize("service", [{"messages": {"max_batch": 3}}], indirect=True)
+async def test_wrong_field_is_named_and_nothing_is_created(service: Service, body: Json, param: str) -> None:
+    """422 with the exact path; neither Redis nor history knows of anything."""
+    reply = await service.create(**body)
+    assert reply.status_code == 422, reply.text
+    assert reply.json()["error"]["param"] == param
+    assert await service.is_untouched()
+
+
+async def test_missing_value_is_named(service: Service) -> None:
+    """The placeholder, so that the sender knows what to give."""
+    reply = await service.create(prompt="Hi {{first name}} {{last_name}}", supportive_variable={"first": "Ann"})
+    assert "{{last_name}}" in reply.json()["error"]["message"]
+    assert reply.json()["error"]["code"] == "missing_variable"
+
+
+async def test_scheduled_message_waits(service: Service) -> None:
+    """It is pending, and on no stream."""
+    due_ms = service.front.clock.now_ms() + 3_600_000
+    text = datetime.fromtimestamp(due_ms / 1000, UTC).isoformat()
+    body = (await service.create(prompt="later", schedule_at=text)).json()
+    assert await service.link.call("EXISTS", keys.stream("llm")) == 0
+    assert (await service.get(f"/message/{body['message_id']}"))["status"] == "pending"
+    assert (await service.get(f"/batch/{body['batch_id']}"))["status"] == "pending"
+    assert abs(float(await service.link.call("ZSCORE", keys.DELAYED, body["message_id"])) - due_ms) <= 1
+
+
+@pytest.mark.parametrize(
+    "service", [{"messages": {"max_body_bytes": 2 << 20}, "gateway": {"max_body_bytes": 1024}}], indirect=True
+)
+async def test_this_path_takes_larger_bodies_than_others(service: Service) -> None:
+    """And has a bound of its own."""
+    assert (await service.create(prompt="a" * (1 << 20))).status_code == 200
+    assert (await service.create(prompt="a" * (2 << 20))).status_code == 413
+    assert (await service.http.put("/queue/q", json={"system_prompt": "a" * 2_000})).status_code == 413
+
+
+# --- reading and managing -------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("workers")
+async def test_history_tells_the_same_when_redis_has_forgotten(service: Service) -> None:
+    """One message, one batch, its members, its results: read from Redis, then from the database."""
+    body = (await service.create(messages=[{"prompt": p} for p in ("one", "bad", "three")])).json()
+    batch_id, message_id = body["batch_id"], body["message_ids"][1]
+    paths = (
+        f"/message/{message_id}",
+        f"/batch/{batch_id}",
+        f"/batch/{batch_id}/results",
+        f"/batch/{batch_id}/messages",
+    )
+    await service.ended(batch_id)
+    before = [await service.get(path) for path in paths]
+    await service.record()
+    await service.forget()
+    after = [await service.get(path) for path in paths]
+    for old, new in zip(before[:2], after[:2], strict=True):
+        assert {name: new.get(name) for name in old} == old
+    assert after[2] == before[2]
+    shown = [
+        [(row["message_id"], row["status"], row["position"]) for row in page["messages"]]
+        for page in (before[3], after[3])
+    ]
+    assert shown[0] == shown[1]
+    assert after[0]["prompt"] == "bad"
+
+
+async def test_members_come_in_pages(service: Service) -> None:
+    """In the order given, from Redis and from history."""
+    body = (await service.create(messages=[{"prompt": str(number)} for number in range(5)])).json()
+    path = f"/batch/{body['batch_id']}/messages"
+    await service.record()
+
+    async def pages() -> list[str]:
+        ids: list[str] = []
+        after: dict[str, str] = {}
+        while True:
+            page = await service.get(path, limit=2, **after)
+            ids += [row["message_id"] for row in page["messages"]]
+            if page["next"] is None:
+                return ids
+            after = {"after": page["next"]}
+
+    assert await pages() == body["message_ids"]
+    await service.forget()
+    assert await pages() == body["message_ids"]
+
+
+@pytest.mark.usefixtures("workers")
+async def test_lists_are_filtered_and_up_to_date(service: Service) -> None:
+    """By queue, status, batch and time; what ended since it was recorded is told as it stands now."""
+    first = (await service.create(prompt="one")).json()
+    await service.record()
+    await service.ended(first["batch_id"])
+    second = (await service.create(prompt="bad", queue_id="other")).json()
+    await service.ended(second["batch_id"])
+    await service.record()
+    third = (await service.create(prompt="three", schedule_at="2026-12-20T00:00:00Z")).json()
+    await service.record()
+
+    async def ids(**query: Any) -> list[str]:
+        return [row["message_id"] for row in (await service.get("/message", **query))["messages"]]
+
+    one, two, three = (body["message_id"] for body in (first, second, third))
+    assert await ids() == [three, two, one]
+    assert await ids(queue_id="other") == [two]
+    assert await ids(status="completed") == [one]
+    assert await ids(status="pending") == [three]
+    assert await ids(status="processing") == []
+    assert await ids(batch_id=second["batch_id"]) == [two]
+    assert await ids(until="2020-01-01T00:00:00Z") == []
+    assert await ids(since="2020-01-01T00:00:00Z", limit=2) == [three, two]
+    batches = (await service.get("/batch", status="completed_with_errors"))["batches"]
+    assert [(row["batch_id"], row["failed_count"]) for row in batches] == [(second["batch_id"], 1)]
+    for query in (
+        {"status": "done"},
+        {"limit": "0"},
+        {"limit": "many"},
+        {"since": "monday"},
+        {"colour": "red"},
+        {"after": "x"},
+    ):
+        reply = await service.http.get("/message", params=query)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (422, next(iter(query)))
+
+
+async def test_waiting_message_is_cancelled_at_once(service: Service) -> None:
+    """Once; afterwards it has its outcome."""
+    body = (await service.create(prompt="never")).json()
+    path = f"/message/{body['message_id']}/cancel"
+    reply = await service.http.post(path)
+    assert (reply.status_code, reply.json()["status"]) == (200, "cancelled")
+    assert (await service.http.post(path)).status_code == 409
+    assert (await service.get(f"/message/{body['message_id']}"))["status"] == "cancelled"
+
+
+async def test_batch_is_cancelled(service: Service, settings: Settings) -> None:
+    """202, and then it is closed as cancelled; a closed one is 409."""
+    body = (await service.create(messages=[FIRST] * 3)).json()
+    path = f"/batch/{body['batch_id']}/cancel"
+    assert (await service.http.post(path)).status_code == 202
+    assert (await service.http.post(path)).status_code == 202
+    async with working(settings, [Aggregator(settings)]):
+        assert (await service.ended(body["batch_id"]))["status"] == "cancelled"
+    assert (await service.http.post(path)).status_code == 409
+    await service.record()
+    await service.forget()
+    assert (await service.http.post(path)).status_code == 409
+    assert (await service.get(f"/batch/{body['batch_id']}"))["status"] == "cancelled"
+
+
+@pytest.mark.usefixtures("workers")
+async def test_retry_is_a_new_message_that_names_the_old_one(service: Service) -> None:
+    """In a batch of its own, with what the old one asked for; a message that has not ended is 409."""
+    waiting = (await service.create(prompt="later", schedule_at="2026-12-20T00:00:00Z")).json()
+    reply = await service.http.post(f"/message/{waiting['message_id']}/retry")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (409, "message_pending")
+    old = (
+        await service.create(prompt="bad {{x}}", supportive_variable={"x": "y"}, webhook_url=HOOK, model="m2")
+    ).json()
+    await service.ended(old["batch_id"])
+    reply = await service.http.post(f"/message/{old['message_id']}/retry")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "not_recorded_yet")
+    await service.record()
+    reply = await service.http.post(f"/message/{old['message_id']}/retry", headers={"idempotency-key": "k"})
+    assert reply.status_code == 200, reply.text
+    new = reply.json()
+    assert new["retry_of"] == old["message_id"]
+    assert new["batch_id"] != old["batch_id"]
+    again = await service.http.post(f"/message/{old['message_id']}/retry", headers={"idempotency-key": "k"})
+    assert again.json() == new
+    await service.ended(new["batch_id"])
+    await service.record()
+    row = await service.records.message("default", new["message_id"])
+    assert row is not None
+    assert (row["prompt"], row["model"], row["retry_of"]) == ("bad y", "m2", old["message_id"])
+    assert await service.link.call("XLEN", keys.stream("webhook")) == 2
+
+
+async def test_results_of_an_open_batch_tell_what_is_there(service: Service) -> None:
+    """In order, pending where nothing has come."""
+    body = (await service.create(messages=[FIRST] * 2)).json()
+    found = await service.get(f"/batch/{body['batch_id']}/results")
+    assert found["status"] == "pending"
+    assert found["results"] == [{"message_id": one, "status": "pending"} for one in body["message_ids"]]
+
+
+@guarded
+@pytest.mark.usefixtures("workers")
+@pytest.mark.parametrize("remembered", [False, True], ids=["redis", "history"])
+async def test_another_tenants_id_is_404_on_every_route(service: Service, remembered: bool) -> None:
+    """As one that never was; lists hold one's own only, and queues of the same name are two."""
+    body = (await service.create(ANNA, prompt="mine")).json()
+    batch, message = body["batch_id"], body["message_id"]
+    await service.ended(batch, ANNA)
+    await service.http.put("/queue/q", json={"model": "annas"}, headers=ANNA)
+    if remembered:
+        await service.record()
+        await service.forget()
+    routes = [
+        ("GET", f"/message/{message}"), ("POST", f"/message/{message}/cancel"), ("POST", f"/message/{message}/retry"),
+        ("GET", f"/batch/{batch}"), ("GET", f"/batch/{batch}/messages"), ("GET", f"/batch/{batch}/results"),
+        ("POST", f"/batch/{batch}/cancel"), ("GET", f"/jobs/{batch}"), ("POST", f"/jobs/{batch}/cancel"),
+    ]  # fmt: skip
+    for method, path in routes:
+        assert (await service.http.request(method, path, headers=BEN)).status_code == 404, path
+        never = path.replace(batch, "0" * 32).replace(message, "0" * 32)
+        assert (await service.http.request(method, never, headers=ANNA)).status_code == 404, never
+    await service.record()
+    for path, name in (("/message", "messages"), ("/batch", "batches")):
+        assert len((await service.get(path, ANNA))[name]) == 1
+        assert (await service.get(path, BEN))[name] == []
+    assert (await service.get("/queue/q", BEN))["model"] is None
+    assert (await service.get("/queue/q", ANNA))["webhook_secret"] != (await service.get("/queue/q", BEN))[
+        "webhook_secret"
+    ]
+
+
+@pytest.mark.parametrize("odd", ["members", "members:x", "done:" + "0" * 32, "0" * 31, "A" * 32, "%00", "x" * 200])
+async def test_what_is_no_id_of_ours_is_404(service: Service, odd: str) -> None:
+    """Whatever it would be as a part of a key."""
+    body = (await service.create(prompt="a")).json()
+    for given in (odd, f"members:{body['batch_id']}"):
+        for path in (f"/message/{given}", f"/batch/{given}", f"/batch/{given}/results"):
+            assert (await service.http.get(path)).status_code == 404
+
+
+async def test_history_that_is_away_stops_lists_only(service: Service, records: Records, tmp_path: Path) -> None:
+    """Messages are accepted and read from Redis; what needs history is 503."""
+    await records.close()
+    (tmp_path / "history.db").unlink()
+    (tmp_path / "history.db").mkdir()
+    body = (await service.create(prompt="a")).json()
+    assert (await service.get(f"/message/{body['message_id']}"))["status"] == "pending"
+    reply = await service.http.get("/message")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "history_unavailable")
+
+
+@guarded
+async def test_batch_counts_as_one_in_flight(service: Service, settings: Settings) -> None:
+    """However many messages it has: what a key may have unfinished is counted in requests."""
+    transport = httpx.ASGITransport(
+        create_app(changed(settings, gateway=TENANTS["gateway"] | {"max_in_flight_per_key": 2}), service.front)
+    )
+    async with AsyncExitStack() as stack:
+        http = await stack.enter_async_context(httpx.AsyncClient(base_url="http://127.0.0.1", transport=transport))
+        send = {"queue_id": "q", "messages": [FIRST] * 5}
+        statuses = [(await http.post("/message/create", json=send, headers=ANNA)).status_code for _ in range(3)]
+    assert statuses == [200, 200, 429]
