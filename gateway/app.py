@@ -17,7 +17,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import discovery, documents, health, jobs, openapi, page, query
-from gateway.auth import ApiKeys, refuse_cross_site
+from gateway.auth import Callers, refuse_cross_site
 from gateway.errors import RETRY_SOON_S, BrokenKey, ClientGone, Problem, problem_of
 from gateway.metrics import REFUSALS
 from gateway.operation import Answer, Call, Gateway, Operation, answer
@@ -70,7 +70,7 @@ def create_app(settings: Settings, front: Front) -> ASGIApp:
     Raises:
         ConfigError: the API keys are malformed.
     """
-    gateway = Gateway(settings, front, ApiKeys(settings.gateway.api_keys))
+    gateway = Gateway(settings, front, Callers(settings.gateway, front))
     return Edge(_router(operations()), gateway)
 
 
@@ -143,7 +143,7 @@ class _Endpoint:
         if method not in _UNCHANGING:
             refuse_cross_site(call.headers)
         if operation.guarded:
-            call.tenant = call.gateway.keys.tenant_of(call.headers)
+            call.tenant = await call.gateway.callers.tenant_of(call.headers)
         answer = await operation.run(call)
         await _send(send, answer.status, answer.content_type, answer.headers, answer.body)
 

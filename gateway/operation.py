@@ -17,7 +17,7 @@ import orjson
 from pydantic import BaseModel, ValidationError
 from starlette.types import Receive, Scope
 
-from gateway.auth import ApiKeys
+from gateway.auth import Callers
 from gateway.errors import BrokenKey, ClientGone, Headers, Problem, invalid
 from gateway.idempotency import read_key
 from gateway.limits import read_body
@@ -95,7 +95,7 @@ class Gateway:
 
     settings: Settings
     front: Front
-    keys: ApiKeys
+    callers: Callers
 
 
 class Call:
@@ -199,7 +199,7 @@ class Call:
             Problem: the key is malformed.
             PenstockError: not accepted; see `Front.submit`.
         """
-        limit = self.gateway.settings.gateway.max_in_flight_per_key if self.gateway.keys else None
+        limit = self.gateway.settings.gateway.max_in_flight_per_key if self.gateway.callers.are_guarded else None
         key = read_key(self.headers, self.tenant, self.path, self.body)
         accepted = await self.front.submit(job, idempotency=key, in_flight_limit=limit, wait=wait)
         if accepted.repeated:

@@ -54,6 +54,8 @@ HEALTH: Final = "llm:health:"
 EVENTS: Final = "record:events"
 ROWS: Final = "record:rows:"
 API_KEYS: Final = "api_keys"
+API_KEY_NAME: Final = "name:"
+"""What a field of that hash begins with where it leads from a name to a digest."""
 
 CANCEL_CHANNEL: Final = "job:cancelled"
 """Pub/sub: ids of running jobs to stop. A hint: the mark in the live record is the truth."""
@@ -78,6 +80,7 @@ LUA_KEYS: Final = {
     "events": EVENTS,
     "rows": ROWS,
     "api_keys": API_KEYS,
+    "api_key_name": API_KEY_NAME,
     "cancel_channel": CANCEL_CHANNEL,
     "wake_channel": WAKE_CHANNEL,
     "placed": "job:llm_in",

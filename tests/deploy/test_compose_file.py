@@ -16,8 +16,10 @@ from tests.deploy import compose
 
 WANTED = {
     "redis",
+    "postgres",
     "qdrant",
     "gateway",
+    "recorder",
     "encoder",
     "retriever",
     "llm_generator_1",
@@ -29,7 +31,7 @@ WANTED = {
     "prometheus",
     "grafana",
 }
-STAGES = {name for name in WANTED if name in {"encoder", "retriever"} or name.startswith("llm_")}
+STAGES = {name for name in WANTED if name in {"encoder", "retriever", "recorder"} or name.startswith("llm_")}
 SERVICES = compose.services()
 each_service = pytest.mark.parametrize("name", SERVICES)
 each_of_ours = pytest.mark.parametrize("name", compose.ours(SERVICES))
