@@ -21,7 +21,7 @@ from gateway.auth import Callers, refuse_cross_site
 from gateway.errors import RETRY_SOON_S, BrokenKey, ClientGone, Problem, problem_of
 from gateway.metrics import REFUSALS
 from gateway.operation import Answer, Call, Gateway, Operation, answer
-from pipeline.errors import PenstockError
+from pipeline.errors import BrokerUnavailable, PenstockError
 from pipeline.front import Front
 from pipeline.job import Json
 from pipeline.settings import Settings
@@ -143,7 +143,11 @@ class _Endpoint:
         if method not in _UNCHANGING:
             refuse_cross_site(call.headers)
         if operation.guarded:
-            call.tenant = await call.gateway.callers.tenant_of(call.headers)
+            try:
+                call.tenant = await call.gateway.callers.tenant_of(call.headers)
+            except BrokerUnavailable:
+                operation.unavailable()
+                raise
         answer = await operation.run(call)
         await _send(send, answer.status, answer.content_type, answer.headers, answer.body)
 

@@ -75,6 +75,7 @@ class Operation:
         guarded: whether it asks for an API key where any is configured.
         idempotent: whether it honours `Idempotency-Key`.
         example: a body that shows the reader how to begin.
+        unavailable: counts a call of which Redis could not tell who makes it; the rest the operation counts itself.
     """
 
     method: str
@@ -87,6 +88,7 @@ class Operation:
     guarded: bool = True
     idempotent: bool = False
     example: Json | None = None
+    unavailable: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import pytest
 
 from gateway import auth
 from gateway.app import create_app
+from gateway.metrics import QUERY_OUTCOME
 from pipeline import keys
 from pipeline.api_keys import ApiKey, KeyRing, digest_of
 from pipeline.connection import Link
@@ -118,6 +119,16 @@ async def test_without_redis_known_keys_go_on_for_a_moment(guarded: Running, tim
     assert told(await ask(guarded, "key-of-bob")) == (503, "redis_unavailable")
     time.passes(auth.KNOWN_FOR_S + 0.01)
     assert told(await ask(guarded, "key-of-alice")) == (503, "redis_unavailable")
+
+
+async def test_a_query_whose_caller_cannot_be_told_is_counted(start: Start) -> None:
+    """Redis, which knows the keys, is away: that spends our budget, too."""
+    running = await start(require_key=True)
+    running.front.broken = BrokerUnavailable("refused")
+    before = QUERY_OUTCOME["unavailable"]._value.get()
+    reply = await ask(running, "x")
+    assert reply.status_code == 503
+    assert QUERY_OUTCOME["unavailable"]._value.get() == before + 1
 
 
 async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
