@@ -40,6 +40,10 @@ faults *arguments:
 bench *arguments:
     {{ python }} -m tests.bench {{ arguments }}
 
+# bring the tables of the history up to date
+migrate *arguments:
+    {{ python }} -m penstock db upgrade {{ arguments }}
+
 # show what runs and how deep each queue is
 status *arguments:
     {{ python }} -m penstock status {{ arguments }}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from gateway.client import Client
+    from pipeline.api_keys import ApiKey, KeyRing
     from pipeline.connection import Link
     from pipeline.dead import DeadLetters, Letter
     from pipeline.settings import Settings
@@ -38,9 +39,13 @@ app = typer.Typer(
 )
 dead = typer.Typer(help="Dead letters: entries that could not be worked on.", no_args_is_help=True)
 app.add_typer(dead, name="dead")
+db = typer.Typer(help="The database of the history.", no_args_is_help=True)
+app.add_typer(db, name="db")
+api_keys = typer.Typer(help="API keys, made and revoked while gateways run.", no_args_is_help=True)
+app.add_typer(api_keys, name="keys")
 app.command()(loadtest)
 
-DataDir = Annotated[Path, typer.Option(help="Where `up` keeps Redis' files and the index.", file_okay=False)]
+DataDir = Annotated[Path, typer.Option(help="Where `up` keeps Redis' files, the index, the history.", file_okay=False)]
 RedisUrl = Annotated[str | None, typer.Option(help="A running Redis; else REDIS_URL, or the one of `penstock up`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON for scripts.")]
 
@@ -89,7 +94,9 @@ def up(
     settings = _settings(overrides)
     if "path" not in settings.retriever.model_fields_set:
         overrides["retriever"] = {"path": data_dir.resolve() / "index"}
-        settings = _settings(overrides)
+    if "url" not in settings.history.model_fields_set:
+        overrides["history"] = {"url": _history_in(data_dir)}
+    settings = _settings(overrides)
     logs.configure(settings.log, "up", sys.stderr)
     plan = local.Plan(
         settings,
@@ -118,7 +125,9 @@ def gateway(
 
 @app.command()
 def stage(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="encoder, retriever, llm, webhook")],
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME...", help="encoder, retriever, llm, aggregator, webhook, recorder")
+    ],
 ) -> None:
     """Run one or more stages in this process."""
     settings = _settings()
@@ -399,8 +408,7 @@ def _on_redis(redis_url: str | None, data_dir: Path, work: Callable[[Link, Setti
 
 
 def _letter_in_short(letter: Letter) -> str:
-    at = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(letter.at_ms / 1000))
-    line = f"{letter.id}  {at}  {letter.stage:<9}  {letter.reason}  {letter.job_id or '-'}"
+    line = f"{letter.id}  {_at(letter.at_ms)}  {letter.stage:<9}  {letter.reason}  {letter.job_id or '-'}"
     return line + (f"\n    {letter.error['message']}" if letter.error else "")
 
 
@@ -417,6 +425,81 @@ def _print_json(value: Any) -> None:
     import orjson
 
     sys.stdout.write(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() + "\n")
+
+
+@db.command("upgrade")
+def db_upgrade(
+    database_url: Annotated[
+        str | None, typer.Option(help="sqlite:///FILE or postgresql://...; else DATABASE_URL, or that of `up`.")
+    ] = None,
+    data_dir: DataDir = DATA_DIR,
+) -> None:
+    """Bring the tables of the history up to date; harmless where they are, and where others do so at the same time."""
+    import asyncio
+
+    from pipeline.records import Records
+
+    settings = _settings({"history": {"url": database_url}})
+    url = settings.history.url if "url" in settings.history.model_fields_set else _history_in(data_dir)
+
+    async def upgrade() -> bool:
+        records = Records.open(url, timeout_s=settings.history.timeout_s)
+        try:
+            return await records.upgrade()
+        finally:
+            await records.close()
+
+    typer.echo("the tables were brought up to date" if asyncio.run(upgrade()) else "the tables are up to date")
+
+
+def _history_in(data_dir: Path) -> str:
+    return f"sqlite:///{data_dir.resolve() / 'history.db'}"
+
+
+@api_keys.command("create")
+def keys_create(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the key is called; a name is used once.")],
+    tenant: Annotated[str | None, typer.Option(help="Whose key it is; the name, where nobody is named.")] = None,
+    redis_url: RedisUrl = None,
+    data_dir: DataDir = DATA_DIR,
+) -> None:
+    """Make an API key and print it. It is shown this once, and kept nowhere."""
+    typer.echo(_on_keys(redis_url, data_dir, lambda ring: ring.create(name, tenant or name)))
+
+
+@api_keys.command("list")
+def keys_list(redis_url: RedisUrl = None, data_dir: DataDir = DATA_DIR, json: AsJson = False) -> None:
+    """Show the keys that were made, revoked ones too; never a key itself."""
+    found = _on_keys(redis_url, data_dir, lambda ring: ring.list())
+    if json:
+        _print_json([record.as_json() for record in found])
+    else:
+        typer.echo("\n".join(_key_in_short(record) for record in found) or "no keys")
+
+
+@api_keys.command("revoke")
+def keys_revoke(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The key's name.")],
+    redis_url: RedisUrl = None,
+    data_dir: DataDir = DATA_DIR,
+) -> None:
+    """Have a key refused everywhere, within a second, for ever. What was accepted of it goes on."""
+    _on_keys(redis_url, data_dir, lambda ring: ring.revoke(name))
+
+
+def _on_keys(redis_url: str | None, data_dir: Path, work: Callable[[KeyRing], Awaitable[T]]) -> T:
+    from pipeline.api_keys import KeyRing
+
+    return _on_redis(redis_url, data_dir, lambda link, _settings: work(KeyRing(link)))
+
+
+def _key_in_short(record: ApiKey) -> str:
+    revoked = "holds" if record.revoked_ms is None else f"revoked {_at(record.revoked_ms)}"
+    return f"{record.name:<20}  {record.tenant:<20}  made {_at(record.created_ms)}  {revoked}"
+
+
+def _at(instant_ms: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(instant_ms / 1000))
 
 
 # --- Settings ----------------------------------------------------------------------------------

@@ -17,11 +17,11 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import discovery, documents, health, jobs, messages, openapi, page, query, webhooks
-from gateway.auth import ApiKeys, refuse_cross_site
+from gateway.auth import Callers, refuse_cross_site
 from gateway.errors import RETRY_SOON_S, BrokenKey, ClientGone, Problem, problem_of
 from gateway.metrics import REFUSALS
 from gateway.operation import Answer, Call, Gateway, Operation, Records, answer
-from pipeline.errors import PenstockError
+from pipeline.errors import BrokerUnavailable, PenstockError
 from pipeline.front import Front
 from pipeline.job import Json
 from pipeline.settings import Settings
@@ -72,7 +72,7 @@ def create_app(settings: Settings, front: Front, records: Records | None = None)
     Raises:
         ConfigError: the API keys are malformed.
     """
-    gateway = Gateway(settings, front, ApiKeys(settings.gateway.api_keys), records)
+    gateway = Gateway(settings, front, Callers(settings.gateway, front), records)
     return Edge(_router(operations()), gateway)
 
 
@@ -145,7 +145,11 @@ class _Endpoint:
         if method not in _UNCHANGING:
             refuse_cross_site(call.headers)
         if operation.guarded:
-            call.tenant = call.gateway.keys.tenant_of(call.headers)
+            try:
+                call.tenant = await call.gateway.callers.tenant_of(call.headers)
+            except BrokerUnavailable:
+                operation.unavailable()
+                raise
         answer = await operation.run(call)
         await _send(send, answer.status, answer.content_type, answer.headers, answer.body)
 

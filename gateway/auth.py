@@ -1,6 +1,9 @@
-"""Who is calling: `Authorization: Bearer <key>`; the name of each key is a tenant.
+"""Who is calling: `Authorization: Bearer <key>`; each key is a tenant's.
 
-Without any key configured every caller is the tenant `default`, and then only a loopback address may be bound.
+A key stands in the settings (`name:key`, the name is the tenant), or was made with `penstock keys create` and stands in
+Redis. The latter is remembered here for a moment, so that a request costs no call of its own, and a revoked key is
+refused after that moment everywhere. Where there is no key of either kind every caller is the tenant `default`, and
+then only a loopback address may be bound.
 A page in a browser can reach a loopback address too, so what a browser marks as coming from another site may change
 nothing (the rule of Go's `http.CrossOriginProtection`).
 """
@@ -10,21 +13,27 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-import re
 from collections.abc import Mapping, Sequence
+from typing import Final
 from urllib.parse import urlsplit
 
-from gateway.errors import Problem
+from gateway.errors import BrokenKey, Problem
+from pipeline.api_keys import NAME, ApiKey, digest_of
+from pipeline.clock import monotonic_us
 from pipeline.errors import ConfigError
+from pipeline.front import Front
 from pipeline.job import DEFAULT_TENANT
 from pipeline.settings import GatewaySettings
 
-_TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")  # no colon: it parts tenant and id in keys
+KNOWN_FOR_S: Final = 1.0
+"""What was read of a key in Redis holds for so long; so a revoked key is refused after a second at most."""
+MOST_KNOWN: Final = 10_000
+
 _CHALLENGE = [(b"www-authenticate", b'Bearer realm="penstock"')]
 
 
 class ApiKeys:
-    """The configured keys; false when there are none. Holds their hashes only."""
+    """The keys of the settings; false when there are none. Holds their hashes only."""
 
     def __init__(self, pairs: Sequence[str]) -> None:
         """Read `name:key` pairs; one name may have several keys, so that keys can be changed without a gap.
@@ -36,7 +45,7 @@ class ApiKeys:
         self._tenants: list[tuple[bytes, str]] = []
         for number, pair in enumerate(pairs, 1):
             name, colon, key = pair.partition(":")
-            if not colon or not key or not _TENANT.fullmatch(name):
+            if not colon or not key or not NAME.fullmatch(name):
                 wrong.append(f"pair {number} is not name:key with a name of 1 to 64 out of A-Z a-z 0-9 . _ -")
             elif not key.isascii() or not key.isprintable() or " " in key:
                 wrong.append(f"pair {number}: the key of {name!r} cannot travel in a header")
@@ -53,26 +62,69 @@ class ApiKeys:
     def __repr__(self) -> str:
         return f"<ApiKeys tenants={sorted({tenant for _, tenant in self._tenants})}>"
 
-    def tenant_of(self, headers: Mapping[bytes, bytes]) -> str:
-        """Return whose request this is.
-
-        Raises:
-            Problem: 401, no key or none of ours.
-        """
-        if not self._tenants:
-            return DEFAULT_TENANT
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer" or not key:
-            message = "an API key is needed: Authorization: Bearer <key>"
-            raise Problem(401, "missing_api_key", message, headers=_CHALLENGE)
-        given = _digest(key.strip())
+    def owner_of(self, key: bytes) -> str | None:
+        """Return whose key this is, None where it is none of these."""
+        given = _digest(key)
         owner: str | None = None
         for digest, tenant in self._tenants:  # to the end, whichever it is: the time taken tells nothing
             if hmac.compare_digest(digest, given):
                 owner = tenant
-        if owner is None:
-            raise Problem(401, "invalid_api_key", "this API key is not known", headers=_CHALLENGE)
         return owner
+
+
+class Callers:
+    """Tells whose request it is."""
+
+    def __init__(self, settings: GatewaySettings, front: Front) -> None:
+        """Read the keys of the settings.
+
+        Raises:
+            ConfigError: they are malformed.
+        """
+        self._configured = ApiKeys(settings.api_keys)
+        self._always = settings.require_key or bool(self._configured)
+        self._front = front
+        self._known: dict[str, tuple[int, ApiKey]] = {}  # by digest: until when, on the monotonic clock, and what
+
+    @property
+    def are_guarded(self) -> bool:
+        """Whether a key is asked for."""
+        return self._always or bool(self._front.knows_api_keys)
+
+    async def tenant_of(self, headers: Mapping[bytes, bytes]) -> str:
+        """Return whose request this is.
+
+        Raises:
+            Problem: 401, no key or none of ours; 403, it was revoked.
+            BrokerUnavailable: the key is to be looked up in Redis, which is away.
+        """
+        if not self.are_guarded and not (self._front.knows_api_keys is None and await self._front.look_for_api_keys()):
+            return DEFAULT_TENANT
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        key = key.strip()
+        if scheme.lower() != b"bearer" or not key:
+            message = "an API key is needed: Authorization: Bearer <key>"
+            raise Problem(401, "missing_api_key", message, headers=_CHALLENGE)
+        return self._configured.owner_of(key) or await self._owner_in_redis(key)
+
+    async def _owner_in_redis(self, key: bytes) -> str:
+        digest = digest_of(key)
+        until_us, record = self._known.get(digest, (0, None))
+        now_us = monotonic_us()
+        if record is None or until_us < now_us:
+            text = await self._front.api_key(digest)
+            if text is None:
+                raise Problem(401, "invalid_api_key", "this API key is not known", headers=_CHALLENGE)
+            try:
+                record = ApiKey.decode(text)
+            except ValueError as error:
+                raise BrokenKey(str(error)) from error
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            self._known[digest] = (now_us + int(KNOWN_FOR_S * 1e6), record)
+        if record.revoked_ms is not None:
+            raise Problem(403, "revoked_api_key", f"the API key {record.name!r} was revoked")
+        return record.tenant
 
 
 def _digest(key: bytes) -> bytes:
@@ -99,13 +151,14 @@ def refuse_open_address(settings: GatewaySettings, keys: ApiKeys) -> None:
     """Refuse to serve strangers without API keys.
 
     Raises:
-        ConfigError: the address is not loopback, there is no key, and nobody said `insecure`.
+        ConfigError: the address is not loopback, no key is asked for, and nobody said `insecure`.
     """
-    if keys or settings.insecure or _is_loopback(settings.host):
+    if keys or settings.insecure or settings.require_key or _is_loopback(settings.host):
         return
     raise ConfigError(
         f"PENSTOCK_GATEWAY__HOST: {settings.host!r} can be reached from other machines and no API key is set: "
-        "set PENSTOCK_API_KEYS=name:key, or say --insecure"
+        "set PENSTOCK_API_KEYS=name:key, or PENSTOCK_GATEWAY__REQUIRE_KEY=true where keys are made with "
+        "`penstock keys create`, or say --insecure"
     )
 
 

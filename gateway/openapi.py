@@ -20,7 +20,7 @@ from gateway.operation import Operation, Parameter
 from pipeline.job import Json
 
 _ANYWHERE: Final = (400, 408, 431, 500, 503)
-_GUARDED: Final = (401, 429)
+_GUARDED: Final = (401, 403, 429)
 _CHANGING: Final = (403,)
 _WITH_BODY: Final = (413, 422)
 _WITH_PARAMETER: Final = (404,)  # an id with a slash in it leads nowhere
@@ -34,7 +34,7 @@ _MEANING: Final[dict[int, str]] = {
     202: "Accepted; to be done",
     400: "Not HTTP, or not JSON",
     401: "No API key, or none of ours",
-    403: "Sent by a browser on behalf of another site",
+    403: "The API key was revoked, or a browser sends this on behalf of another site",
     404: "Not found",
     408: "The request took too long to arrive",
     409: "Cancelled, or finished already",

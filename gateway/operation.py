@@ -17,7 +17,7 @@ import orjson
 from pydantic import BaseModel, ValidationError
 from starlette.types import Receive, Scope
 
-from gateway.auth import ApiKeys
+from gateway.auth import Callers
 from gateway.errors import BrokenKey, ClientGone, Headers, Problem, invalid
 from gateway.idempotency import read_key
 from gateway.limits import read_body
@@ -75,6 +75,7 @@ class Operation:
         guarded: whether it asks for an API key where any is configured.
         idempotent: whether it honours `Idempotency-Key`.
         example: a body that shows the reader how to begin.
+        unavailable: counts a call of which Redis could not tell who makes it; the rest the operation counts itself.
     """
 
     method: str
@@ -87,6 +88,7 @@ class Operation:
     guarded: bool = True
     idempotent: bool = False
     example: Json | None = None
+    unavailable: Callable[[], None] = lambda: None
 
 
 class Records(Protocol):
@@ -139,7 +141,7 @@ class Gateway:
 
     settings: Settings
     front: Front
-    keys: ApiKeys
+    callers: Callers
     records: Records | None = None
 
 
@@ -255,7 +257,7 @@ class Call:
     @property
     def in_flight_limit(self) -> int | None:
         """How many unfinished jobs this caller may have; None: any number."""
-        return self.gateway.settings.gateway.max_in_flight_per_key if self.gateway.keys else None
+        return self.gateway.settings.gateway.max_in_flight_per_key if self.gateway.callers.are_guarded else None
 
     async def submit(self, job: Job, *, wait: bool) -> Accepted:
         """Hand *job* to the pipeline; where the call carries an Idempotency-Key, an earlier job may answer for it.

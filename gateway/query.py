@@ -187,6 +187,7 @@ OPERATIONS: Final = (
         errors=(409, 502, 504),
         idempotent=True,
         example={"query": "What happens to a job when its worker dies?"},
+        unavailable=QUERY_OUTCOME["unavailable"].inc,
     ),
     Operation(
         "GET",

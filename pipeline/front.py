@@ -143,6 +143,7 @@ class Front:
         self._reader = Link(settings.redis, "replies")
         self._looker = Link(settings.redis, "overview")
         self.batches = Batches(Link(settings.redis, "batches"), settings, self.clock)
+        self._key_link = Link(settings.redis, "keys")
         self._overview: tuple[int, Overview] | None = None  # when it was made, on the monotonic clock
         self._looking = asyncio.Lock()
         self._outbox: Batcher[_Submission, tuple[str, str]] = Batcher(self._send)
@@ -150,6 +151,8 @@ class Front:
         self._replicas: list[str] = []
         self._memory_is_short = False
         self._records_are_behind = False
+        self._key_questions: Batcher[str, bytes | None] = Batcher(self._send_key_questions)
+        self.knows_api_keys: bool | None = None  # whether any were made; None while nobody has looked
         self._last_reply = b"0"
         self._rng = Random()
         self._tasks: list[asyncio.Task[None]] = []
@@ -179,7 +182,8 @@ class Front:
             async with asyncio.timeout(1.0):
                 await self._link.call("DEL", self._reply_stream)
         await self._outbox.close()
-        for link in (self._submitter, self._link, self._sweeper, self._reader, self._looker):
+        await self._key_questions.close()
+        for link in (self._submitter, self._link, self._sweeper, self._reader, self._looker, self._key_link):
             await link.close()
         await self.batches.close()
 
@@ -396,7 +400,8 @@ class Front:
         outage = Outage("gateway sweep")
         while True:
             away: PenstockError | None = None
-            for once in (self._sweep, self._refresh):  # each by itself: one that is refused must not stop the other
+            # Each by itself: one that is refused must not stop the others.
+            for once in (self._sweep, self._refresh, self.look_for_api_keys):
                 try:
                     await once()
                 except PenstockError as error:
@@ -552,6 +557,32 @@ class Front:
                 found = await self._within(look(self._looker, thorough=False))
                 self._overview = (monotonic_us(), found)
             return self._overview[1]
+
+    # --- API keys --------------------------------------------------------------------------------
+
+    async def api_key(self, digest: str) -> bytes | None:
+        """Return the record of the API key with this digest, None where there is none.
+
+        Raises:
+            BrokerUnavailable: Redis does not answer within a second.
+        """
+        try:
+            return await self._key_questions.add(digest, within_s=ANSWER_WITHIN_S)
+        except TimeoutError as error:
+            raise BrokerUnavailable("Redis does not answer") from error
+
+    async def _send_key_questions(self, digests: Sequence[str]) -> list[bytes | None]:
+        records: list[bytes | None] = await self._key_link.call("HMGET", keys.API_KEYS, *digests)
+        return records
+
+    async def look_for_api_keys(self) -> bool:
+        """Note and return whether any API key was ever made.
+
+        Raises:
+            BrokerUnavailable: Redis does not answer within a second.
+        """
+        self.knows_api_keys = bool(await self._within(self._key_link.call("EXISTS", keys.API_KEYS)))
+        return self.knows_api_keys
 
     async def enlist(self, record: bytes, ttl_s: float) -> None:
         """Say that the gateway of this record lives, for a while."""

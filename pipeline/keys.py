@@ -66,6 +66,8 @@ BATCH_MEMBERS: Final = "batch:members:"
 BATCH_DONE: Final = "batch:done:"
 BATCH_RESULTS: Final = "batch_results:"
 QUEUE: Final = "queue:"
+API_KEY_NAME: Final = "name:"
+"""What a field of that hash begins with where it leads from a name to a digest."""
 
 CANCEL_CHANNEL: Final = "job:cancelled"
 """Pub/sub: ids of running jobs to stop. A hint: the mark in the live record is the truth."""
@@ -95,6 +97,7 @@ LUA_KEYS: Final = {
     "batch_members": BATCH_MEMBERS,
     "batch_done": BATCH_DONE,
     "queue": QUEUE,
+    "api_key_name": API_KEY_NAME,
     "cancel_channel": CANCEL_CHANNEL,
     "wake_channel": WAKE_CHANNEL,
     "placed": "job:llm_in",

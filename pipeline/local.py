@@ -39,6 +39,7 @@ READY_HINT_S: Final = 10.0  # how often to say what `up` still waits for
 PREDECESSOR_S: Final = 10.0  # a killed predecessor's Redis needs a moment to write its last
 STOP_MARGIN_S: Final = 5.0  # beyond the time that a worker grants to running work
 MOCK_STOP_S: Final = 5.0
+RECORDER_STOP_S: Final = 15.0  # for the transaction under way; what is not written waits in Redis
 REDIS_STOP_S: Final = 30.0  # writes its last second to disk
 
 _log = structlog.get_logger()
@@ -53,7 +54,7 @@ class Plan:
 
     Attributes:
         settings: of all processes; their own environment is made from it where `up` decides differently.
-        data_dir: for Redis' files, the index, the lock.
+        data_dir: for Redis' files, the index, the history, the lock.
         start_redis: False when a running one was named.
         start_mocks: False when real replicas were named.
         fill: indexes first documents where nothing was ever indexed; done before `ready` is said, so that the first
@@ -124,6 +125,8 @@ async def _run(plan: Plan, supervisor: Supervisor, port: int, mocks: Sequence[in
         supervisor.start(_program(stage, ["stages", stage], environ))
     supervisor.start(_program("gateway", ["gateway"], environ))
     await _until_ready(settings.gateway.host, port)
+    # Nobody waits for the recorder, and its start would delay the others'.
+    supervisor.start(_program("recorder", ["stages", "recorder"], environ | {"PENSTOCK_HISTORY__AUTO_UPGRADE": "true"}))
     url = f"http://{_authority(_reachable(settings.gateway.host), port)}"
     replicas = [_local(mock_port) for mock_port in mocks] or list(settings.llm.urls)
     said = {"pid": os.getpid(), "url": url, "redis_url": redis_url, "replicas": replicas}
@@ -262,6 +265,7 @@ async def _drain(supervisor: Supervisor, drain_s: float) -> None:
     mocks = [name for name in supervisor.children if name.startswith("mock")]
     await supervisor.stop(["gateway"], drain_s + STOP_MARGIN_S)
     await supervisor.stop(STAGES, drain_s + STOP_MARGIN_S)
+    await supervisor.stop(["recorder"], RECORDER_STOP_S)
     await supervisor.stop(mocks, MOCK_STOP_S)
     await supervisor.stop(["redis"], REDIS_STOP_S)
     _log.info("stopped")

@@ -43,7 +43,7 @@ TURN_WAIT_S = histogram.Histogram(
     "connection",
     (0.0005, 0.001, 0.005, 0.025, 0.1, 0.5, 1, 5),  # few: there are a dozen connections
 )
-EVENTS = Counter("penstock_record_events_total", "Events of the history, by what became of them", ["kind", "outcome"])
+EVENTS = Counter("penstock_record_events_total", "Events of the history, by what became of them", ["record", "outcome"])
 RECORD_LAG_S = Histogram(
     "penstock_record_lag_seconds", "Time from an event to its commit in the database", buckets=(*_SPANS_S, 3600, 86_400)
 )

@@ -248,6 +248,7 @@ class GatewaySettings(Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65_535)
     insecure: bool = Field(False, description="allow a public address without API keys")
+    require_key: bool = Field(False, description="ask for an API key also where none was made yet")
     api_keys: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field((), description="name:key,...", repr=False)
     max_in_flight_per_key: int = Field(1_000, ge=1, description="unfinished jobs of one API key")
     max_body_bytes: int = Field(1 << 20, ge=1024)

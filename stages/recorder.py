@@ -8,9 +8,9 @@ An event that can never be written goes to the dead letters with its reason; the
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import structlog
 
@@ -74,7 +74,7 @@ class Recorder(Loop):
         try:
             await self._reach_database(self._prepare)
             while not stop.is_set():
-                if entries := await self._reach_redis(self._stream.take):
+                if entries := await self._unless_stopped(self._reach_redis(self._stream.take)):
                     await self._record(entries)
         except _Stopped:
             return  # what is in hand is another's as soon as the lease is gone
@@ -168,7 +168,7 @@ class Recorder(Loop):
                 if self._database.failures == 0:
                     metrics.DATABASE_OUTAGES.inc()
                 self._say(str(error))
-                await self._or_stop(self._database.failed(error))
+                await self._unless_stopped(self._database.failed(error))
             except Reject:
                 self._say(None)
                 raise
@@ -187,22 +187,24 @@ class Recorder(Loop):
             try:
                 answer = await call()
             except PenstockError as error:  # a key of a wrong type, too: an operator must act, and events wait
-                await self._or_stop(self._redis.failed(error))
+                await self._unless_stopped(self._redis.failed(error))
             else:
                 self._redis.succeeded()
                 return answer
 
-    async def _or_stop(self, waiting: Awaitable[None]) -> None:
-        """Wait before the next try, but not longer than until told to stop."""
-        wait = asyncio.ensure_future(waiting)
-        stop = asyncio.ensure_future(self._stop.wait())
+    async def _unless_stopped(self, waiting: Coroutine[Any, Any, A]) -> A:
+        """Wait, but not longer than until told to stop: a read that is given up leaves what it brings to others."""
+        wait = asyncio.create_task(waiting, name="recorder waits")
+        stop = asyncio.create_task(self._stop.wait(), name="recorder listens")
         try:
             await asyncio.wait({wait, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not wait.done():
+                raise _Stopped
+            return wait.result()
         finally:
-            wait.cancel()
-            stop.cancel()
-        if self._stop.is_set():
-            raise _Stopped
+            for task in (wait, stop):
+                task.cancel()
+            await asyncio.wait({wait, stop})
 
 
 def _as_text(fields: Sequence[bytes]) -> dict[str, str]:

@@ -29,13 +29,13 @@ def binaries() -> Path:
     """Return the folder of PostgreSQL's programs: that on PATH, else the newest of Debian's.
 
     Raises:
-        RuntimeError: there is none.
+        LookupError: there is none.
     """
     if found := shutil.which("postgres"):
         return Path(found).resolve().parent
     versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: float(path.parts[-3]))
     if not versions:
-        raise RuntimeError("PostgreSQL is missing: apt-get install postgresql")
+        raise LookupError("PostgreSQL is missing: apt-get install postgresql")
     return versions[-1].parent
 
 

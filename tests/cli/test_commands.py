@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
+from pathlib import Path
 
 import orjson
 import pytest
 
+from pipeline import keys
 from pipeline.connection import Link
 from tests.cli.conftest import clean_environment
 from tests.servers import RedisServer
@@ -51,6 +54,9 @@ async def test_every_wrong_setting_is_named_at_once(arguments: list[str]) -> Non
         (["status", "--redis-url", "redis://127.0.0.1:1"], 1, "no connection to Redis"),
         (["status", "--redis-url", "ftp://127.0.0.1"], 2, "PENSTOCK_REDIS__URL"),
         (["dead", "retry"], 2, "--all"),
+        (["db", "upgrade", "--database-url", "mysql://x:secret@y/z"], 2, "PENSTOCK_HISTORY__URL"),
+        (["db", "upgrade", "--database-url", "postgresql://x@127.0.0.1:1/z"], 1, "the database cannot be used"),
+        (["db", "upgrade", "--data-dir", "/proc/none"], 1, "cannot be made"),
         (["dead", "discard", "1-1", "--all"], 2, "--all"),
     ],
 )
@@ -69,13 +75,23 @@ async def test_help_starts_without_the_pipeline() -> None:
         "try: penstock.main()\n"
         "except SystemExit: pass\n"
         "print(sorted(name for name in sys.modules if name.split('.')[0] in "
-        "{'redis', 'httpx', 'aiohttp', 'starlette', 'uvicorn', 'qdrant_edge', 'structlog', 'stages', 'gateway'}))"
+        "{'redis', 'httpx', 'aiohttp', 'starlette', 'uvicorn', 'qdrant_edge', 'structlog', 'stages', 'gateway', "
+        "'sqlalchemy', 'alembic'}))"
     )
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", code, env=clean_environment(), stdout=asyncio.subprocess.PIPE
     )
     out, _ = await process.communicate()
     assert out.decode().splitlines()[-1] == "[]"
+
+
+async def test_the_tables_of_the_history_are_made_once(short_path: Path) -> None:
+    """Two run it at once: one says that it did so, the other that nothing was to do; as does a third."""
+    url = f"sqlite:///{short_path}/history.db"
+    two = await asyncio.gather(*(penstock("db", "upgrade", DATABASE_URL=url) for _ in range(2)))
+    done, idle = (0, "the tables were brought up to date\n", ""), (0, "the tables are up to date\n", "")
+    assert sorted(two) == [idle, done]
+    assert await penstock("db", "upgrade", "--data-dir", str(short_path)) == idle
 
 
 async def test_status_works_while_nothing_runs(redis_server: RedisServer, link: Link) -> None:
@@ -135,3 +151,21 @@ def letter(original: str) -> bytes:
             "original": original,
         }
     )
+
+
+async def test_api_keys_are_made_listed_and_revoked(redis_server: RedisServer, link: Link) -> None:
+    """The key is shown once; a listing shows everything else, for people and for scripts."""
+    url = redis_server.url
+    code, key, _ = await penstock("keys", "create", "ci", "--tenant", "acme", REDIS_URL=url)
+    assert code == 0
+    code, _, err = await penstock("keys", "create", "ci", REDIS_URL=url)
+    assert (code, "there is a key 'ci' already" in err) == (1, True)
+    assert (await penstock("keys", "revoke", "nobody", REDIS_URL=url))[0] == 1
+    assert (await penstock("keys", "revoke", "ci", REDIS_URL=url))[:2] == (0, "")
+    _, listed, _ = await penstock("keys", "list", REDIS_URL=url)
+    assert re.fullmatch(r"ci +acme +made [-0-9]{10} [:0-9]{8}Z  revoked [-0-9]{10} [:0-9]{8}Z\n", listed)
+    (found,) = orjson.loads((await penstock("keys", "list", "--json", REDIS_URL=url))[1])
+    assert (found["name"], found["tenant"], found["revoked_ms"] >= found["created_ms"]) == ("ci", "acme", True)
+    held = b"".join(await link.call("HGETALL", keys.API_KEYS))
+    assert key.strip().startswith("psk_")
+    assert key.strip().encode() not in held

@@ -24,7 +24,9 @@ from pipeline.errors import ConfigError
 from tests.cli.conftest import clean_environment, lives
 from tests.conftest import wait_until
 
-PARTS = ["encoder", "gateway", "llm", "mock1", "mock2", "mock3", "redis", "retriever", "webhook"]
+PARTS = [
+    "aggregator", "encoder", "gateway", "llm", "mock1", "mock2", "mock3", "recorder", "redis", "retriever", "webhook",
+]  # fmt: skip
 PATH = (
     "/nonexistent" if os.environ.get("TEST_SERVER") == "valkey" else os.environ["PATH"]
 )  # then the bundled one is used

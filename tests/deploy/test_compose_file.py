@@ -16,13 +16,16 @@ from tests.deploy import compose
 
 WANTED = {
     "redis",
+    "postgres",
     "qdrant",
     "gateway",
+    "recorder",
     "encoder",
     "retriever",
     "llm_generator_1",
     "llm_generator_2",
     "llm_generator_3",
+    "aggregator",
     "webhook",
     "mock_llm_1",
     "mock_llm_2",
@@ -32,7 +35,8 @@ WANTED = {
     "apisix",
 }
 WRITES = {"apisix"}  # beside its own programs
-STAGES = {name for name in WANTED if name in {"encoder", "retriever", "webhook"} or name.startswith("llm_")}
+PLAIN_STAGES = {"encoder", "retriever", "aggregator", "webhook", "recorder"}
+STAGES = {name for name in WANTED if name in PLAIN_STAGES or name.startswith("llm_")}
 SERVICES = compose.services()
 each_service = pytest.mark.parametrize("name", SERVICES)
 each_of_ours = pytest.mark.parametrize("name", compose.ours(SERVICES))

@@ -111,6 +111,8 @@ async def composed(folder: Path) -> AsyncIterator[tuple[dict[str, Container], Ne
             changed: dict[str, str | None] = {}
             if "QDRANT_URL" in service.get("environment", {}):
                 changed = {"QDRANT_URL": None, "PENSTOCK_RETRIEVER__PATH": str(folder / "index")}
+            if "DATABASE_URL" in service.get("environment", {}):
+                changed["DATABASE_URL"] = f"sqlite:///{folder}/history.db"
             running[name] = Container(name, service, net, **changed)
             await running[name].start(folder / f"{name}.log")
             stack.push_async_callback(running[name].kill)

@@ -51,6 +51,9 @@ class FakeFront(Front):
         picture: what `overview` shows.
         due_ms: when a job that waits is due, by id.
         enlisted: what the gateway says of itself; None: it has signed off.
+        knows_api_keys: whether any were made in Redis.
+        api_keys: records of these, by digest.
+        key_questions: digests that were asked for, in order.
     """
 
     def __init__(self) -> None:
@@ -61,6 +64,9 @@ class FakeFront(Front):
         self.loads: dict[str, int] = {}
         self.picture = NOTHING
         self.enlisted: bytes | None = None
+        self.knows_api_keys: bool | None = False
+        self.api_keys: dict[str, bytes] = {}
+        self.key_questions: list[str] = []
         self.cancels: list[str] = []
         self.kept: dict[str, Completion] = {}
         self.foreign: Completion | None = None
@@ -164,6 +170,16 @@ class FakeFront(Front):
     async def overview(self) -> Overview:
         self._reach_redis()
         return self.picture
+
+    async def api_key(self, digest: str) -> bytes | None:
+        self._reach_redis()
+        self.key_questions.append(digest)
+        return self.api_keys.get(digest)
+
+    async def look_for_api_keys(self) -> bool:
+        self._reach_redis()
+        self.knows_api_keys = bool(self.api_keys)
+        return self.knows_api_keys
 
     async def enlist(self, record: bytes, ttl_s: float) -> None:
         self.enlisted = record

@@ -23,7 +23,7 @@ from pipeline.records import Event, Records
 from pipeline.settings import Settings
 from stages.recorder import Recorder
 from tests.conftest import wait_until
-from tests.history.conftest import new_database
+from tests.history.conftest import a_postgres, new_database
 from tests.postgres import PostgresServer
 from tests.rig import changed, letters
 from tests.wire import Wire
@@ -313,7 +313,7 @@ async def test_while_the_database_is_away_events_wait_and_nothing_is_lost(
 @pytest.fixture
 def postgres_of_its_own() -> Any:
     """A server that this test may stop."""
-    with PostgresServer() as server:
+    with a_postgres() as server:
         yield server
 
 

@@ -23,9 +23,10 @@ async def gateway(front: Front, settings: Settings) -> AsyncIterator[httpx.Async
 
 @pytest.fixture
 async def cut_off() -> AsyncIterator[httpx.AsyncClient]:
-    """A gateway whose Redis is away."""
+    """A gateway whose Redis is away, after a time in which it was there."""
     settings = Settings(redis=RedisSettings(url="redis://127.0.0.1:1"))
     async with Front(settings, "test") as front:
+        front.knows_api_keys = False
         transport = httpx.ASGITransport(create_app(settings, front))
         async with httpx.AsyncClient(base_url="http://127.0.0.1", transport=transport) as client:
             yield client

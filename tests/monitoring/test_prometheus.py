@@ -19,9 +19,10 @@ from tests.monitoring.watched import Prometheus
 from tests.whole.system import LEASE_S, Outside, System, outside
 
 PATIENCE_S = 30.0
-KINDS = {("gateway", ""), ("stage", "encoder"), ("stage", "retriever"), ("stage", "llm"), ("stage", "webhook")}
+STAGES = ("encoder", "retriever", "llm", "aggregator", "webhook", "recorder")
+KINDS = {("gateway", ""), *(("stage", stage) for stage in STAGES)}
 LABELS = {
-    "connection", "le", "outcome", "priority", "reason", "replica", "stage", "state", "to",
+    "connection", "le", "outcome", "priority", "reason", "record", "replica", "stage", "state", "to",
     "generation", "implementation", "major", "minor", "patchlevel", "version",  # of Python itself
 }  # fmt: skip
 

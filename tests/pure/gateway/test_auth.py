@@ -29,7 +29,7 @@ def test_every_malformed_pair_is_named_at_once() -> None:
 
 def test_a_key_may_hold_a_colon() -> None:
     """Only the first one parts name and key."""
-    assert ApiKeys(["a:b:c"]).tenant_of({b"authorization": b"Bearer b:c"}) == "a"
+    assert ApiKeys(["a:b:c"]).owner_of(b"b:c") == "a"
 
 
 def test_the_keys_show_their_tenants_and_nothing_else() -> None:
@@ -50,3 +50,4 @@ def test_an_open_address_needs_a_key_or_a_clear_word(host: str) -> None:
         refuse_open_address(GatewaySettings(host=host), ApiKeys([]))
     refuse_open_address(GatewaySettings(host=host), ApiKeys(["a:key"]))
     refuse_open_address(GatewaySettings(host=host, insecure=True), ApiKeys([]))
+    refuse_open_address(GatewaySettings(host=host, require_key=True), ApiKeys([]))
