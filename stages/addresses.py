@@ -7,8 +7,11 @@ certificate against the name. A host that is an IP address is never resolved: `r
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import ssl
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from ipaddress import ip_address
 from typing import Final
 
@@ -24,6 +27,39 @@ MAX_HEADERS: Final = 100
 
 class NotPublic(Exception):
     """The host's name leads to an address that is not public."""
+
+
+class System(AbstractResolver):
+    """Asks the system, with a thread for each question that may be asked at once.
+
+    The event loop's own threads are four or six: as many names whose name server is silent would hold up all others.
+    """
+
+    def __init__(self, at_once: int) -> None:
+        self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="resolver")
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        """Return the addresses that a name leads to.
+
+        Raises:
+            OSError: it leads nowhere.
+        """
+        ask = partial(
+            socket.getaddrinfo, host, port, family=family, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG
+        )
+        rows = await asyncio.get_running_loop().run_in_executor(self._threads, ask)
+        return [
+            ResolveResult(
+                hostname=host, host=str(address[0]), port=port, family=kind, proto=protocol, flags=socket.AI_NUMERICHOST
+            )
+            for kind, _, protocol, _, address in rows
+        ]
+
+    async def close(self) -> None:
+        """Let the threads end; none is waited for."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class Judged(AbstractResolver):
@@ -52,17 +88,14 @@ class Judged(AbstractResolver):
         await self._inner.close()
 
 
-def open_session(
-    *, allow_private: bool, tls: ssl.SSLContext, resolver: AbstractResolver | None = None
-) -> aiohttp.ClientSession:
+def open_session(*, allow_private: bool, tls: ssl.SSLContext, resolver: AbstractResolver) -> aiohttp.ClientSession:
     """Return a session for requests to strangers; each makes a connection of its own, to be bounded by the caller.
 
     Args:
-        resolver: who is asked what a name means; None: the system.
+        resolver: who is asked what a name means; closed by whoever gave it.
     """
-    inner = resolver or aiohttp.ThreadedResolver()
     connector = aiohttp.TCPConnector(
-        resolver=inner if allow_private else Judged(inner),
+        resolver=resolver if allow_private else Judged(resolver),
         use_dns_cache=False,
         ssl=tls,
         limit=0,

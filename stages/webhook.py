@@ -39,7 +39,7 @@ from pipeline.flows import WebhookPayload, describe
 from pipeline.job import Done, Job, Json
 from pipeline.stage import Context, Stage
 from pipeline.webhooks import Secrets
-from stages.addresses import NotPublic, open_session
+from stages.addresses import NotPublic, System, open_session
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -110,7 +110,7 @@ class Webhook(Stage):
         self.slots = settings.concurrency
         self._settings = settings
         self._tls = tls
-        self._resolver = resolver
+        self._resolver = resolver or System(settings.concurrency)
         self._large = asyncio.Semaphore(LARGE_AT_ONCE)
         self._context: Context
         self._session: aiohttp.ClientSession | None = None
@@ -125,6 +125,7 @@ class Webhook(Stage):
         """Close the session."""
         if self._session is not None:
             await self._session.close()
+        await self._resolver.close()
 
     async def handle(self, job: Job) -> Done:
         """Tell the receiver once.

@@ -78,7 +78,7 @@ async def test_a_rotated_secret_signs_for_a_day(front: Front, link: Link) -> Non
     assert await front.secrets(QUEUE) == second
     until_ms = int(await link.call("HGET", keys.QUEUE + QUEUE, "secret_before_until_ms"))
     assert abs(until_ms - front.clock.now_ms() - OVERLAP_S * 1000) < 10_000
-    await link.call("HSET", keys.QUEUE + QUEUE, "secret_before_until_ms", front.clock.now_ms() - 1)
+    await link.call("HSET", keys.QUEUE + QUEUE, "secret_before_until_ms", front.clock.now_ms() - 1_000)
     assert (await front.secrets(QUEUE)).before is None
     assert await link.call("HKEYS", keys.QUEUE + QUEUE) == [b"secret"]
 

@@ -9,6 +9,7 @@ import hmac
 import socket
 import ssl
 import subprocess
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -20,7 +21,6 @@ from typing import Any
 
 import orjson
 import pytest
-from aiohttp import ThreadedResolver
 from aiohttp.abc import AbstractResolver, ResolveResult
 from standardwebhooks import Webhook as Verifier
 
@@ -426,9 +426,39 @@ async def test_a_name_that_leads_inside_is_refused(bench: Bench, meaning: list[s
 
 async def test_the_real_resolver_is_judged_too() -> None:
     """A name of this machine, asked of the system; by its text it might be anybody's."""
-    judged = addresses.Judged(ThreadedResolver())
+    judged = addresses.Judged(addresses.System(1))
     with pytest.raises(addresses.NotPublic):
         await judged.resolve("localhost", 80)
+    await judged.close()
+
+
+async def test_a_name_is_looked_up_and_the_receiver_told(bench: Bench) -> None:
+    """By the system, as in production."""
+    stage = await bench.stage()
+    async with receiving(host="localhost") as receiver:
+        await stage.handle(job(receiver.url))
+    assert len(receiver.got) == 1
+
+
+async def test_a_silent_name_server_holds_up_no_other_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many names at once as there are slots; the event loop has a handful of threads only."""
+    opened = threading.Event()
+    really = socket.getaddrinfo
+
+    def ask(host: str, *args: Any, **options: Any) -> Any:
+        if host != "localhost":
+            opened.wait(30)
+            raise socket.gaierror(socket.EAI_AGAIN, "no answer")
+        return really(host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", ask)
+    system = addresses.System(64)
+    slow = [asyncio.create_task(system.resolve(f"slow{number}.example.com", 80)) for number in range(63)]
+    await asyncio.sleep(0)
+    assert (await asyncio.wait_for(system.resolve("localhost", 80), 20))[0]["host"] in {"127.0.0.1", "::1"}
+    opened.set()
+    assert all(isinstance(error, socket.gaierror) for error in await asyncio.gather(*slow, return_exceptions=True))
+    await system.close()
 
 
 async def test_the_connection_goes_to_the_address_that_was_judged(
