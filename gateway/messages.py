@@ -566,8 +566,8 @@ async def look_at_queue(call: Call) -> Answer:
 
 async def set_queue(call: Call) -> Answer:
     """Set a queue's defaults, all of them: what is not named is taken away. Its secret stays."""
-    queue_id = _queue_id(call)
     asked = await call.read(QueueDefaults)
+    queue_id = _queue_id(call)
     if asked.webhook_url is not None:
         check_url(call, asked.webhook_url, param="webhook_url")
     queue = Queue(asked.model, asked.system_prompt, asked.webhook_url, asked.webhook_event)

@@ -259,7 +259,7 @@ class Batches:
             keys.IN_FLIGHT + order.tenant if in_flight_limit is not None else "", in_flight_limit or 0,
             keys.IDEMPOTENCY + key if key else "", body_hash, int(key_ttl_s * 1000),
             tail, keys.stream(stage, job.priority), job.deadline_ms, plan.closes_ms,
-            int(settings.messages.keep_s * 1000), order.queue_id, orjson.dumps(plan.told()),
+            int(settings.messages.keep_s * 1000), order.queue_id, orjson.dumps(plan.told()), plan.created_ms,
         ]  # fmt: skip
 
     # --- gathering -------------------------------------------------------------------------------
