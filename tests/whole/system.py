@@ -47,6 +47,7 @@ WORDS: Final = {
     "encoder": "-m stages encoder",
     "retriever": "-m stages retriever",
     "llm": "-m stages llm",
+    "aggregator": "-m stages aggregator",
     "webhook": "-m stages webhook",
     "gateway": "-m gateway",
     "redis": "redis.sock",
