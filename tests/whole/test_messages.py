@@ -89,6 +89,21 @@ async def test_batches_survive_the_death_of_whoever_works_on_them(whole: Outside
     await judge(whole, created)
 
 
+async def test_replicas_that_say_429_are_obeyed(whole: Outside) -> None:
+    """Retry-After is waited for, and no attempt is charged."""
+    await whole.behave(status=429, retry_after_s=1)
+    body = await create(whole, 0, 3)
+
+    async def all_were_refused() -> bool:
+        return {str(record["request_id"]) for record in await whole.records()} == set(body["message_ids"])
+
+    await wait_until(all_were_refused, timeout_s=END_S)
+    await whole.behave(status=None)
+    assert (await closed(whole, body["batch_id"]))["status"] == "completed"
+    results = (await whole.send("GET", f"/batch/{body['batch_id']}/results")).body["results"]
+    assert [row["attempts"] for row in results] == [1, 1, 1]
+
+
 async def test_ten_thousand_messages_are_accepted_in_one_call(whole: Outside) -> None:
     """All of them; and cancelled together: none is left."""
     body = await create(whole, 0, 10_000)
