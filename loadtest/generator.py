@@ -121,11 +121,16 @@ class Generator:
     # --- closed loop: each client sends its next request when it has the answer to the one before -----------------
 
     async def _close_loop(self) -> None:
-        delay = self._loop.call_at(self._loop.time() + self._start_s - perf_counter(), self._begin_clients)
+        self._begin_when_due()
         await self._done.wait()
-        delay.cancel()
 
-    def _begin_clients(self) -> None:
+    def _begin_when_due(self) -> None:
+        # The loop's timers count whole milliseconds, so they may ring before their time, and a run that began too early
+        # would be told to have lasted for less than it was asked for.
+        early_s = self._start_s - perf_counter()
+        if early_s > 0 and not self._is_stopped:
+            self._loop.call_later(early_s, self._begin_when_due)
+            return
         self._start_s = self._last_end_s = perf_counter()
         for _ in range(self._orders.clients):
             self._ask_next()

@@ -13,7 +13,7 @@ for two servers of unequal speed (Lin and Kumar, "Optimal control of a queueing 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 from typing import Final
 
@@ -47,7 +47,12 @@ class Replica:
     @property
     def free(self) -> int:
         """Slots free now."""
-        return 0 if self.is_open else max(0, self.slots - self.running)
+        return 0 if self.is_open or self.running > self.slots else self.slots - self.running
+
+    def with_one_more(self) -> Replica:
+        """Return the replica as it is when one more job runs there; `dataclasses.replace` takes three times as long."""
+        running, leases = self.running + 1, self.leases + 1
+        return Replica(self.url, self.slots, running, leases, self.service_s, self.is_stale, self.is_open)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +76,14 @@ def expected_finish(snapshot: Snapshot, rng: Random) -> list[str]:
     """Order by when a job placed now is expected to be done; leave out replicas that waiting would beat."""
     replicas = [replica for replica in snapshot.replicas if not replica.is_open]
     service = _service_times(replicas)
-    free = [replica for replica in replicas if replica.free > 0]
     wait = _wait_for_fastest(replicas, service, snapshot.waiting)
-    worth = [replica for replica in free if service[replica.url] <= wait]
-    return [
-        replica.url for replica in _shuffled(worth, rng, key=lambda replica: _expected_s(replica, service[replica.url]))
-    ]
+    worth = [replica for replica in replicas if replica.free and service[replica.url] <= wait]
+    return _in_order([(_expected_s(replica, service[replica.url]), rng.random(), replica.url) for replica in worth])
 
 
 def least_loaded(snapshot: Snapshot, rng: Random) -> list[str]:
     """Order by running calls, ties at random; never wait while a slot is free."""
-    free = [replica for replica in snapshot.replicas if replica.free > 0]
-    return [replica.url for replica in _shuffled(free, rng, key=lambda replica: replica.running)]
+    return _in_order([(replica.running, rng.random(), replica.url) for replica in snapshot.replicas if replica.free])
 
 
 def round_robin(snapshot: Snapshot, rng: Random) -> list[str]:
@@ -94,7 +95,9 @@ def round_robin(snapshot: Snapshot, rng: Random) -> list[str]:
 
 def random_order(snapshot: Snapshot, rng: Random) -> list[str]:
     """Draw, whatever the load."""
-    return [replica.url for replica in _shuffled([r for r in snapshot.replicas if not r.is_open], rng)]
+    urls = [replica.url for replica in snapshot.replicas if not replica.is_open]
+    rng.shuffle(urls)
+    return urls
 
 
 POLICIES: Final[dict[str, Policy]] = {
@@ -121,12 +124,12 @@ def plan(policy: Policy, snapshot: Snapshot, places: int, rng: Random) -> list[l
 
 
 def _after(snapshot: Snapshot, order: Sequence[str]) -> Snapshot:
-    taken = next((url for url in order if any(r.url == url and r.free for r in snapshot.replicas)), None)
-    replicas = tuple(
-        replace(replica, running=replica.running + 1, leases=replica.leases + 1) if replica.url == taken else replica
-        for replica in snapshot.replicas
-    )
-    return Snapshot(replicas, max(0, snapshot.waiting - 1), snapshot.turn + 1)
+    replicas = list(snapshot.replicas)
+    number_of = {replica.url: number for number, replica in enumerate(replicas) if replica.free}
+    taken = next((number_of[url] for url in order if url in number_of), None)
+    if taken is not None:
+        replicas[taken] = replicas[taken].with_one_more()
+    return Snapshot(tuple(replicas), max(0, snapshot.waiting - 1), snapshot.turn + 1)
 
 
 def _service_times(replicas: Sequence[Replica]) -> dict[str, float]:
@@ -160,7 +163,7 @@ def _wait_for_fastest(replicas: Sequence[Replica], service: dict[str, float], wa
     return (waiting + 1) / rate + fastest
 
 
-def _shuffled(replicas: Sequence[Replica], rng: Random, key: Callable[[Replica], float] | None = None) -> list[Replica]:
-    drawn = list(replicas)
-    rng.shuffle(drawn)
-    return sorted(drawn, key=key) if key else drawn
+def _in_order(ranked: list[tuple[float, float, str]]) -> list[str]:
+    """Return URLs by their first number, those of equal rank by the second, which is drawn."""
+    ranked.sort()
+    return [url for _, _, url in ranked]

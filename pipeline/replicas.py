@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Container
+from contextlib import suppress
 from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Final
@@ -17,7 +18,7 @@ import structlog
 
 from pipeline import keys, metrics, scripts
 from pipeline.balancing import POLICIES, Replica, Snapshot, plan
-from pipeline.batching import Batcher
+from pipeline.batching import MOST
 from pipeline.clock import Clock, monotonic_us
 from pipeline.errors import LeaseLost, PenstockError
 from pipeline.streams import Entry, Placed, Standing, Streams
@@ -32,6 +33,9 @@ log = structlog.get_logger(__name__)
 
 SPARE_ORDERS: Final = 2
 """Orders of preference made beyond the jobs that waited at the last look: making one costs more than taking its job."""
+GATHER_S: Final = 0.02
+"""How long news of calls that went well is gathered: a script call costs more than the news in it, and an average of
+the last ten calls may be that old. A failure is told at once, with all that was gathered."""
 STALE_AFTER_S: Final = 30.0
 """A replica unheard of for so long may be faster than it was: one job tries it, and its measure replaces the old."""
 HANGS: Final = 3.0
@@ -94,8 +98,9 @@ class Replicas:
         self._waiting = 0
         self.more_wait = True
         self._turn = 0
-        self._calls: Batcher[_Call, str] = Batcher(self._share)
-        self._sharing: set[asyncio.Task[None]] = set()
+        self._observed: list[_Call] = []
+        self._sharing: asyncio.Task[None] | None = None
+        self._is_urgent = asyncio.Event()
 
     # --- placing -------------------------------------------------------------------------------
 
@@ -179,9 +184,11 @@ class Replicas:
             refused: the connection was refused: opens the breaker at once.
         """
         word = "ok" if ok else "refused" if refused else "failed"
-        task = asyncio.create_task(self._note(_Call(url, word, int(duration_s * 1e6), tokens)), name="observe")
-        self._sharing.add(task)
-        task.add_done_callback(self._sharing.discard)
+        self._observed.append(_Call(url, word, int(duration_s * 1e6), tokens))
+        if not ok:
+            self._is_urgent.set()
+        if self._sharing is None:
+            self._sharing = asyncio.create_task(self._share(), name="observe")
 
     def overran(self, url: str, span_s: float) -> None:
         """Note that a job met its deadline at this replica, *span_s* after it began there.
@@ -195,17 +202,22 @@ class Replicas:
         if usual_s is None or span_s > HANGS * usual_s:
             self.observe(url, ok=False)
 
-    async def _note(self, call: _Call) -> None:
+    async def _share(self) -> None:
+        """Share what was observed, until there is nothing more."""
         try:
-            change = await self._calls.add(call)
-        except PenstockError:
-            return  # speed and health are estimates: an observation lost in an outage is made up for by the next
-        if change in {"opened", "closed_again"}:
-            state = "open" if change == "opened" else "closed"
-            metrics.BREAKER.labels(call.url, state).inc()
-            log.warning("circuit breaker", replica=call.url, state=state)
+            while self._observed:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(GATHER_S):
+                        await self._is_urgent.wait()
+                self._is_urgent.clear()
+                calls, self._observed = self._observed[:MOST], self._observed[MOST:]
+                with suppress(PenstockError):  # estimates: what is lost in an outage, the next calls make up for
+                    for call, change in zip(calls, await self._send(calls), strict=True):
+                        _note(call.url, change)
+        finally:
+            self._sharing = None
 
-    async def _share(self, calls: Sequence[_Call]) -> list[str]:
+    async def _send(self, calls: Sequence[_Call]) -> list[str]:
         llm = self._settings.llm
         args: list[str | int] = [llm.breaker_failures, int(llm.breaker_open_s * 1000), int(STALE_AFTER_S * 1000)]
         for call in calls:
@@ -232,8 +244,18 @@ class Replicas:
 
     async def close(self) -> None:
         """Stop sharing."""
-        await self._calls.close()
-        await asyncio.gather(*self._sharing, return_exceptions=True)
+        if self._sharing is not None:
+            self._sharing.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._sharing
 
     def __repr__(self) -> str:
         return f"<Replicas {self._standings} waiting={self._waiting}>"
+
+
+def _note(url: str, change: str) -> None:
+    """Tell of a breaker that opened, or closed again."""
+    if change in {"opened", "closed_again"}:
+        state = "open" if change == "opened" else "closed"
+        metrics.BREAKER.labels(url, state).inc()
+        log.warning("circuit breaker", replica=url, state=state)

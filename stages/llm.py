@@ -24,8 +24,9 @@ import asyncio
 from typing import TYPE_CHECKING, Final
 
 import structlog
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter
 
+from pipeline import histogram
 from pipeline.clock import monotonic_us
 from pipeline.errors import ConfigError, NoReplica, Reject
 from pipeline.flows import FLOWS
@@ -50,11 +51,11 @@ STALE_S: Final = 1.0
 CALLS = Counter(
     "penstock_llm_calls", "Calls to LLM replicas by outcome: ok, cancelled, or the failure's code", ["outcome"]
 )
-CALL_SECONDS = Histogram(
+CALL_SECONDS = histogram.Histogram(
     "penstock_llm_call_seconds",
     "From sending a request to a replica to the last byte of its answer, whatever the answer",
-    ["replica"],
-    buckets=(0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120, 300, 900),
+    "replica",
+    (0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120, 300, 900),
 )
 
 log = structlog.get_logger(__name__)

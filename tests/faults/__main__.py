@@ -2,7 +2,7 @@
 
     python -m tests.faults                          the whole matrix, once
     python -m tests.faults --scenario 3 --seed 7    one cell again
-    python -m tests.faults --slice                  short forms of some cells; CI runs it without scenario 20
+    python -m tests.faults --slice                  short forms of some cells, as CI runs them
     python -m tests.faults --scenario 21            the long run, 15 minutes (see docs/RELIABILITY.md)
     python -m tests.faults --durability             what an accepted job survives; --write puts it into the docs
 

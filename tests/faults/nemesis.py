@@ -21,7 +21,8 @@ from tests.faults.cluster import Cluster, Holding, Part
 from tests.faults.history import Writer, piece_together, read
 
 TRY_FOR_S: Final = 3.0
-"""How long a moment with work in hand is waited for; then the fault is injected all the same, and counts as a miss."""
+"""How long a moment with work in hand is waited for; then the fault is injected all the same, and counts as a miss,
+unless the caller would rather harm somebody else."""
 WATCH_EVERY_S: Final = 0.02
 WATCH_FOR_S: Final = 60.0
 
@@ -106,14 +107,20 @@ class Nemesis:
             part.signal(signal.SIGCONT)
             await asyncio.sleep(0.003)
 
-    async def kill(self, part: Part, *, least: int = 1, again_after_s: float | None = 0.1) -> None:
+    async def kill(
+        self, part: Part, *, least: int = 1, again_after_s: float | None = 0.1, spare_idle: bool = False
+    ) -> bool:
         """Kill a worker with work in hand (SIGKILL), watch what becomes of that, and start it again after a while.
 
         Args:
             least: entries that it should have in hand.
             again_after_s: None leaves it dead.
+            spare_idle: let it live when nothing came into its hands; then the answer is False.
         """
         held = await self.freeze_at_work(part, least)
+        if spare_idle and not held:
+            part.signal(signal.SIGCONT)
+            return False
         dead = part.worker
         await part.kill()
         self.note("kill", dead, held=len(held), repeats=len(held) if part.stage == "llm" else 0)
@@ -121,10 +128,18 @@ class Nemesis:
         if again_after_s is not None:
             await asyncio.sleep(again_after_s)
             await part.start()
+        return True
 
-    async def make_zombie(self, part: Part, for_s: float, least: int = 1) -> int:
-        """Freeze a worker at work for *for_s*, let others take over, thaw it; return how many entries it had lost."""
+    async def make_zombie(self, part: Part, for_s: float, least: int = 1, *, spare_idle: bool = False) -> int:
+        """Freeze a worker at work for *for_s*, let others take over, thaw it; return how many entries it had lost.
+
+        Args:
+            spare_idle: leave it in peace when nothing came into its hands.
+        """
         held = await self.freeze_at_work(part, least)
+        if spare_idle and not held:
+            part.signal(signal.SIGCONT)
+            return 0
         with _thawed_on_error(part):
             frozen_s = time.monotonic()
             id_of = await self._cluster.job_ids(held)  # now: before its heir can have settled it

@@ -428,6 +428,20 @@ async def _is_measured(link: Link) -> bool:
     return bool(await link.call("HGET", keys.HEALTH + FIRST, "tokens") == b"5")
 
 
+async def test_failure_is_told_at_once_and_takes_good_news_along(
+    link: Link, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Good news alone would be gathered for longer here than the test may take."""
+    monkeypatch.setattr("pipeline.replicas.GATHER_S", 300.0)
+    settings = changed(settings, llm={"urls": (FIRST, SECOND)})
+    async with working(settings, [Scripted("llm", echo, placed=True)]) as (consumer,):
+        replicas = consumer.workers[0].replicas
+        replicas.observe(FIRST, ok=True, duration_s=0.5, tokens=5)
+        replicas.observe(SECOND, ok=False, refused=True)
+        await wait_until(lambda: _is_measured(link))
+        assert await link.call("HGET", keys.HEALTH + SECOND, "failures") == b"1"
+
+
 async def test_retry_goes_to_a_replica_that_has_not_failed_the_job(link: Link, settings: Settings) -> None:
     """Also when it is busy at first: the job waits for it, uncharged, instead of failing again where it failed."""
     settings = changed(

@@ -48,6 +48,8 @@ class Chaos:
     Nor does a connection, which may be bad while its process suffers something else: whoever heals a proxy heals all.
     But a process that is frozen keeps its good connection: its entries would account for calls made again twice.
     A fault's method says whether the fault was one: nothing may have been free for it, or nothing was lost by it.
+    Whoever has nothing in hand is left in peace, and somebody else is looked for: a short run draws so few faults that
+    none may be wasted on the idle.
 
     Attributes:
         done: faults by their kind.
@@ -119,7 +121,7 @@ class Chaos:
             with suppress(TimeoutError):
                 await wait_until(self._cluster.held_by_workers, timeout_s=TRY_FOR_S)
             held = await self._cluster.held_by_workers()
-            with self._nemesis.silence():
+            with self._nemesis.silence() if held else nullcontext():
                 yield held
         finally:
             self._busy.discard("redis")
@@ -129,7 +131,8 @@ class Chaos:
         async with self._one_of("encoder", "retriever", "llm", without=self.spared) as part:
             if part is None:
                 return False
-            await self._nemesis.kill(part)
+            if not await self._nemesis.kill(part, spare_idle=True):
+                return False
             await self._cluster.until_works(part)
             self.done["kill"] += 1
             return True
@@ -143,6 +146,8 @@ class Chaos:
             with suppress(TimeoutError):
                 await wait_until(lambda: waiting[url], timeout_s=TRY_FOR_S)
             held = waiting[url]
+            if not held:
+                return False
             with self._nemesis.silence():
                 await part.kill()
                 self._nemesis.note("kill", part.worker, held=held)
@@ -158,7 +163,7 @@ class Chaos:
                 return False
             self._frozen.add(part.name)
             try:
-                lost = await self._nemesis.make_zombie(part, 2 * LEASE_S)
+                lost = await self._nemesis.make_zombie(part, 2 * LEASE_S, spare_idle=True)
             finally:
                 self._frozen.discard(part.name)
             self.done["zombie"] += lost > 0
@@ -182,6 +187,8 @@ class Chaos:
         if "redis" in self._busy:
             return False
         async with self._redis() as held:
+            if not held:
+                return False
             await self._cluster.server.kill()
             self._nemesis.note("redis killed", "redis", held=held)
             await asyncio.sleep(self._cell.rng.uniform(0.0, 2.0))
@@ -194,6 +201,8 @@ class Chaos:
         if "redis" in self._busy:
             return False
         async with self._redis() as held:
+            if not held:
+                return False
             self._cluster.server.signal(signal.SIGSTOP)
             try:
                 await asyncio.sleep(self._cell.rng.uniform(0.1, 1.3 * LEASE_S))
@@ -284,6 +293,8 @@ class Chaos:
             with suppress(TimeoutError):
                 await wait_until(lambda: self._calls_at(part), timeout_s=TRY_FOR_S)
             held = await self._calls_at(part)
+            if not held:
+                return False
             await part.kill()
             # What it had answered and written down may not have arrived.
             self._nemesis.note("replica killed", part.worker, held=held, repeats=held)
