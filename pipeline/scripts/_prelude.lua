@@ -1,4 +1,5 @@
--- What every script shares. `KEY` above holds the spellings of keys.py.
+-- What scripts share: each is sent with the paragraphs whose names it uses, so a name and what it needs stand in one, or
+-- in order. `KEY.<name>` is replaced by the spelling in keys.py.
 -- Rules: no pcall around a write (it would hide half of one); no cjson on envelopes (it turns [] into {} and rounds long
 -- numbers); everything is checked before the first write, since a script that fails half-way keeps what it wrote.
 
@@ -76,12 +77,15 @@ local function check_type(key, wanted)
 end
 
 -- The live record, fields by name; nil when there is none. Every key it names is of the right type: `finish` may go on.
-local LIVE_FIELDS = {'entry', 'stream', 'tenant', 'lease', 'cancel', 'reply', 'in_flight', 'idem', 'attempts'}
 local function read_live(id)
-  local values = call('HMGET', KEY.live .. id, unpack(LIVE_FIELDS))
-  if not values[2] then return nil end
-  local live = {}
-  for i, name in ipairs(LIVE_FIELDS) do live[name] = values[i] end
+  local entry, stream, tenant, lease, cancel, reply, in_flight, idem, attempts =
+    unpack(call('HMGET', KEY.live .. id, 'entry', 'stream', 'tenant', 'lease', 'cancel', 'reply', 'in_flight', 'idem',
+      'attempts'))
+  if not stream then return nil end
+  local live = {
+    entry = entry, stream = stream, tenant = tenant, lease = lease, cancel = cancel, reply = reply,
+    in_flight = in_flight, idem = idem, attempts = attempts,
+  }
   if live.lease then
     check_type(KEY.leases .. live.lease, 'zset')
     check_type(KEY.running .. live.lease, 'zset')
