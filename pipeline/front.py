@@ -31,7 +31,7 @@ from pipeline.errors import (
     PenstockError,
 )
 from pipeline.job import Completion, Job
-from pipeline.limit import within
+from pipeline.limit import Patience
 from pipeline.overview import Overview, look
 from pipeline.replicas import read_registry
 from pipeline.streams import number
@@ -130,6 +130,7 @@ class Front:
         self._looking = asyncio.Lock()
         self._outbox: Batcher[_Submission, tuple[str, str]] = Batcher(self._send)
         self._waiting: dict[str, _Waiting] = {}
+        self._patience = Patience()
         self._replicas: list[str] = []
         self._memory_is_short = False
         self._last_reply = b"0"
@@ -283,7 +284,7 @@ class Front:
                         await self._find([job_id])
             completion = waiting.completion
             if completion is None:
-                completion = await within(future, left_s)
+                completion = await self._patience.wait(future, left_s)
         except TimeoutError as error:
             raise DeadlineExceeded from error
         finally:
