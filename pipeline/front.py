@@ -1,8 +1,9 @@
 """The pipeline as a gateway sees it: submit, wait, look, cancel.
 
 One `Front` serves a whole gateway process. Submits that come at the same time travel in one script call. One reader
-serves all waiters: a reply stream of this gateway's own wakes them, and a sweep over all waiting ids stands behind it,
-so that an answer is found even where the wake-up was lost. The completion key is the truth; the reply stream is a hint.
+serves all waiters: a reply stream of this gateway's own wakes them, with outcomes that are short, and a sweep over all
+waiting ids stands behind it, so that an answer is found even where the wake-up was lost. The completion key is the
+truth; the reply stream is a hint.
 """
 
 from __future__ import annotations
@@ -334,12 +335,22 @@ class Front:
                     if reply:
                         entries = reply[0][1]
                         self._last_reply = entries[-1][0]
-                        ended = [job_id.decode() for _, fields in entries for job_id in fields[1::2]]
-                        wanted = [job_id for job_id in ended if job_id in self._waiting]
-                        if wanted:
-                            await self._find(wanted)
+                        if unsaid := self._hear([fields for _, fields in entries]):
+                            await self._find(unsaid)
             except PenstockError as error:
                 await backoff.failed(error)
+
+    def _hear(self, replies: Sequence[Sequence[bytes]]) -> list[str]:
+        """Wake the waiters of jobs that have ended; return those whose outcome was too long to be told with it."""
+        unsaid = []
+        for fields in replies:
+            for name, value in zip(fields[::2], fields[1::2], strict=True):
+                job_id = name.decode()
+                if value:
+                    self._resolve(job_id, value)
+                elif job_id in self._waiting:
+                    unsaid.append(job_id)
+        return unsaid
 
     async def _open_reply_stream(self) -> None:
         """Create the reply stream; settles add to it only while it exists, so a dead gateway's is not revived."""
@@ -385,7 +396,7 @@ class Front:
                             future.set_exception(JobLost())
 
     async def _refresh(self) -> None:
-        """Keep the reply stream alive; learn which replicas there are and how much memory Redis has left."""
+        """Keep the reply stream, without what was read; learn of replicas and of Redis' memory."""
         if not await self._link.call("PEXPIRE", self._reply_stream, REPLY_STREAM_TTL_MS):
             await self._link.call("XADD", self._reply_stream, "MAXLEN", "~", 10_000, "*", "id", "")
             await self._link.call("PEXPIRE", self._reply_stream, REPLY_STREAM_TTL_MS)
@@ -395,6 +406,7 @@ class Front:
         limit = int(memory.get("maxmemory", "0"))
         share = int(memory.get("used_memory", "0")) / limit if limit else 0.0
         self._memory_is_short = share > self._settings.admission.max_memory_share
+        await self._link.call("XTRIM", self._reply_stream, "MINID", self._last_reply)
 
     async def _observe_clock(self) -> None:
         sent_us = monotonic_us()

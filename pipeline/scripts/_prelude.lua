@@ -44,11 +44,12 @@ local function somebody_waits()
 end
 
 -- What is said once per script call, at its end: a wake-up, when an entry was added to a placed stage, or one of its slots
--- was freed and an entry waits for one; to each gateway the jobs of its that have ended; the stamp that was given last.
+-- was freed and an entry waits for one; to each gateway the jobs of its that have ended, with short outcomes; the stamp
+-- that was given last.
 local wake, freed, told, last_stamp = false, false, {}, nil
 local function conclude()
   if wake or (freed and somebody_waits()) then call('PUBLISH', KEY.wake_channel, '') end
-  for reply, ids in pairs(told) do call('XADD', reply, 'NOMKSTREAM', 'MAXLEN', '~', 10000, '*', unpack(ids)) end
+  for reply, ended in pairs(told) do call('XADD', reply, 'NOMKSTREAM', 'MAXLEN', '~', 10000, '*', unpack(ended)) end
   if last_stamp then call('SET', KEY.stamp, digits(last_stamp)) end
 end
 
@@ -147,10 +148,10 @@ local function finish(id, live, completion, ttl_ms)
   if live.in_flight then call('SREM', live.in_flight, id) end
   if live.idem and call('EXISTS', live.idem) == 1 then call('HSET', live.idem, 'outcome', completion) end
   if live.reply then
-    local ids = told[live.reply] or {}
-    ids[#ids + 1] = 'id'
-    ids[#ids + 1] = id
-    told[live.reply] = ids
+    local jobs = told[live.reply] or {}
+    jobs[#jobs + 1] = id
+    jobs[#jobs + 1] = #completion <= 4096 and completion or '' -- a longer one is better fetched than kept twice
+    told[live.reply] = jobs
   end
 end
 
