@@ -39,7 +39,7 @@ MAX_BODY_BYTES: Final = 1 << 20  # the gateway's limit; a larger file is refused
 # behind when it shrinks
 IN_FLIGHT: Final = 8  # enough to keep both stages at work; more would only stand before questions
 LOOK_AT_ONCE: Final = 50  # ids of 128 characters in one request's head
-READING: Final = 1
+READING: Final = 2
 """Version of how files are read. Raise it when `gateway.formats` makes another text of the same file: what was indexed
 before is then sent again."""
 MAX_ID: Final = 128
