@@ -60,11 +60,13 @@ class Text:
     Attributes:
         title: as the file names itself; empty where it does not.
         note: what is missing from the text, for people; empty where nothing is.
+        digest: SHA-256 of the file as it was read; empty where nobody looked.
     """
 
     text: str
     title: str = ""
     note: str = ""
+    digest: str = ""
 
 
 # --- HTML --------------------------------------------------------------------------------------
