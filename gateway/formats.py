@@ -290,7 +290,10 @@ def read_pdf(path: Path) -> Text:
         raise Unreadable(f"none of its {len(document)} pages can be read")
     if not pages:
         raise Unreadable(f"holds no text on {len(document)} pages: scanned, perhaps; run OCR on it first")
-    title = " ".join(_CONTROLS.sub("", document.get_metadata_value("Title")).split())
+    try:
+        title = " ".join(_CONTROLS.sub("", document.get_metadata_value("Title")).split())
+    except UnicodeDecodeError:  # half a character: no reason to do without the text
+        title = ""
     note = f"{broken} of {len(document)} pages could not be read" if broken else ""
     return Text(_bounded("\n\n".join(pages)), title, note)
 

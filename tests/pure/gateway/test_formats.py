@@ -197,6 +197,12 @@ def test_a_pdf_becomes_text_page_by_page(tmp_path: Path) -> None:
     assert read_text == Text("Seventeen lanterns\nhang in the shed.\n\nLow tide.", "Harbour")
 
 
+def test_a_title_that_is_no_text_is_no_reason_to_do_without_the_rest(tmp_path: Path) -> None:
+    """Programs that cut titles cut characters in half."""
+    half = "\xfe\xff\x00A\xd8\x00\x00B"  # UTF-16: A, half of a pair, B
+    assert read(tmp_path, pdf(words("Low tide."), title=half)) == Text("Low tide.")
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
