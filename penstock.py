@@ -166,8 +166,10 @@ def ingest(
     import asyncio
 
     from gateway.client import GatewayRefused, GatewayUnreachable, Unusable
+    from gateway.extractor import NICENESS
     from gateway.ingest import EXIT_UNREACHABLE, EXIT_USAGE, find_files
 
+    os.nice(NICENESS)
     try:
         found = list(find_files(paths))
     except OSError as error:

@@ -37,7 +37,7 @@ SUFFIXES: Final[dict[str, Kind]] = {
 MAX_FILE_BYTES: Final[dict[Kind, int]] = {"text": MAX_TEXT_BYTES, "html": 16 << 20, "pdf": 256 << 20}
 MAX_BODY_BYTES: Final = 1 << 20  # the gateway's limit; a larger file is refused rather than cut up: parts would be left
 # behind when it shrinks
-IN_FLIGHT: Final = 8  # enough to keep both stages at work; more would only stand before questions
+IN_FLIGHT: Final = 4  # enough to keep both stages at work; more would only stand before questions
 LOOK_AT_ONCE: Final = 50  # ids of 128 characters in one request's head
 READING: Final = 2
 """Version of how files are read. Raise it when `gateway.formats` makes another text of the same file: what was indexed

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 
 from gateway.client import RETRY_CAP_S, Client, GatewayRefused, GatewayUnreachable, decide_wait_s, next_poll_s
-from gateway.extractor import Extractor
+from gateway.extractor import NICENESS, Extractor
 from gateway.ingest import (
     IN_FLIGHT,
     LOOK_AT_ONCE,
@@ -92,6 +92,10 @@ class SmallGateway:
         head = [(b"content-type", b"application/json"), *headers]
         await send({"type": "http.response.start", "status": status, "headers": head})
         await send({"type": "http.response.body", "body": orjson.dumps(answer)})
+
+    @property
+    def refused(self) -> int:
+        return self._refused.total()
 
     def _answer(self, scope: Scope, body: bytes) -> tuple[int, Any, list[tuple[bytes, bytes]]]:
         if self.key and dict(scope["headers"]).get(b"authorization") != f"Bearer {self.key}".encode():
@@ -333,6 +337,41 @@ async def test_the_command_says_at_once_what_is_wrong(arguments: list[str], exit
     assert (code, out) == (exit_code, "")
     assert said in err
     assert "Traceback" not in err
+
+
+async def test_the_command_is_nice(gateway: SmallGateway, folder: Path) -> None:
+    """On the machine that answers questions, whatever it costs is to come after them."""
+    gateway.refuse_first = 1_000_000
+    process = await asyncio.create_subprocess_exec(
+        *[sys.executable, "-m", "penstock", "ingest", str(folder), "--url", gateway.url],
+        cwd="/",
+        env=clean_environment(),
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        await wait_until(lambda: gateway.refused > 0, timeout_s=30)
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
+    finally:
+        process.kill()
+        await process.wait()
+
+
+async def test_a_reader_that_has_read_enough_ends_nothing(gateway: SmallGateway, folder: Path) -> None:
+    """`penstock ingest ... | head -1`: the pipe is closed, the rest is indexed, nobody sees a traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = await asyncio.create_subprocess_exec(
+        *[sys.executable, "-m", "penstock", "ingest", str(folder), "--url", gateway.url],
+        cwd="/",
+        env=clean_environment(),
+        stdout=writer,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    os.close(writer)
+    _, err = await process.communicate()
+    assert (process.returncode, err) == (0, b"")
+    assert len(gateway.documents) == 2
 
 
 @pytest.mark.parametrize("again", [[], ["--again"]])
