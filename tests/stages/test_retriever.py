@@ -169,13 +169,18 @@ async def test_writes_do_not_fail_with_the_housekeeping_behind_them(
 ) -> None:
     """They are safe by then; and questions of the same batch have nothing to do with either."""
 
-    async def refuse(_before: int) -> None:
+    asked = []
+
+    async def refuse(before: int) -> None:
+        asked.append(before)
         raise RetryLater("the Qdrant server is busy", code="index_busy", charged=False)
 
     monkeypatch.setattr(pipe.retriever._store, "forget_deleted", refuse)
     ingest, question = new_job("document", document_id="d", text=LOCKS), new_job("query", query="locks")
+    ingest.accepted_us += 86_400 * 1_000_000  # the housekeeping is due by the pipeline's time
     written, _ = await pipe.run(ingest, question)
     assert written == {"document_id": "d", "chunks": 1}
+    assert asked == [ingest.accepted_us - 86_400 * 1_000_000]
 
 
 async def test_tenants_see_their_own_documents_only(pipe: Pipe, new_job: NewJob) -> None:
