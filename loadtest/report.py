@@ -11,7 +11,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PERCENTS: Final = (50.0, 90.0, 95.0, 99.0, 99.9)
 BEYOND: Final = 10
+MOST_NAMES: Final = 50  # of workers, of replicas, of kinds of errors; what is left is counted together
 SCHEMA: Final = 1
 
 EXIT_OK: Final = 0  # every request succeeded, or the promise was kept
@@ -213,9 +214,9 @@ def summarize(
         throughput_per_s=throughput,
         good_within_ms=good_within_ms,
         goodput_per_s=goodput,
-        errors=dict(tally.errors.most_common()),
-        workers=dict(tally.workers.most_common()),
-        replicas=dict(tally.replicas.most_common()),
+        errors=_most_common(tally.errors),
+        workers=_most_common(tally.workers),
+        replicas=_most_common(tally.replicas),
         verdict=verdict,
         promise=judge(clauses, find),
         waterfall=tally.waterfall.falls(),
@@ -270,6 +271,13 @@ def _second(at_s: float, span_s: float, moments: Sequence[Moment]) -> Second:
         p99_ms=percentile(latencies, 990) if latencies else None,
         max_ms=latencies[-1] if latencies else None,
     )
+
+
+def _most_common(counts: Counter[str]) -> dict[str, int]:
+    """Return the counts, the greatest first; a target that names each answer anew must not fill the report."""
+    most = counts.most_common(MOST_NAMES if len(counts) <= MOST_NAMES else MOST_NAMES - 1)
+    rest = counts.total() - sum(count for _, count in most)
+    return dict(most) | ({"others": rest} if rest else {})
 
 
 def _latencies(spans: Spans) -> Latencies | None:

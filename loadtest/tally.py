@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import re
 import sys
 from array import array
 from base64 import b64decode, b64encode
@@ -26,6 +27,7 @@ HOUR_US: Final = 3_600_000_000
 SLOWEST: Final = 10
 _MAX_CODE_CHARS: Final = 40
 _MAX_ID_CHARS: Final = 128
+_UNPRINTABLE: Final = re.compile(r"[^\x20-\x7e\xa1-\uffff]")  # a terminal would obey some of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +57,12 @@ def read_answer(status: int, body: bytes) -> Answer:
     if not 200 <= status < 300:
         error = fields.get("error")
         code = error.get("code") if isinstance(error, dict) else None
-        return Answer(f"http {status} {code[:_MAX_CODE_CHARS]}" if isinstance(code, str) else f"http {status}")
+        return Answer(f"http {status} {_clean(code, _MAX_CODE_CHARS)}" if isinstance(code, str) else f"http {status}")
     job_id = fields.get("job_id", fields.get("id"))
     timings = fields.get("timings_ms")
     return Answer(
         None,
-        str(job_id)[:_MAX_ID_CHARS] if isinstance(job_id, str | int) else None,
+        _clean(str(job_id), _MAX_ID_CHARS) if isinstance(job_id, str | int) else None,
         _name(fields.get("worker")),
         _name(fields.get("replica")),
         timings if isinstance(timings, dict) else None,
@@ -275,4 +277,8 @@ class Moment:
 
 def _name(value: object) -> str | None:
     # One string for each name instead of one for each answer.
-    return sys.intern(value) if isinstance(value, str) else None
+    return sys.intern(_clean(value, _MAX_ID_CHARS)) if isinstance(value, str) else None
+
+
+def _clean(text: str, most_chars: int) -> str:
+    return _UNPRINTABLE.sub("?", text[:most_chars])

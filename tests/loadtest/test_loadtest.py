@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from loadtest.client import Exchange, Peer
 from loadtest.options import LoadOptions
 from loadtest.run import run
+from loadtest.target import Address
 from tests.loadtest.conftest import ROOT, until
+from tests.loadtest.rude import rude_target
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -182,3 +185,57 @@ def test_a_target_that_dies_on_the_way_is_reported_by_kind(target: str) -> None:
                 assert first.recv(1)
         written, _ = process.communicate()
     assert json.loads(written)["errors"] == {"connection lost": 1, "no connection": 1}
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+CHUNKS = b'transfer-encoding: chunked\r\n\r\n3\r\n{"a\r\n4\r\n": 1\r\n1\r\n}\r\n0\r\n\r\n'
+OVERFLOW = b'{"timings_ms": {"a": 1e308, "b": 1e308}}'
+
+
+@pytest.mark.parametrize(
+    ("answer", "closes", "errors"),
+    [
+        (None, True, {"connection lost": 6}),
+        (b"\x00\xffhello\r\n\r\n", False, {"broken answer": 6}),
+        (HEAD + b'content-length: 9\r\n\r\n{"a"', True, {"connection lost": 6}),
+        (HEAD + b'\r\n{"a": 1}', True, {}),  # its end is the connection's
+        (HEAD + b'\r\n{"a"', True, {"not json": 6}),
+        (HEAD + CHUNKS, False, {}),
+        (HEAD + CHUNKS[:-3], True, {"connection lost": 6}),
+        (b"HTTP/1.1 302 Found\r\nlocation: /\r\ncontent-length: 0\r\n\r\n", False, {"http 302": 6}),
+        (HEAD + b"content-length: 40000000\r\n\r\n" + b" " * 40_000_000, False, {"answer too long": 6}),
+        (HEAD + b"content-length: %d\r\n\r\n%b" % (len(OVERFLOW), OVERFLOW), False, {}),
+    ],
+    ids=["reset", "garbage", "half", "open", "half-open", "chunks", "half-chunks", "redirect", "long", "sums"],
+)
+def test_whatever_a_target_writes_the_run_ends_and_says_so(
+    answer: bytes | None, closes: bool, errors: dict[str, int]
+) -> None:
+    """Each way of being wrong has its kind, and none of them ends or hangs the load tester."""
+    with rude_target(answer, closes=closes) as url:
+        ended = loadtest("--url", url, "-n", "6", "-c", "2", "--quiet", "--json")
+    assert (ended.returncode, ended.stderr) == (1 if errors else 0, "")
+    assert json.loads(ended.stdout)["errors"] == errors
+
+
+async def test_who_stands_in_line_does_not_wait_for_a_target_that_has_gone() -> None:
+    """With every connection in use exchanges wait for one; when none can be made any more, they are told at once."""
+    ended: list[tuple[int, str | None]] = []
+
+    def on_end(exchange: Exchange, ended_s: float, failure: str | None, status: int, body: bytes) -> None:
+        ended.append((exchange.number, failure))
+
+    async def all_have_ended() -> bool:
+        return len(ended) == 5
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setblocking(False)
+    peer = Peer("127.0.0.1", Address.of(f"http://127.0.0.1:{listener.getsockname()[1]}"), 1, on_end)
+    for number in range(5):
+        peer.start(Exchange(number, 0.0, time.perf_counter() + 600, b"x"))
+    client, _ = await asyncio.get_running_loop().sock_accept(listener)
+    listener.close()
+    client.close()
+    await until(all_have_ended)
+    await peer.close()
+    assert ended == [(0, "connection lost"), *((number, "no connection") for number in range(1, 5))]

@@ -176,6 +176,9 @@ def test_spans_that_cannot_be_right_have_no_place_in_a_waterfall() -> None:
     fall = Waterfall()
     for spans in ({"llm": 20.0}, {"llm": "long"}, {"llm": -1.0}, {"total": 5.0}, {}, {"llm": True}):
         fall.add(0.0, 10.0, spans)
+    fall.add(0.0, 10.0, {"llm": 1e308, "encoder": 1e308})  # no sum of floats
+    fall.add(0.0, 10.0, {"\x1b[31m": 1.0})
+    fall.add(0.0, 10.0, {f"span {number}": 0.01 for number in range(100)})
     assert fall.falls() == ()
 
 

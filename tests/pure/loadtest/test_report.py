@@ -200,9 +200,21 @@ def test_an_answer_is_sorted_by_status_and_body() -> None:
         (502, b"Bad Gateway", Answer("http 502")),
         (500, b'{"error":"no"}', Answer("http 500")),
         (302, b"{}", Answer("http 302")),
+        # Nothing that a terminal would obey comes through, and nothing of any length.
+        (200, b'{"worker":"\\u001b[31mred","job_id":"\\u009b1"}', Answer(None, "?1", "?[31mred")),
+        (500, b'{"error":{"code":"\\u0007bell"}}', Answer("http 500 ?bell")),
+        (200, b'{"worker":"%b"}' % (b"w" * 500), Answer(None, None, "w" * 128)),
     ]
     for status, body, expected in cases:
         assert read_answer(status, body) == expected
+
+
+def test_names_without_an_end_do_not_fill_the_report() -> None:
+    """A target may name every answer anew; what is beyond fifty names is counted together."""
+    report = report_of([(1.0, Answer(None, worker=f"w{number}")) for number in range(80)] * 2)
+    assert len(report.workers) == 50
+    assert report.workers["others"] == 62
+    assert sum(report.workers.values()) == 160
 
 
 def test_the_run_over_time_is_in_seconds_and_never_in_too_many_parts() -> None:
