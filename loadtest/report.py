@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 # Whoever reads the report's schema needs these names at run time.
-from loadtest.slo import Clause, Judged, judge
+from loadtest.slo import BEYOND, Clause, Judged, judge
 from loadtest.tally import Moment, Slow, Spans
 from loadtest.verdict import Verdict
 from loadtest.waterfall import Fall
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from loadtest.crew import Outcome
 
 PERCENTS: Final = (50.0, 90.0, 95.0, 99.0, 99.9)
-BEYOND: Final = 10
 MOST_NAMES: Final = 50  # of workers, of replicas, of kinds of errors; what is left is counted together
 SCHEMA: Final = 1
 
@@ -75,7 +74,7 @@ class Second:
     Args:
         at_s: its start.
         span_s: its length.
-        in_flight: at its end.
+        in_flight: at its end, those included that stand in line for a connection.
         p50_ms, p99_ms, max_ms: of the successes that ended in it; None: there was none.
     """
 
@@ -237,7 +236,12 @@ def over_time(moments: Sequence[Moment], most: int = 240) -> tuple[Second, ...]:
     for moment in moments:
         # A moment tells of what came before it, and the one of the mark itself comes a little late.
         parts[max(0, int((moment.at_s - 0.1) // span_s))].append(moment)
-    return tuple(_second(index * span_s, span_s, parts[index]) for index in sorted(parts))
+    in_flight: dict[int, int] = {}  # by generator, as its last word has it
+    seconds = []
+    for index in sorted(parts):
+        in_flight |= {moment.part: moment.in_flight for moment in sorted(parts[index], key=lambda one: one.at_s)}
+        seconds.append(_second(index * span_s, span_s, parts[index], sum(in_flight.values())))
+    return tuple(seconds)
 
 
 def percentile(ordered: Sequence[float], per_mille: int) -> float:
@@ -256,17 +260,15 @@ def render(report: Report) -> str:
     return "\n".join(_lines(report)) + "\n"
 
 
-def _second(at_s: float, span_s: float, moments: Sequence[Moment]) -> Second:
+def _second(at_s: float, span_s: float, moments: Sequence[Moment], in_flight: int) -> Second:
     latencies = sorted(latency for moment in moments for latency in moment.latencies)
-    # Each generator tells what is in flight; of each the last word counts, and they speak at the same marks.
-    last = max(moment.at_s for moment in moments) - 0.1
     return Second(
         at_s=at_s,
         span_s=span_s,
         sent=sum(moment.sent for moment in moments),
         successful=len(latencies),
         failed=sum(moment.failed for moment in moments),
-        in_flight=sum(moment.in_flight for moment in moments if moment.at_s > last),
+        in_flight=in_flight,
         p50_ms=percentile(latencies, 500) if latencies else None,
         p99_ms=percentile(latencies, 990) if latencies else None,
         max_ms=latencies[-1] if latencies else None,

@@ -254,25 +254,30 @@ class Tally:
 
 @dataclass(slots=True)
 class Moment:
-    """What happened since the moment before; `latencies` are those of the successes, in milliseconds."""
+    """What happened since the moment before; `latencies` are those of the successes, in milliseconds.
+
+    `part` names the generator that tells it. What is `in_flight` holds until the same one speaks again.
+    """
 
     at_s: float
     in_flight: int
     sent: int = 0
     failed: int = 0
     latencies: list[float] = field(default_factory=list)
+    part: int = 0
 
     def to_wire(self) -> Json:
         """Return what `from_wire` reads: floats travel as they are in memory, since there are many."""
         packed = b64encode(array("f", self.latencies).tobytes()).decode("ascii")
-        return {"at_s": self.at_s, "in_flight": self.in_flight, "sent": self.sent, "failed": self.failed, "l": packed}
+        counts = {"in_flight": self.in_flight, "sent": self.sent, "failed": self.failed}
+        return {"at_s": self.at_s, **counts, "l": packed, "part": self.part}
 
     @classmethod
     def from_wire(cls, wire: Json) -> Self:
         """Read what another process sent."""
         latencies = array("f")
         latencies.frombytes(b64decode(wire["l"]))
-        return cls(wire["at_s"], wire["in_flight"], wire["sent"], wire["failed"], list(latencies))
+        return cls(wire["at_s"], wire["in_flight"], wire["sent"], wire["failed"], list(latencies), wire["part"])
 
 
 def _name(value: object) -> str | None:

@@ -17,7 +17,7 @@ import pytest
 
 from loadtest.client import Exchange, Peer
 from loadtest.options import LoadOptions
-from loadtest.run import run
+from loadtest.run import CannotWrite, run, save
 from loadtest.target import Address
 from tests.loadtest.conftest import ROOT, until
 from tests.loadtest.rude import rude_target
@@ -125,12 +125,51 @@ async def test_an_interrupted_run_still_writes_its_report(
     assert (report["total"], report["successful"], report["unfinished"]) == (1, 1, 2)
 
 
-def test_an_unreachable_target_is_one_line_and_code_2() -> None:
-    """Nothing is sent, and nothing is reported."""
+def test_a_run_that_is_interrupted_while_it_starts_writes_its_report_too(tmp_path: Path) -> None:
+    """A terminal's Ctrl-C reaches every process of the group, generators that are being started included."""
+    file = tmp_path / "report.json"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        command = [sys.executable, "-m", "loadtest", "--url", f"http://127.0.0.1:{listener.getsockname()[1]}"]
+        command += ["--rate", "10", "--processes", "2", "--json-file", str(file), "--quiet"]
+        with subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as process:
+            listener.accept()[0].close()  # the look whether anybody listens; the generators come next
+            os.killpg(process.pid, signal.SIGINT)
+            written, said = process.communicate()
+    assert (process.returncode, said) == (130, "")
+    assert "(interrupted)" in written
+    report = json.loads(file.read_text())
+    assert (report["is_interrupted"], report["successful"], report["failed"]) == (True, 0, 0)
+    assert report["busiest"] <= 1.5
+
+
+def test_whoever_stops_reading_the_report_leaves_the_files_alone(target: str, tmp_path: Path) -> None:
+    """`penstock loadtest --json-file FILE | head -1` is no fault."""
+    file = tmp_path / "report.json"
+    command = [sys.executable, "-m", "loadtest", "--url", target, "-n", "9", "--json-file", str(file), "--quiet"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+    assert json.loads(file.read_text())["successful"] == 9
+
+
+def test_a_file_that_can_no_longer_be_written_is_one_line(tmp_path: Path) -> None:
+    """Its folder may be gone when the run ends."""
+    with pytest.raises(CannotWrite, match=r"^cannot write the report to .*report.html: No such file or directory$"):
+        save(tmp_path / "gone" / "report.html", b"x")
+
+
+def test_an_unreachable_target_is_one_line_and_code_2(tmp_path: Path) -> None:
+    """Nothing is sent, and nothing is reported: no empty file either."""
+    file = tmp_path / "report.json"
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    ended = loadtest("--url", f"http://127.0.0.1:{port}")
-    assert (ended.returncode, ended.stdout) == (2, "")
+    ended = loadtest("--url", f"http://127.0.0.1:{port}", "--json-file", str(file))
+    assert (ended.returncode, ended.stdout, file.exists()) == (2, "", False)
     assert ended.stderr == f"loadtest: cannot reach http://127.0.0.1:{port}: Connection refused\n"
 
 

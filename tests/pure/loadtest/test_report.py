@@ -217,13 +217,19 @@ def test_names_without_an_end_do_not_fill_the_report() -> None:
     assert sum(report.workers.values()) == 160
 
 
+def test_of_each_generator_the_last_word_says_what_is_in_flight() -> None:
+    """One that speaks twice in a breath, at its end, is not counted twice; one that is late is not left out."""
+    moments = [Moment(0.75, 50), Moment(1.0, 50), Moment(1.05, 7), Moment(0.8, 9, part=1)]
+    assert [second.in_flight for second in over_time(moments)] == [7 + 9]
+
+
 def test_the_run_over_time_is_in_seconds_and_never_in_too_many_parts() -> None:
     """Moments of two generators fall into the same second; a long run gets wider parts."""
-    moments = [Moment(1.01, 3, 5, 1, [10.0, 30.0]), Moment(1.02, 4, 5, 0, [20.0]), Moment(1.6, 2, 1, 0, [5.0])]
+    moments = [Moment(1.01, 3, 5, 1, [10.0, 30.0]), Moment(1.02, 4, 5, 0, [20.0], 1), Moment(1.6, 2, 1, 0, [5.0])]
     first, second = over_time(moments)
     assert (first.at_s, first.sent, first.successful, first.failed, first.in_flight) == (0, 10, 3, 1, 7)
     assert (first.p50_ms, first.max_ms) == (20.0, 30.0)
-    assert (second.at_s, second.sent, second.in_flight) == (1, 1, 2)
+    assert (second.at_s, second.sent, second.in_flight) == (1, 1, 2 + 4)
     long = over_time([Moment(float(at_s), 0, 1) for at_s in range(1, 1001)], most=100)
     assert len(long) <= 101
     assert sum(part.sent for part in long) == 1000
