@@ -287,10 +287,12 @@ def _follow_status(console: Console, every: float, redis_url: str | None, data_d
     from contextlib import suppress
 
     from pipeline.connection import Link
-    from pipeline.status import follow
+    from pipeline.status import ANSWER_S, follow
 
     def connect() -> Link:
-        return Link(_settings(_redis_override(redis_url, data_dir)).redis, "penstock")
+        redis = _settings(_redis_override(redis_url, data_dir)).redis
+        within_s = min(redis.reply_timeout_s, ANSWER_S)
+        return Link(redis.model_copy(update={"reply_timeout_s": within_s}), "penstock")
 
     connect()  # wrong settings end it before anything is shown
     with suppress(KeyboardInterrupt):

@@ -55,6 +55,7 @@ REPLY_STREAM_TTL_MS: Final = 60_000
 GRACE_S: Final = 3.0
 """How long after its deadline an outcome is waited for: whoever holds the job, or the next tick, writes it."""
 OVERVIEW_FOR_S: Final = 1.0
+LOOK_WITHIN_S: Final = 4.0  # Prometheus gives up after five, as deploy/prometheus says
 """Whoever asks within this time sees the same picture: however many ask, Redis is looked at once a second."""
 REGISTERED_FOR_S: Final = 30.0
 """A replica that no llm worker has registered for so long is not leased to."""
@@ -126,7 +127,9 @@ class Front:
         self._link = Link(settings.redis, "front")
         self._sweeper = Link(settings.redis, "sweep")
         self._reader = Link(settings.redis, "replies")
-        self._looker = Link(settings.redis, "overview")
+        # A look is some forty commands, so it may take its time; each of them is given up as any other.
+        within_s = min(settings.redis.reply_timeout_s, ANSWER_WITHIN_S)
+        self._looker = Link(settings.redis.model_copy(update={"reply_timeout_s": within_s}), "overview")
         self._overview: tuple[int, Overview] | None = None  # when it was made, on the monotonic clock
         self._looking = asyncio.Lock()
         self._outbox: Batcher[_Submission, tuple[str, str]] = Batcher(self._send)
@@ -430,7 +433,7 @@ class Front:
         """Return a job's outcome, or where it is; None when it is not known to this tenant.
 
         Raises:
-            BrokerUnavailable: Redis does not answer within a second.
+            BrokerUnavailable: Redis does not answer within a second, or so slowly that a look takes LOOK_WITHIN_S.
         """
         reply = await self._ask(scripts.LOOK, (job_id,))
         match reply[0]:
@@ -488,7 +491,11 @@ class Front:
         async with self._looking:  # whoever waits here takes what the one before has brought
             if self._overview is None or monotonic_us() - self._overview[0] > OVERVIEW_FOR_S * 1e6:
                 self._overview = None
-                found = await self._within(look(self._looker, thorough=False))
+                try:
+                    async with asyncio.timeout(LOOK_WITHIN_S):
+                        found = await look(self._looker, thorough=False)
+                except TimeoutError as error:
+                    raise BrokerUnavailable(f"Redis is slow: a look took more than {LOOK_WITHIN_S:g} s") from error
                 self._overview = (monotonic_us(), found)
             return self._overview[1]
 
