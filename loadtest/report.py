@@ -333,11 +333,11 @@ def _percentile_lines(report: Report) -> Iterator[str]:
         if report.loop == "open":
             columns |= {"service time": report.service_ms, "send lag": report.lag_ms}
         yield ""
-        yield f"{'Percentiles (ms)':<22}" + "".join(f"{name:>14}" for name in columns) + f"{'took longer':>14}"
+        yield f"{'Percentiles (ms)':<18}" + "".join(f"{name:>13}" for name in columns) + f"{'took longer':>13}"
         for item, name in zip(report.percentiles, ("p50", "p90", "p95", "p99", "p99_9"), strict=True):
-            values = "".join(f"{getattr(spans, name):>14.2f}" for spans in columns.values() if spans is not None)
-            unsure = "" if item.is_sure else "   too few to be sure"
-            yield f"  {f'P{item.percent:g}':<20}{values}{item.beyond:>14}{unsure}"
+            values = "".join(f"{getattr(spans, name):>13.2f}" for spans in columns.values() if spans is not None)
+            unsure = "" if item.is_sure else "  too few"
+            yield f"  {f'P{item.percent:g}':<16}{values}{item.beyond:>13}{unsure}"
     if report.loop == "open":
         yield f"{'Sent late:':<22}{report.late}"
     yield f"{'Busiest generator:':<22}{report.busiest:.0%} of a core"
@@ -384,8 +384,7 @@ def _judgement_lines(report: Report) -> Iterator[str]:
         yield ""
         yield f"Promise {'kept' if report.is_kept else 'BROKEN'}"
         for judged in report.promise:
-            found = "nothing to look at" if judged.found is None else f"{judged.found:.6g}"
-            yield f"  {'kept  ' if judged.is_kept else 'BROKEN'}  {judged.clause}  (found {found})"
+            yield f"  {'kept  ' if judged.is_kept else 'BROKEN'}  {judged.clause}  (found {judged.found_words})"
     for warning in report.verdict.warnings:
         yield ""
         yield f"Warning: {warning}"

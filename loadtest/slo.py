@@ -61,6 +61,15 @@ class Judged:
     found: float | None
     is_kept: bool
 
+    @property
+    def found_words(self) -> str:
+        """What was found, in the unit that people write it in."""
+        if self.found is None:
+            return "nothing to look at"
+        if self.clause.startswith("errors"):
+            return f"{100 * self.found:.4g}%"
+        return f"{self.found:.6g} {'per second' if self.clause.startswith(_RATES) else 'ms'}"
+
 
 def parse(text: str) -> tuple[Clause, ...]:
     """Return the clauses of *text*.

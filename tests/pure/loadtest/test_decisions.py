@@ -11,7 +11,7 @@ from loadtest.arrivals import Plan, instants
 from loadtest.limits import decide_problem
 from loadtest.manifest import command
 from loadtest.saturate import CLOSE, Found, Trial, conclusion, decide_next, read_bounds
-from loadtest.slo import Clause, good_within_ms, judge, parse, unsure
+from loadtest.slo import Clause, Judged, good_within_ms, judge, parse, unsure
 from loadtest.target import Address, read_headers, read_template, requests_of
 from loadtest.verdict import decide_verdict
 from loadtest.waterfall import Waterfall
@@ -110,6 +110,14 @@ def test_a_wrong_promise_is_refused_with_an_example(text: str, part: str) -> Non
     with pytest.raises(ValueError, match=r"write for example p99<500ms") as refused:
         parse(text)
     assert part in str(refused.value)
+
+
+def test_what_was_found_is_told_in_the_unit_of_its_clause() -> None:
+    """Per cent, milliseconds, or so many a second."""
+    found = {"errors<0.1%": 0.0005, "p99<2s": 739.839, "goodput>90": 99.5}
+    judged = judge(parse(",".join(found)), lambda clause: found[clause.text])
+    assert [one.found_words for one in judged] == ["0.05%", "739.839 ms", "99.5 per second"]
+    assert Judged("max<1s", None, is_kept=False).found_words == "nothing to look at"
 
 
 def test_a_promise_that_rests_on_chance_is_told() -> None:

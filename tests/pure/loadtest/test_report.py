@@ -117,12 +117,12 @@ def test_the_summary_keeps_the_shape_that_people_know() -> None:
         "\n"
         "Throughput:           1.00 req/s\n"
         "\n"
-        "Percentiles (ms)             latency   took longer\n"
-        "  P50                          10.01             1   too few to be sure\n"
-        "  P90                          30.00             0   too few to be sure\n"
-        "  P95                          30.00             0   too few to be sure\n"
-        "  P99                          30.00             0   too few to be sure\n"
-        "  P99.9                        30.00             0   too few to be sure\n"
+        "Percentiles (ms)        latency  took longer\n"
+        "  P50                     10.01            1  too few\n"
+        "  P90                     30.00            0  too few\n"
+        "  P95                     30.00            0  too few\n"
+        "  P99                     30.00            0  too few\n"
+        "  P99.9                   30.00            0  too few\n"
         "Busiest generator:    0% of a core\n"
         "\n"
         "Errors by kind\n"
@@ -139,6 +139,16 @@ def test_the_summary_keeps_the_shape_that_people_know() -> None:
         "       30.00 ms  at    0.000 s  request 1\n"
         "       10.00 ms  at    0.000 s  a\n"
     )
+
+
+def test_the_widest_table_fits_a_terminal_of_eighty_columns() -> None:
+    """Latencies of up to an hour included."""
+    tally = Tally(2.0, None)
+    tally.left(1000.0)
+    tally.answered(Answer(None), number=0, at_s=0.0, lag_ms=1000.0, service_ms=3_600_000.0)
+    shown = render(summarize(Outcome(tally, 3600.0), is_open=True, verdict=VALID))
+    assert "too few" in shown
+    assert max(map(len, shown.splitlines())) < 80
 
 
 def test_a_percentile_with_fewer_than_ten_requests_beyond_it_is_marked() -> None:
