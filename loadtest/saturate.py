@@ -142,6 +142,8 @@ def _search(options: LoadOptions, low: float, high: float, outputs: Outputs) -> 
         _write(trials, step, about, outputs)
     except (CannotWrite, NoRoom, Unreachable, GeneratorDied) as error:
         sys.stderr.write(f"loadtest: {error}\n")
+        if trials and not isinstance(error, CannotWrite):  # an hour of them may have gone before
+            _write(trials, None, about, outputs)
         return EXIT_USAGE
     if step.rate is not None:
         return EXIT_OK
@@ -191,7 +193,7 @@ def _write(trials: Sequence[Trial], found: Found | None, about: dict[str, Any], 
         "manifest": about,
     }
     as_json = orjson.dumps(body) + b"\n"
-    words = conclusion(found) if found else "Interrupted: nothing was found yet"
+    words = conclusion(found) if found else "Ended early: nothing was found yet"
     say(as_json.decode() if outputs.as_json else f"\n{words}\n")
     if outputs.json_file is not None:
         save(outputs.json_file, as_json)
