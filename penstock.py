@@ -176,13 +176,21 @@ def ingest(
     """
     import asyncio
 
-    from gateway.client import GatewayRefused, GatewayUnreachable
+    from gateway.client import GatewayRefused, GatewayUnreachable, Unusable
+    from gateway.extractor import NICENESS
     from gateway.ingest import EXIT_UNREACHABLE, EXIT_USAGE, find_files
 
+    os.nice(NICENESS)
     try:
-        report = asyncio.run(_ingest(url, api_key, list(find_files(paths)), again=again, quiet=json))
-    except FileNotFoundError as error:
-        sys.stderr.write(f"penstock: {error} does not exist\n")
+        found = list(find_files(paths))
+    except OSError as error:
+        what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        sys.stderr.write(f"penstock: {error.filename} {what}\n")
+        raise typer.Exit(EXIT_USAGE) from None
+    try:
+        report = asyncio.run(_ingest(url, api_key, found, again=again, quiet=json))
+    except Unusable as error:
+        sys.stderr.write(f"penstock: {error}\n")
         raise typer.Exit(EXIT_USAGE) from None
     except GatewayRefused as error:
         sys.stderr.write(f"penstock: {url} refuses: {error}\n")
@@ -290,10 +298,12 @@ def _follow_status(console: Console, every: float, redis_url: str | None, data_d
     from contextlib import suppress
 
     from pipeline.connection import Link
-    from pipeline.status import follow
+    from pipeline.status import ANSWER_S, follow
 
     def connect() -> Link:
-        return Link(_settings(_redis_override(redis_url, data_dir)).redis, "penstock")
+        redis = _settings(_redis_override(redis_url, data_dir)).redis
+        within_s = min(redis.reply_timeout_s, ANSWER_S)
+        return Link(redis.model_copy(update={"reply_timeout_s": within_s}), "penstock")
 
     connect()  # wrong settings end it before anything is shown
     with suppress(KeyboardInterrupt):

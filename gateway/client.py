@@ -15,6 +15,8 @@ from typing import Any, Final, Self
 import httpx
 from httpx_aiohttp import AiohttpTransport
 
+from pipeline.settings import service_url
+
 Json = dict[str, Any]
 
 POLL_FIRST_S: Final = 0.02
@@ -22,6 +24,10 @@ POLL_CAP_S: Final = 0.5  # a completion lives 60 s by default: it is seen long b
 POLL_AT_ONCE: Final = 100  # the gateway's own bound
 RETRY_CAP_S: Final = 30.0
 RETRY_BASE_S: Final = 0.2
+
+
+class Unusable(ValueError):
+    """An address or a key that no request can be sent with."""
 
 
 class GatewayUnreachable(Exception):
@@ -69,6 +75,9 @@ class Client:
     Args:
         patience_s: how long to go on while the gateway is overloaded or away.
         on_wait: called with the reason whenever something has to be tried again.
+
+    Raises:
+        Unusable: no request can be sent with that *url* or that *api_key*.
     """
 
     def __init__(
@@ -79,7 +88,14 @@ class Client:
         patience_s: float = 120.0,
         on_wait: Callable[[str], None] = lambda _reason: None,
     ) -> None:
-        self.url = url.rstrip("/")
+        try:
+            self.url = service_url(url).rstrip("/")
+        except ValueError as error:
+            raise Unusable(f"--url: {error}") from error
+        if not self.url:
+            raise Unusable("--url is empty: name a gateway, like http://127.0.0.1:8000")
+        if api_key and not (api_key.isascii() and api_key.isprintable()):
+            raise Unusable("the API key holds characters that no HTTP header can carry")
         self._patience_s = patience_s
         self._on_wait = on_wait
         self._waiting: dict[str, asyncio.Future[Json]] = {}
@@ -109,7 +125,7 @@ class Client:
 
         Raises:
             GatewayUnreachable: it stayed away, or overloaded, for longer than our patience.
-            GatewayRefused: any status from 400 up that is not "later".
+            GatewayRefused: any status from 400 up that is not "later"; an answer that is no gateway's.
         """
         timeout = httpx.Timeout(timeout_s, connect=5.0)
         give_up_s = time.monotonic() + self._patience_s
@@ -122,6 +138,7 @@ class Client:
                 after_s = min(RETRY_BASE_S * 2.0 ** min(failures, 10), RETRY_CAP_S)
             else:
                 if response.status_code < 400:
+                    _check_is_ours(response)
                     return response
                 refusal = _refusal(response)
                 later_s = decide_wait_s(response.status_code, response.headers, failures)
@@ -139,12 +156,15 @@ class Client:
 
         Raises:
             GatewayUnreachable: nobody does.
+            GatewayRefused: somebody else does.
         """
         try:
-            await self._http.get("/livez")
+            response = await self._http.get("/livez")
         except httpx.HTTPError as error:
             message = f"no gateway at {self.url} ({error or type(error).__name__}); `penstock up` starts one"
             raise GatewayUnreachable(message) from error
+        if response.status_code < 400:
+            _check_is_ours(response)
 
     async def outcome(self, job_id: str) -> Json:
         """Wait until a job has ended, and return its status; `lost` when nothing is known of it any more.
@@ -208,10 +228,23 @@ class Client:
         return answer
 
 
+def _check_is_ours(response: httpx.Response) -> None:
+    try:
+        is_ours = response.status_code < 300 and isinstance(response.json(), dict)
+    except ValueError:
+        is_ours = False
+    if not is_ours:
+        # 404, so that nobody tries the next document: whatever stands there takes none.
+        message = f"{response.status_code} without any JSON: something else than Penstock's gateway answers there"
+        raise GatewayRefused(404, "not_a_gateway", message)
+
+
 def _refusal(response: httpx.Response) -> GatewayRefused:
     try:
         error = response.json()["error"]
         param = f"{error['param']}: " if error.get("param") else ""
         return GatewayRefused(response.status_code, str(error.get("code")), f"{param}{error['message']}")
     except (ValueError, KeyError, TypeError):
-        return GatewayRefused(response.status_code, "http", f"HTTP {response.status_code}")
+        return GatewayRefused(
+            response.status_code, "http", f"HTTP {response.status_code}, not in the words of Penstock"
+        )

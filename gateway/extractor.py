@@ -4,12 +4,14 @@ A child reads one file after another, at low priority, within a bound of memory 
 each file. Both are kept by the kernel: a file that makes a library loop or grow without end kills the child, and the
 next file gets a new one. The child leaves when its standard input ends, that is, also when its parent is killed.
 
-    parent -> child   {"path": "<hex>", "kind": "html"}      child -> parent   {"text", "title", "note"} or {"reason"}
+    parent -> child   {"path": "<hex>", "kind": "html"}
+    child -> parent   {"text", "title", "note", "digest"} or {"reason"}
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import signal
 import sys
@@ -124,7 +126,7 @@ class _Child:
         found = orjson.loads(answer)
         if "reason" in found:
             raise Unreadable(found["reason"])
-        return Text(found["text"], found["title"], found["note"])
+        return Text(**found)
 
     async def _start(self) -> Process:
         self._files = 0
@@ -188,7 +190,13 @@ def _confine(memory_bytes: int) -> None:
 
 def _answer(path: Path, kind: Kind) -> dict[str, str]:
     try:
-        found = read_html(path.read_bytes()) if kind == "html" else read_pdf(path)
+        if kind == "html":
+            data = path.read_bytes()
+            found, digest = read_html(data), hashlib.sha256(data)
+        else:
+            found = read_pdf(path)
+            with path.open("rb") as again:  # afterwards: where it is what it was before, it was that meanwhile
+                digest = hashlib.file_digest(again, "sha256")
     except Unreadable as error:
         return {"reason": str(error)}
     except MemoryError:
@@ -197,7 +205,7 @@ def _answer(path: Path, kind: Kind) -> dict[str, str]:
         return {"reason": f"cannot be read: {error.strerror}"}
     except Exception as error:  # noqa: BLE001 - a stranger's file: whatever it brings about is its reason
         return {"reason": f"cannot be read: {type(error).__name__}: {str(error)[:200]}"}
-    return {"text": found.text, "title": found.title, "note": found.note}
+    return {"text": found.text, "title": found.title, "note": found.note, "digest": digest.hexdigest()}
 
 
 if __name__ == "__main__":

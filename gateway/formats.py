@@ -33,6 +33,11 @@ _LEFT_OUT: Final = frozenset(
     video
     """.split()  # noqa: SIM905 - likewise
 )
+_PERMALINKS: Final = frozenset({"¶", "#", "§", "🔗"})  # all that many pages put behind a heading is a link to itself
+_UNSEEN: Final = re.compile(r"(?:^|;)\s*(?:display\s*:\s*none|visibility\s*:\s*hidden)\b", re.IGNORECASE)
+_MEANS_MORE: Final = re.compile(r"#{1,6}(?:\s|$)|`{3}|~{3}|(?:=+|-{2,})$")
+"""How a line begins that Markdown takes for a heading, or for a fence: all up to the next one would be code."""
+_BLANKS: Final = dict.fromkeys(map(ord, "\u200b\u2060\ufeff"))  # of no width: to `str.split` they are letters
 _META_CHARSET: Final = re.compile(
     rb"""<(?:meta|\?xml)[^>]*?(?:charset|encoding)\s*=\s*["']?\s*([\w.:-]+)""", re.IGNORECASE
 )
@@ -55,11 +60,13 @@ class Text:
     Attributes:
         title: as the file names itself; empty where it does not.
         note: what is missing from the text, for people; empty where nothing is.
+        digest: SHA-256 of the file as it was read; empty where nobody looked.
     """
 
     text: str
     title: str = ""
     note: str = ""
+    digest: str = ""
 
 
 # --- HTML --------------------------------------------------------------------------------------
@@ -74,14 +81,15 @@ def read_html(data: bytes) -> Text:
     from selectolax.lexbor import LexborHTMLParser
 
     page = LexborHTMLParser(decode_html(data))
-    body = page.body
-    content = page.css_first("main, [role=main]")
-    text = (content and _markdown(content)) or (body and _markdown(body)) or ""
+    text, title = "", ""
+    for content in filter(None, (page.css_first("main, [role=main]"), page.body)):
+        text, title = _markdown(content)
+        if text:
+            break
     if not text:
         raise Unreadable("holds no text")
-    heading = page.css_first("h1")
-    named = heading if heading is not None and heading.text(strip=True) else page.css_first("title")
-    return Text(_bounded(text), " ".join(named.text().split()) if named is not None else "")
+    named = page.css_first("head > title")
+    return Text(_bounded(text), title or (" ".join(named.text().split()) if named is not None else ""))
 
 
 def decode_html(data: bytes) -> str:
@@ -105,8 +113,11 @@ def decode_html(data: bytes) -> str:
         raise Unreadable(f"not the {encoding[:40]} text that it says it is") from error
 
 
-def _markdown(root: LexborNode) -> str:
-    """Return what stands below *root*; without recursion, since pages may be nested as deep as they like."""
+def _markdown(root: LexborNode) -> tuple[str, str]:
+    """Return what stands below *root*, and its first `h1`.
+
+    Without recursion, since pages may be nested as deep as they like.
+    """
     sheet = _Sheet()
     node: LexborNode | None = root
     depth = 0
@@ -124,13 +135,18 @@ def _markdown(root: LexborNode) -> str:
         if not depth:
             break
         node = node.next
-    return sheet.text()
+    return sheet.text(), sheet.title
 
 
 class _Sheet:
-    """Markdown in the making: finished blocks, and the words of the one at hand."""
+    """Markdown in the making: finished blocks, and the words of the one at hand.
+
+    Attributes:
+        title: the first `h1` that holds words.
+    """
 
     def __init__(self) -> None:
+        self.title = ""
         self._blocks: list[tuple[str, str]] = []
         self._words: list[str] = []
         self._prefix = ""
@@ -143,7 +159,7 @@ class _Sheet:
         if node.is_text_node:
             self._words.append(node.text_content or "")
             return False
-        if not node.is_element_node or tag in _LEFT_OUT or _is_hidden(node):
+        if not node.is_element_node or tag in _LEFT_OUT or _is_hidden(node) or _is_permalink(node):
             return False
         if tag == "br":
             self._words.append("\n" if self._pre else "\v")
@@ -173,6 +189,8 @@ class _Sheet:
             self._end_block()
             if tag in {"ul", "ol"}:
                 self._lists -= 1
+            elif tag in HEADINGS or tag in {"li", "tr"}:
+                self._prefix, self._kind = "", ""  # of an empty one: what follows is no heading and no item
 
     def text(self) -> str:
         """Return all of it."""
@@ -212,11 +230,13 @@ class _Sheet:
                 fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
                 self._blocks.append(("", f"{fence}\n{text}\n{fence}"))
             return
-        lines = (" ".join(_CONTROLS.sub("", line).split()) for line in words.split("\v"))
-        text = "\n".join(line for line in lines if line)
+        lines = (" ".join(_CONTROLS.sub("", line).translate(_BLANKS).split()) for line in words.split("\v"))
+        if self._prefix.startswith("#"):
+            text = " ".join(line for line in lines if line)  # a heading is one line
+            self.title = self.title or (text if self._prefix == "# " else "")
+        else:
+            text = "\n".join("\\" + line if _MEANS_MORE.match(line) else line for line in lines if line)
         if text:
-            if not self._prefix and text.startswith("#"):
-                text = "\\" + text  # no heading here
             self._blocks.append((self._kind, self._prefix + text))
             self._prefix, self._kind = "", ""
 
@@ -224,8 +244,15 @@ class _Sheet:
 def _is_hidden(node: LexborNode) -> bool:
     attributes = node.attributes
     return bool(attributes) and (
-        "hidden" in attributes or attributes.get("aria-hidden") == "true" or attributes.get("role") == "navigation"
+        "hidden" in attributes
+        or attributes.get("aria-hidden") == "true"
+        or attributes.get("role") == "navigation"
+        or bool(_UNSEEN.search(attributes.get("style") or ""))
     )
+
+
+def _is_permalink(node: LexborNode) -> bool:
+    return node.tag == "a" and node.text(strip=True) in _PERMALINKS
 
 
 # --- PDF ---------------------------------------------------------------------------------------
@@ -263,7 +290,10 @@ def read_pdf(path: Path) -> Text:
         raise Unreadable(f"none of its {len(document)} pages can be read")
     if not pages:
         raise Unreadable(f"holds no text on {len(document)} pages: scanned, perhaps; run OCR on it first")
-    title = " ".join(_CONTROLS.sub("", document.get_metadata_value("Title")).split())
+    try:
+        title = " ".join(_CONTROLS.sub("", document.get_metadata_value("Title")).split())
+    except UnicodeDecodeError:  # half a character: no reason to do without the text
+        title = ""
     note = f"{broken} of {len(document)} pages could not be read" if broken else ""
     return Text(_bounded("\n\n".join(pages)), title, note)
 

@@ -2,7 +2,7 @@
 
 `/livez` asks nobody: only a process that should be killed fails it. `/readyz` asks Redis, and what the workers of each
 stage say of themselves; `/metrics` tells this process' numbers, and what Redis says of the pipeline. None of them needs
-an API key, and none waits longer than a second.
+an API key, and none waits longer than a second; `/metrics` waits for figures that come slowly, as long as they do come.
 """
 
 from __future__ import annotations
@@ -80,11 +80,17 @@ async def metrics(call: Call) -> Answer:
     try:
         async with asyncio.timeout(PATIENCE_S):
             loads = await call.front.replica_loads()
-            overview = await call.front.overview()
     except (BrokerUnavailable, TimeoutError):
         redis_up = False
     except _BROKEN as error:
         _tell_broken(call, error)
+    if redis_up:
+        try:
+            overview = await call.front.overview()
+        except BrokerUnavailable as error:  # it has just answered: it is slow, not away, and the figures are missing
+            logger.warning("gateway.figures_missing", request_id=call.request_id, reason=str(error))
+        except _BROKEN as error:
+            _tell_broken(call, error)
     REPLICA_LOAD.clear()
     for replica, load in loads.items():
         REPLICA_LOAD.labels(replica).set(load)

@@ -37,9 +37,9 @@ SUFFIXES: Final[dict[str, Kind]] = {
 MAX_FILE_BYTES: Final[dict[Kind, int]] = {"text": MAX_TEXT_BYTES, "html": 16 << 20, "pdf": 256 << 20}
 MAX_BODY_BYTES: Final = 1 << 20  # the gateway's limit; a larger file is refused rather than cut up: parts would be left
 # behind when it shrinks
-IN_FLIGHT: Final = 8  # enough to keep both stages at work; more would only stand before questions
+IN_FLIGHT: Final = 4  # enough to keep both stages at work; more would only stand before questions
 LOOK_AT_ONCE: Final = 50  # ids of 128 characters in one request's head
-READING: Final = 1
+READING: Final = 2
 """Version of how files are read. Raise it when `gateway.formats` makes another text of the same file: what was indexed
 before is then sent again."""
 MAX_ID: Final = 128
@@ -196,14 +196,17 @@ def find_files(paths: Sequence[Path]) -> Iterator[File | Skipped]:
     """Yield what there is to ingest below *paths*, in a stable order; hidden files and folders are left out.
 
     Raises:
-        FileNotFoundError: one of *paths* does not exist.
+        OSError: one of *paths* does not exist, or cannot be looked at.
     """
     for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(str(path))
+        path.stat()
     seen: dict[str, Path] = {}
     for root in paths:
-        for path in _walk(root) if root.is_dir() else [root]:
+        for item in _walk(root) if root.is_dir() else [root]:
+            if isinstance(item, Skipped):
+                yield item
+                continue
+            path = item
             name = path.relative_to(root).as_posix() if root.is_dir() else path.name
             if root.is_dir() and path.suffix.lower() not in SUFFIXES:
                 kind = _printable(path.suffix) or "no suffix"
@@ -247,13 +250,18 @@ def examine(file: File) -> Found | Skipped:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         return Skipped(file.name, f"cannot be read: {error.strerror}")
-    return Found(file, kind, f"{READING}:{digest}")
+    return Found(file, kind, _digest(digest))
+
+
+def _digest(of_bytes: str) -> str:
+    return f"{READING}:{of_bytes}"
 
 
 def read_text(file: File) -> Text | Skipped:
     """Return what a text or Markdown file says, or why that is no document."""
     try:
-        text = file.path.read_bytes().decode("utf-8-sig")
+        data = file.path.read_bytes()
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         return Skipped(file.name, f"not UTF-8 text (byte {error.start})")
     except OSError as error:
@@ -262,7 +270,7 @@ def read_text(file: File) -> Text | Skipped:
         return Skipped(file.name, "not text: holds NUL bytes")
     if not text.strip():
         return Skipped(file.name, "empty", is_fault=False)
-    return Text(text)
+    return Text(text, digest=hashlib.sha256(data).hexdigest())
 
 
 def document_of(found: Found, read: Text) -> dict[str, Any] | Skipped:
@@ -272,7 +280,7 @@ def document_of(found: Found, read: Text) -> dict[str, Any] | Skipped:
         "id": file.id,
         "title": read.title[:_TITLE_CHARS] or title_of(read.text, file.path),
         "text": read.text,
-        "digest": found.digest,
+        "digest": _digest(read.digest),  # of what was read: the file may have changed since it was examined
         "metadata": {"path": file.name[:1_000]},
         "priority": "low",
     }
@@ -286,12 +294,35 @@ def _printable(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith("."):
-                yield Path(folder, name)
+def _walk(root: Path) -> Iterator[Path | Skipped]:
+    """Yield the files below *root*, and what is not looked into; links to folders are not: they may lead round."""
+    left = [root]
+    while left:
+        folder = left.pop()
+        name = _printable(folder.relative_to(root).as_posix())
+        try:
+            with os.scandir(folder) as listed:
+                entries = sorted((entry for entry in listed if not entry.name.startswith(".")), key=lambda e: e.name)
+        except OSError as error:
+            yield Skipped(name, f"a folder that cannot be read: {error.strerror}")
+            continue
+        inner = []
+        for entry in entries:
+            path = folder / entry.name
+            if entry.is_dir(follow_symlinks=False):
+                inner.append(path)
+            elif entry.is_symlink() and _leads_to_folder(path):
+                yield Skipped(_printable(path.relative_to(root).as_posix()), "a link to a folder", is_fault=False)
+            else:
+                yield path
+        left += reversed(inner)
+
+
+def _leads_to_folder(link: Path) -> bool:
+    try:
+        return link.is_dir()
+    except OSError:  # it leads where we may not look: reading it will say so
+        return False
 
 
 # --- Effects -----------------------------------------------------------------------------------
@@ -329,7 +360,7 @@ async def ingest(
 
     async def take(extractor: Extractor) -> None:
         while item := await to_do.get():
-            note(await _ingest_one(client, extractor, item))
+            note(await ingest_one(client, extractor, item))
 
     try:
         async with Extractor() as extractor, asyncio.TaskGroup() as tasks:
@@ -365,7 +396,12 @@ def _examine_all(batch: Sequence[File | Skipped]) -> list[Found | Skipped]:
     return [examine(item) if isinstance(item, File) else item for item in batch]
 
 
-async def _ingest_one(client: Client, extractor: Extractor, found: Found) -> Result:
+async def ingest_one(client: Client, extractor: Extractor, found: Found) -> Result:
+    """Read one file, send it, and wait until it is indexed.
+
+    Raises:
+        GatewayUnreachable, GatewayRefused: see `ingest`.
+    """
     file = found.file
     try:
         if found.kind == "text":
@@ -376,6 +412,8 @@ async def _ingest_one(client: Client, extractor: Extractor, found: Found) -> Res
         return Skipped(file.name, str(error))
     if isinstance(read, Skipped):
         return read
+    if found.kind == "pdf" and _digest(read.digest) != found.digest:  # nobody knows which of the two it was made from
+        return Skipped(file.name, "changed while it was read: start again when it is whole")
     document = await asyncio.to_thread(document_of, found, read)
     if isinstance(document, Skipped):
         return document

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from types import TracebackType
@@ -61,9 +62,7 @@ class _Lines:
     def add(self, result: Result) -> None:
         """One file is done, for better or worse."""
         self._last_reason = ""
-        if not self._quiet:
-            sys.stdout.write(describe(result) + "\n")
-            sys.stdout.flush()
+        self._say(describe(result))
 
     def waits(self, reason: str) -> None:
         """The gateway has to be asked again; said once until something goes forward."""
@@ -73,8 +72,17 @@ class _Lines:
 
     def sum_up(self, report: Report) -> None:
         """All files are done."""
-        if not self._quiet:
-            sys.stdout.write("\n".join(summary(report)) + "\n")
+        self._say("\n".join(summary(report)))
+
+    def _say(self, text: str) -> None:
+        if self._quiet:
+            return
+        try:
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+        except BrokenPipeError:  # `| head` has read enough; the files are to be indexed all the same
+            self._quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
 
 
 class _Bar:

@@ -25,6 +25,8 @@ TIMEOUT: Final = "timeout"
 NO_CONNECTION: Final = "no connection"
 LOST: Final = "connection lost"
 BROKEN: Final = "broken answer"
+TOO_LONG: Final = "answer too long"
+MOST_BYTES: Final = 32 << 20  # of one answer's body: more is no answer to a question, and fifty of them must fit
 _SWEEP_S: Final = 0.02  # between two looks for exchanges whose time is over
 
 
@@ -66,7 +68,13 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._exchange: Exchange | None = None
         self._parts: list[bytes] = []
+        self._size = 0
         self._has_head = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests can be written: a server may close a connection in the moment in which it is made."""
+        return self._transport is not None and not self._transport.is_closing()
 
     def send(self, exchange: Exchange) -> None:
         """Write a request; the connection must be idle."""
@@ -90,8 +98,8 @@ class Connection(asyncio.Protocol):
         self._transport = None
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
-            # An answer of HTTP/1.0 may end with its connection; whether it is whole is seen in its JSON.
-            is_answer = exc is None and self._has_head
+            # An answer without a length ends with its connection; one that has a length was cut off.
+            is_answer = exc is None and self._has_head and not self._parser.should_keep_alive()
             status = self._parser.get_status_code() if is_answer else 0
             body = b"".join(self._parts)
             self._peer.ended(exchange, perf_counter(), None if is_answer else LOST, status, body)
@@ -102,10 +110,7 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            exchange = self._exchange
-            self.abort()
-            if exchange is not None:
-                self._peer.ended(exchange, perf_counter(), BROKEN, 0, b"")
+            self._give_up(BROKEN)
 
     def on_headers_complete(self) -> None:
         """Take note that an answer has begun: called by the parser."""
@@ -113,13 +118,19 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, part: bytes) -> None:
         """Keep a piece of the body: called by the parser."""
-        self._parts.append(part)
+        self._size += len(part)
+        if self._size > MOST_BYTES:
+            self._parts.clear()
+            self._give_up(TOO_LONG)
+        else:
+            self._parts.append(part)
 
     def on_message_complete(self) -> None:
         """End the exchange: called by the parser."""
         status = self._parser.get_status_code()
         body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         self._parts.clear()
+        self._size = 0
         self._has_head = False
         if status < 200:  # an interim answer; the real one follows
             return
@@ -133,6 +144,12 @@ class Connection(asyncio.Protocol):
         elif self._transport is not None:
             self._transport.close()
         self._peer.ended(exchange, now, None, status, body)
+
+    def _give_up(self, kind: str) -> None:
+        exchange = self._exchange
+        self.abort()
+        if exchange is not None:
+            self._peer.ended(exchange, perf_counter(), kind, 0, b"")
 
 
 class Peer:
@@ -183,9 +200,7 @@ class Peer:
         self._open.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
-        waiting = self._next_in_line()
-        if waiting is not None:
-            self._connect_for(waiting)
+        self._connect_for_next()
 
     def ended(self, exchange: Exchange, now: float, failure: str | None, status: int, body: bytes) -> None:
         """Tell of an exchange's end, once."""
@@ -211,6 +226,11 @@ class Peer:
                 return exchange
         return None
 
+    def _connect_for_next(self) -> None:
+        waiting = self._next_in_line()
+        if waiting is not None:
+            self._connect_for(waiting)
+
     def _connect_for(self, exchange: Exchange) -> None:
         exchange.began_s = perf_counter()
         task = self._loop.create_task(self._connect(exchange), name=f"connect for {exchange.number}")
@@ -225,15 +245,22 @@ class Peer:
                     lambda: Connection(self), self._host, self._address.port, ssl=self._tls, server_hostname=name
                 )
         except TimeoutError:
-            self.ended(exchange, perf_counter(), TIMEOUT, 0, b"")
+            self._not_connected(exchange, TIMEOUT)
         except OSError:  # ssl.SSLError is one
-            self.ended(exchange, perf_counter(), NO_CONNECTION, 0, b"")
+            self._not_connected(exchange, NO_CONNECTION)
         else:
+            if not connection.is_open:
+                self._not_connected(exchange, LOST)
+                return
             self._open.add(connection)
             if exchange.is_over:
                 self.freed(connection)
             else:
                 connection.send(exchange)
+
+    def _not_connected(self, exchange: Exchange, kind: str) -> None:
+        self.ended(exchange, perf_counter(), kind, 0, b"")
+        self._connect_for_next()  # else whoever stands in line would wait for a connection that nobody opens
 
     def _sweep(self) -> None:
         now = perf_counter()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -59,10 +60,16 @@ async def send(orders: Sequence[Orders], stopped: asyncio.Event, on_moment: Call
     try:
         for _ in orders:
             generators.append(await _start())  # noqa: PERF401 - should the next not start, these must be ended
-        for generator, order in zip(generators, orders, strict=True):
-            _tell(generator, asdict(order))
-        for generator in generators:
-            await _hear(generator)
+        try:
+            for generator, order in zip(generators, orders, strict=True):
+                _tell(generator, asdict(order))
+            for generator in generators:
+                await _hear(generator)
+        except GeneratorDied:
+            if not stopped.is_set():
+                raise
+            outcome.is_interrupted = True  # the signal that stopped us met one that was just being started
+            return outcome
         start_s = perf_counter() + LEAD_S
         for generator in generators:
             _tell(generator, {"start_s": start_s})
@@ -88,6 +95,7 @@ async def _start() -> Process:
         env={**os.environ, "PYTHONPATH": path},
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
+        start_new_session=True,  # a terminal's Ctrl-C would end it while it is still being started
         limit=1 << 28,  # a tally is one line
     )
 
@@ -110,6 +118,8 @@ async def _collect(generator: Process, start_s: float, outcome: Outcome, on_mome
 
 def _tell(generator: Process, body: Any) -> None:
     assert generator.stdin is not None
+    if generator.stdin.is_closing():
+        raise GeneratorDied(f"a generator (process {generator.pid}) ended before the run")
     generator.stdin.write(orjson.dumps(body) + b"\n")
 
 
@@ -124,7 +134,8 @@ async def _hear(generator: Process) -> Any:
 async def _stop(generators: Sequence[Process], stopped: asyncio.Event) -> None:
     await stopped.wait()
     for generator in generators:
-        _tell(generator, "stop")
+        with suppress(GeneratorDied):  # whoever listens to it says so
+            _tell(generator, "stop")
 
 
 async def _end(generator: Process) -> None:

@@ -85,7 +85,7 @@ class Generator:
         self._tally = Tally(orders.limit_ms, orders.good_ms)
         self._peer = Peer(orders.host, orders.address, orders.connections, self._on_end)
         self._loop = asyncio.get_running_loop()
-        self._moment = Moment(0.0, 0)
+        self._moment = Moment(0.0, 0, part=orders.part)
         self._started = 0
         self._next = orders.part
         self._is_planned_out = False
@@ -100,20 +100,21 @@ class Generator:
 
     async def run(self) -> Json:
         """Run until all have ended, or until it is stopped, and return what the crew merges."""
-        spent_s, reporter = process_time(), self._loop.create_task(self._report(), name="moments")
+        spent_s, began_s = process_time(), perf_counter()
+        reporter = self._loop.create_task(self._report(), name="moments")
         if self._orders.plan is None:
             await self._close_loop()
         else:
             await self._open_loop(self._orders.plan)
         reporter.cancel()
         await asyncio.gather(reporter, return_exceptions=True)
-        ended_s = perf_counter() if self._is_stopped else max(self._last_end_s, self._start_s)
+        ended_s = max(self._start_s, perf_counter() if self._is_stopped else self._last_end_s)
         self._tell()
         await self._peer.close()
         return {
             "tally": self._tally.to_wire(),
             "ended_s": ended_s,
-            "busy": (process_time() - spent_s) / max(perf_counter() - self._start_s, 1e-9),
+            "busy": (process_time() - spent_s) / (perf_counter() - began_s),
             "unfinished": self._started - self._tally.ended,
             "is_interrupted": self._is_stopped,
         }
@@ -240,7 +241,7 @@ class Generator:
             self._tell()
 
     def _tell(self) -> None:
-        moment, self._moment = self._moment, Moment(0.0, 0)
+        moment, self._moment = self._moment, Moment(0.0, 0, part=self._orders.part)
         moment.at_s = max(0.0, perf_counter() - self._start_s)
         moment.in_flight = self._started - self._tally.ended
         self._say({"moment": moment.to_wire()})
@@ -259,7 +260,10 @@ async def work() -> None:
     def say(body: Any) -> None:
         writer.write(orjson.dumps(body) + b"\n")
 
-    orders = Orders.from_wire(orjson.loads(await reader.readline()))
+    line = await reader.readline()
+    if not line:  # the crew has gone, here and below
+        return
+    orders = Orders.from_wire(orjson.loads(line))
     say({"ready": os.getpid()})
     line = await reader.readline()
     if not line:
@@ -278,7 +282,7 @@ async def work() -> None:
 
 
 if __name__ == "__main__":
-    # A terminal's Ctrl-C reaches every process; the crew hears it too and says when to stop.
+    # Whoever signals a whole group of processes means the crew, which says when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     uvloop.run(work())

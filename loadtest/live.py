@@ -36,6 +36,7 @@ class Now:
 
     def __init__(self) -> None:
         self._moments: deque[Moment] = deque()
+        self._in_flight: dict[int, int] = {}  # by generator, as its last word has it
         self.at_s = 0.0
         self.ended = 0
         self.failed = 0
@@ -43,6 +44,7 @@ class Now:
     def add(self, moment: Moment) -> None:
         """Take in a moment, and forget what is too old."""
         self._moments.append(moment)
+        self._in_flight[moment.part] = moment.in_flight
         self.at_s = max(self.at_s, moment.at_s)
         self.ended += len(moment.latencies) + moment.failed
         self.failed += moment.failed
@@ -58,7 +60,7 @@ class Now:
     @property
     def in_flight(self) -> int:
         """Requests under way, over all generators."""
-        return sum(moment.in_flight for moment in self._moments if moment.at_s > self.at_s - 0.1)
+        return sum(self._in_flight.values())
 
     def percentile_ms(self, per_mille: int) -> float | None:
         """Return a percentile of the last second's successes; None: there was none."""

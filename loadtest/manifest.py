@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final
+
+from loadtest.target import without_values
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,7 +19,8 @@ if TYPE_CHECKING:
     from loadtest.options import LoadOptions
 
 _PACKAGES: Final = ("penstock", "hdrhistogram", "httptools", "uvloop")
-_SECRETS: Final = ("--api-key", "--header", "-H")
+_SECRETS: Final = ("--api-key", "--header")
+_SHORT: Final = re.compile(r"(-q*H)(.*)", re.DOTALL)  # -q is the only one that may stand before it
 
 
 def manifest(options: LoadOptions) -> dict[str, Any]:
@@ -39,19 +43,25 @@ def manifest(options: LoadOptions) -> dict[str, Any]:
 def command(argv: Sequence[str]) -> str:
     """Return the command line as it was given, with every secret left out."""
     shown: list[str] = []
-    is_secret = False
+    before = ""  # the option whose value comes next
     for word in argv:
-        name, equals, _ = word.partition("=")
-        if is_secret:
+        name, equals, value = word.partition("=")
+        option, before = before, ""
+        if option == "--path":
+            shown.append(without_values(word))
+        elif option:
             shown.append("...")
+        elif name == "--path" and equals:
+            shown.append(f"{name}={without_values(value)}")
         elif name in _SECRETS and equals:
             shown.append(f"{name}=...")
-        elif word.startswith("-H") and word != "-H":
-            shown.append("-H...")
+        elif short := _SHORT.fullmatch(word):
+            shown.append(short[1] + ("..." if short[2] else ""))
+            before = "" if short[2] else "-H"
         else:
             shown.append(word)
-        is_secret = not is_secret and word in _SECRETS
-    return shlex.join(shown)
+            before = word if word in (*_SECRETS, "--path") else ""
+    return shlex.join(shown).encode("utf-8", "replace").decode()  # names of files may be no UTF-8; JSON is
 
 
 def _version(name: str) -> str | None:

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any, Final
 from loadtest.arrivals import Pace, Plan
 from loadtest.questions import read_questions
 from loadtest.slo import Clause, parse
-from loadtest.target import DEFAULT_TEMPLATE, Address, read_headers, read_template, requests_of
+from loadtest.target import DEFAULT_TEMPLATE, Address, read_headers, read_template, requests_of, without_values
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+MOST: Final = 10**9  # of whatever is counted
+MOST_S: Final = 10**7  # four months
+MOST_PER_S: Final = 10**6
 DEFAULT_REQUESTS: Final = 500
 DEFAULT_OPEN_S: Final = 30.0
 MAX_CONNECTIONS: Final = 10_000  # where nothing else is said; a third of the ports that Linux has by default
@@ -78,14 +81,18 @@ class LoadOptions:
         ):
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, not {number}")
-        for name, value, unit in (
-            ("duration", self.duration_s, "seconds"),
-            ("timeout", self.timeout_s, "seconds"),
-            ("max-lag", self.max_lag_ms, "milliseconds"),
-            ("rate", self.rate, "requests per second"),
+            if number is not None and number > MOST:
+                raise ValueError(f"{name} must be at most {MOST}, not {number}")
+        if abs(self.seed) > MOST:
+            raise ValueError(f"seed must be at most {MOST}, not {self.seed}")
+        for name, value, unit, most in (
+            ("duration", self.duration_s, "seconds", MOST_S),
+            ("timeout", self.timeout_s, "seconds", MOST_S),
+            ("max-lag", self.max_lag_ms, "milliseconds", MOST_S),
+            ("rate", self.rate, "requests per second", MOST_PER_S),
         ):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be above 0 {unit}, not {value:g}")
+            if value is not None and not 0 < value <= most:
+                raise ValueError(f"{name} must be above 0 {unit} and at most {most:,}, not {value:g}")
         self._check_open_loop()
         least = self.concurrency if self.rate is None else self.connections or MAX_CONNECTIONS
         if self.processes > least:
@@ -110,8 +117,8 @@ class LoadOptions:
         if self.pace not in ("constant", "poisson"):
             raise ValueError(f"arrivals must be constant or poisson, not {self.pace!r}")
         if self.ramp_from is not None:
-            if not 0 <= self.ramp_from < math.inf:
-                raise ValueError(f"ramp-from must be 0 or more requests per second, not {self.ramp_from:g}")
+            if not 0 <= self.ramp_from <= MOST_PER_S:
+                raise ValueError(f"ramp-from must be from 0 to {MOST_PER_S:,} requests per second")
             if self.duration_s is None:
                 raise ValueError("ramp-from needs --duration: the time over which the rate changes")
 
@@ -146,7 +153,9 @@ class LoadOptions:
         """Return the settings as a report shows them: secrets are not."""
         names = [name for name in self.__slots__ if name not in ("address", "clauses", "messages")]
         values = {name: getattr(self, name) for name in names}
-        values["questions"] = None if self.questions is None else str(self.questions)
+        name = None if self.questions is None else str(self.questions)
+        values["questions"] = name and name.encode("utf-8", "replace").decode()  # JSON takes no other bytes
+        values["path"] = without_values(self.path)
         values["api_key"] = None if self.api_key is None else "(not shown)"
         values["headers"] = [f"{line.partition(':')[0]}: (not shown)" for line in self.headers]
         return values

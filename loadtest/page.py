@@ -36,7 +36,7 @@ body { margin: 0 auto; max-width: 1080px; padding: 16px; color: var(--ink); back
 h1 { font-size: 1.45rem; margin: 0 0 4px } h2 { font-size: 1.08rem; margin: 30px 0 8px }
 p { margin: 4px 0 } .dim { color: var(--dim) } .good { color: var(--good) } .bad { color: var(--bad) }
 .verdict { padding: 10px 14px; border-left: 5px solid; background: var(--card); margin: 14px 0; border-radius: 4px }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(132px, 1fr)); gap: 10px; margin: 14px 0 }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(116px, 1fr)); gap: 10px; margin: 14px 0 }
 .card { background: var(--card); border-radius: 8px; padding: 10px 12px }
 .card b { display: block; font-size: 1.3rem; font-variant-numeric: tabular-nums; white-space: nowrap }
 .card span { color: var(--dim); font-size: .85rem }
@@ -53,7 +53,8 @@ svg .grid { stroke: var(--line); stroke-width: 1 } svg polyline { fill: none; st
 .key i { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 6px }
 pre { background: var(--card); padding: 12px; border-radius: 8px; overflow-x: auto; font-size: .84rem }
 @media (max-width: 600px) { body { font-size: 14px; padding: 12px } svg text { font-size: 19px }
-  th, td { padding: 4px 5px } }
+  .scroll { font-size: 12px } th, td { padding: 4px 3px } th { white-space: normal }
+  td { white-space: normal; overflow-wrap: break-word } td:first-child { overflow-wrap: anywhere; min-width: 6.5em } }
 """
 
 
@@ -111,9 +112,8 @@ def _verdict(report: Report) -> str:
     else:
         lines += [f"<b>{'No request failed' if not report.failed else f'{report.failed:,} requests failed'}</b>"]
     for judged in report.promise:
-        found = "nothing to look at" if judged.found is None else f"{judged.found:.6g}"
         sign = '<span class="good">kept</span>' if judged.is_kept else '<span class="bad">broken</span>'
-        lines.append(f"{sign} {escape(judged.clause)} (found {found})")
+        lines.append(f"{sign} {escape(judged.clause)} (found {escape(judged.found_words)})")
     lines += [f"Warning: {escape(warning)}" for warning in report.verdict.warnings]
     if report.is_interrupted:
         lines.append(f"Interrupted, with {report.unfinished:,} requests under way")
@@ -193,7 +193,7 @@ def _spectrum(report: Report) -> str:
     if report.spectrum:
         points.append((max((x for x, _ in points), default=0.0) + 0.15, report.spectrum[-1][1]))
     end = max((x for x, _ in points), default=1.0)
-    marks = [(_nines(p), f"{p:g}%") for p in (0.0, 50.0, 90.0, 99.0, 99.9, 99.99, 99.999) if _nines(p) <= end]
+    marks = [(_nines(p), f"{p:g}%") for p in (50.0, 90.0, 99.0, 99.9, 99.99, 99.999) if _nines(p) <= end]
     return _plot([("Latency", points)], lambda x: x / end, marks, [])
 
 

@@ -11,12 +11,12 @@ Rules:
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 # Whoever reads the report's schema needs these names at run time.
-from loadtest.slo import Clause, Judged, judge
+from loadtest.slo import BEYOND, Clause, Judged, judge
 from loadtest.tally import Moment, Slow, Spans
 from loadtest.verdict import Verdict
 from loadtest.waterfall import Fall
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from loadtest.crew import Outcome
 
 PERCENTS: Final = (50.0, 90.0, 95.0, 99.0, 99.9)
-BEYOND: Final = 10
+MOST_NAMES: Final = 50  # of workers, of replicas, of kinds of errors; what is left is counted together
 SCHEMA: Final = 1
 
 EXIT_OK: Final = 0  # every request succeeded, or the promise was kept
@@ -74,7 +74,7 @@ class Second:
     Args:
         at_s: its start.
         span_s: its length.
-        in_flight: at its end.
+        in_flight: at its end, those included that stand in line for a connection.
         p50_ms, p99_ms, max_ms: of the successes that ended in it; None: there was none.
     """
 
@@ -213,9 +213,9 @@ def summarize(
         throughput_per_s=throughput,
         good_within_ms=good_within_ms,
         goodput_per_s=goodput,
-        errors=dict(tally.errors.most_common()),
-        workers=dict(tally.workers.most_common()),
-        replicas=dict(tally.replicas.most_common()),
+        errors=_most_common(tally.errors),
+        workers=_most_common(tally.workers),
+        replicas=_most_common(tally.replicas),
         verdict=verdict,
         promise=judge(clauses, find),
         waterfall=tally.waterfall.falls(),
@@ -236,7 +236,12 @@ def over_time(moments: Sequence[Moment], most: int = 240) -> tuple[Second, ...]:
     for moment in moments:
         # A moment tells of what came before it, and the one of the mark itself comes a little late.
         parts[max(0, int((moment.at_s - 0.1) // span_s))].append(moment)
-    return tuple(_second(index * span_s, span_s, parts[index]) for index in sorted(parts))
+    in_flight: dict[int, int] = {}  # by generator, as its last word has it
+    seconds = []
+    for index in sorted(parts):
+        in_flight |= {moment.part: moment.in_flight for moment in sorted(parts[index], key=lambda one: one.at_s)}
+        seconds.append(_second(index * span_s, span_s, parts[index], sum(in_flight.values())))
+    return tuple(seconds)
 
 
 def percentile(ordered: Sequence[float], per_mille: int) -> float:
@@ -255,21 +260,26 @@ def render(report: Report) -> str:
     return "\n".join(_lines(report)) + "\n"
 
 
-def _second(at_s: float, span_s: float, moments: Sequence[Moment]) -> Second:
+def _second(at_s: float, span_s: float, moments: Sequence[Moment], in_flight: int) -> Second:
     latencies = sorted(latency for moment in moments for latency in moment.latencies)
-    # Each generator tells what is in flight; of each the last word counts, and they speak at the same marks.
-    last = max(moment.at_s for moment in moments) - 0.1
     return Second(
         at_s=at_s,
         span_s=span_s,
         sent=sum(moment.sent for moment in moments),
         successful=len(latencies),
         failed=sum(moment.failed for moment in moments),
-        in_flight=sum(moment.in_flight for moment in moments if moment.at_s > last),
+        in_flight=in_flight,
         p50_ms=percentile(latencies, 500) if latencies else None,
         p99_ms=percentile(latencies, 990) if latencies else None,
         max_ms=latencies[-1] if latencies else None,
     )
+
+
+def _most_common(counts: Counter[str]) -> dict[str, int]:
+    """Return the counts, the greatest first; a target that names each answer anew must not fill the report."""
+    most = counts.most_common(MOST_NAMES if len(counts) <= MOST_NAMES else MOST_NAMES - 1)
+    rest = counts.total() - sum(count for _, count in most)
+    return dict(most) | ({"others": rest} if rest else {})
 
 
 def _latencies(spans: Spans) -> Latencies | None:
@@ -323,11 +333,11 @@ def _percentile_lines(report: Report) -> Iterator[str]:
         if report.loop == "open":
             columns |= {"service time": report.service_ms, "send lag": report.lag_ms}
         yield ""
-        yield f"{'Percentiles (ms)':<22}" + "".join(f"{name:>14}" for name in columns) + f"{'took longer':>14}"
+        yield f"{'Percentiles (ms)':<18}" + "".join(f"{name:>13}" for name in columns) + f"{'took longer':>13}"
         for item, name in zip(report.percentiles, ("p50", "p90", "p95", "p99", "p99_9"), strict=True):
-            values = "".join(f"{getattr(spans, name):>14.2f}" for spans in columns.values() if spans is not None)
-            unsure = "" if item.is_sure else "   too few to be sure"
-            yield f"  {f'P{item.percent:g}':<20}{values}{item.beyond:>14}{unsure}"
+            values = "".join(f"{getattr(spans, name):>13.2f}" for spans in columns.values() if spans is not None)
+            unsure = "" if item.is_sure else "  too few"
+            yield f"  {f'P{item.percent:g}':<16}{values}{item.beyond:>13}{unsure}"
     if report.loop == "open":
         yield f"{'Sent late:':<22}{report.late}"
     yield f"{'Busiest generator:':<22}{report.busiest:.0%} of a core"
@@ -374,8 +384,7 @@ def _judgement_lines(report: Report) -> Iterator[str]:
         yield ""
         yield f"Promise {'kept' if report.is_kept else 'BROKEN'}"
         for judged in report.promise:
-            found = "nothing to look at" if judged.found is None else f"{judged.found:.6g}"
-            yield f"  {'kept  ' if judged.is_kept else 'BROKEN'}  {judged.clause}  (found {found})"
+            yield f"  {'kept  ' if judged.is_kept else 'BROKEN'}  {judged.clause}  (found {judged.found_words})"
     for warning in report.verdict.warnings:
         yield ""
         yield f"Warning: {warning}"

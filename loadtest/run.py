@@ -7,8 +7,8 @@ import os
 import signal
 import socket
 import sys
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -19,7 +19,7 @@ from loadtest import crew, limits, slo
 from loadtest.generator import Orders
 from loadtest.live import Watcher, watch
 from loadtest.manifest import manifest
-from loadtest.report import EXIT_INTERRUPTED, EXIT_USAGE, Report, render, summarize
+from loadtest.report import EXIT_USAGE, Report, render, summarize
 from loadtest.verdict import decide_verdict
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from loadtest.options import LoadOptions
     from loadtest.target import Address
 
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _REACH_S: Final = 0.6  # with the start of the interpreter, a silent target is reported within a second
 
 
@@ -65,8 +66,11 @@ class Outputs:
             if path is None:
                 continue
             try:
+                was_there = path.exists()
                 with path.open("a"):
                     pass
+                if not was_there:  # should nothing come of the run, no empty report is left
+                    path.unlink()
             except OSError as error:
                 raise CannotWrite(f"cannot write the report to {path}: {error.strerror}") from None
 
@@ -74,30 +78,64 @@ class Outputs:
 def run(options: LoadOptions, outputs: Outputs | None = None) -> int:
     """Run the test, write the report, and return the exit code; a fault is one line on standard error."""
     outputs = outputs or Outputs()
-    try:
-        outputs.check()
-        with watch(quiet=outputs.quiet) as watcher:
-            report = measured(options, watcher)
-    except (CannotWrite, limits.NoRoom, Unreachable, crew.GeneratorDied) as error:
-        sys.stderr.write(f"loadtest: {error}\n")
-        return EXIT_USAGE
-    except KeyboardInterrupt:  # before the first request, so there is nothing to report
-        return EXIT_INTERRUPTED
-    write(report, outputs)
-    return report.exit_code
+    with signals_held():
+        try:
+            outputs.check()
+            with watch(quiet=outputs.quiet) as watcher:
+                report = measured(options, watcher)
+            write(report, outputs)
+        except (CannotWrite, limits.NoRoom, Unreachable, crew.GeneratorDied) as error:
+            sys.stderr.write(f"loadtest: {error}\n")
+            return EXIT_USAGE
+        return report.exit_code
 
 
 def write(report: Report, outputs: Outputs) -> None:
-    """Write the report to wherever it goes."""
+    """Write the report to wherever it goes.
+
+    Raises:
+        CannotWrite: a file that could be written at the start no longer can; what can be has been.
+    """
     as_json = orjson.dumps(report.as_json()) + b"\n"
+    say(as_json.decode() if outputs.as_json else render(report))
     if outputs.json_file is not None:
-        outputs.json_file.write_bytes(as_json)
+        save(outputs.json_file, as_json)
     if outputs.html_file is not None:
         from loadtest.page import page
 
-        outputs.html_file.write_text(page(report), encoding="utf-8")
-    sys.stdout.write(as_json.decode() if outputs.as_json else render(report))
-    sys.stdout.flush()
+        save(outputs.html_file, page(report).encode())
+
+
+def say(text: str) -> None:
+    """Write *text* to standard output; whoever has stopped reading it has had enough."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its end
+
+
+def save(path: Path, content: bytes) -> None:
+    """Write a report's file.
+
+    Raises:
+        CannotWrite: it cannot be.
+    """
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise CannotWrite(f"cannot write the report to {path}: {error.strerror}") from None
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Put off SIGINT and SIGTERM until a run listens to them (`measure`), so that none comes before or after it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        with suppress(KeyboardInterrupt):  # one that came while the report was written: it is written
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def measured(options: LoadOptions, watcher: Watcher) -> Report:
@@ -115,14 +153,14 @@ async def measure(options: LoadOptions, watcher: Watcher) -> Report:
         NoRoom: this machine does not allow as many connections as are needed.
         GeneratorDied: a generator did.
     """
-    host = await reach(options.address, options.url)
-    connections = options.most_connections
-    if options.plan is not None and options.connections is None:
-        # Nobody asked for so many; should they not do, arrivals stand in line, and the verdict says so.
-        connections = min(connections, limits.room(options.processes))
-    limits.check(connections, options.processes)
     about, stopped = manifest(options), asyncio.Event()
     with _signals(stopped):
+        host = await reach(options.address, options.url)
+        connections = options.most_connections
+        if options.plan is not None and options.connections is None:
+            # Nobody asked for so many; should they not do, arrivals stand in line, and the verdict says so.
+            connections = min(connections, limits.room(options.processes))
+        limits.check(connections, options.processes)
         outcome = await crew.send(orders_of(options, host, connections), stopped, watcher.add)
     tally = outcome.tally
     is_open = options.plan is not None
@@ -134,6 +172,7 @@ async def measure(options: LoadOptions, watcher: Watcher) -> Report:
         busiest=outcome.busiest,
         processes=options.processes,
     )
+    verdict = replace(verdict, warnings=verdict.warnings + slo.unsure(options.clauses, tally.latency.count))
     return summarize(
         outcome,
         is_open=is_open,
@@ -182,9 +221,9 @@ async def reach(address: Address, url: str) -> str:
         if isinstance(error, socket.gaierror):
             why = error.strerror or "no such name"
         raise Unreachable(f"cannot reach {url}: {why}") from None
-    host: str = writer.get_extra_info("peername")[0]
-    writer.close()
-    await writer.wait_closed()
+    peer = writer.get_extra_info("peername")
+    host: str = address.host if peer is None else peer[0]  # None: it hung up at once, and is there all the same
+    writer.transport.abort()
     return host
 
 
@@ -195,11 +234,12 @@ def _share(whole: int, part: int, parts: int) -> int:
 @contextmanager
 def _signals(stopped: asyncio.Event) -> Iterator[None]:
     loop = asyncio.get_running_loop()
-    handled = (signal.SIGINT, signal.SIGTERM)
-    for number in handled:
+    for number in _SIGNALS:
         loop.add_signal_handler(number, stopped.set)
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     try:
         yield
     finally:
-        for number in handled:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number in _SIGNALS:
             loop.remove_signal_handler(number)

@@ -19,7 +19,7 @@ from loadtest.limits import NoRoom
 from loadtest.live import watch
 from loadtest.manifest import manifest
 from loadtest.report import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_INVALID, EXIT_OK, EXIT_USAGE, SCHEMA, Report
-from loadtest.run import CannotWrite, Outputs, Unreachable, measured
+from loadtest.run import CannotWrite, Outputs, Unreachable, measured, save, say, signals_held
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -117,6 +117,11 @@ def check_alone(slo: str | None, others: Sequence[str]) -> None:
 
 def search(options: LoadOptions, low: float, high: float, outputs: Outputs) -> int:
     """Run trials until the rate is found, write what was found, and return the exit code."""
+    with signals_held():
+        return _search(options, low, high, outputs)
+
+
+def _search(options: LoadOptions, low: float, high: float, outputs: Outputs) -> int:
     trials: list[Trial] = []
     about = manifest(options)
     try:
@@ -133,15 +138,13 @@ def search(options: LoadOptions, low: float, high: float, outputs: Outputs) -> i
                 return EXIT_INTERRUPTED
             trials.append(trial_of(step, report))
             if not outputs.as_json:
-                sys.stdout.write(line_of(trials[-1]) + "\n")
-                sys.stdout.flush()
+                say(line_of(trials[-1]) + "\n")
+        _write(trials, step, about, outputs)
     except (CannotWrite, NoRoom, Unreachable, GeneratorDied) as error:
         sys.stderr.write(f"loadtest: {error}\n")
+        if trials and not isinstance(error, CannotWrite):  # an hour of them may have gone before
+            _write(trials, None, about, outputs)
         return EXIT_USAGE
-    except KeyboardInterrupt:  # between two trials
-        _write(trials, None, about, outputs)
-        return EXIT_INTERRUPTED
-    _write(trials, step, about, outputs)
     if step.rate is not None:
         return EXIT_OK
     return EXIT_INVALID if step.knee is not None and step.knee.ended == "invalid" else EXIT_BROKEN
@@ -190,8 +193,7 @@ def _write(trials: Sequence[Trial], found: Found | None, about: dict[str, Any], 
         "manifest": about,
     }
     as_json = orjson.dumps(body) + b"\n"
+    words = conclusion(found) if found else "Ended early: nothing was found yet"
+    say(as_json.decode() if outputs.as_json else f"\n{words}\n")
     if outputs.json_file is not None:
-        outputs.json_file.write_bytes(as_json)
-    words = conclusion(found) if found else "Interrupted: nothing was found yet"
-    sys.stdout.write(as_json.decode() if outputs.as_json else f"\n{words}\n")
-    sys.stdout.flush()
+        save(outputs.json_file, as_json)

@@ -27,6 +27,7 @@ _SIGNS: Final[Mapping[str, Callable[[float, float], bool]]] = {
 _MS: Final = {"us": 0.001, "ms": 1.0, "s": 1000.0}
 _LATENCIES: Final = ("p", "max", "mean", "min")
 _RATES: Final = ("rate", "goodput")
+BEYOND: Final = 10
 _HELP: Final = "write for example p99<500ms, max<2s, errors<0.1%, rate>100"
 
 
@@ -60,6 +61,15 @@ class Judged:
     found: float | None
     is_kept: bool
 
+    @property
+    def found_words(self) -> str:
+        """What was found, in the unit that people write it in."""
+        if self.found is None:
+            return "nothing to look at"
+        if self.clause.startswith("errors"):
+            return f"{100 * self.found:.4g}%"
+        return f"{self.found:.6g} {'per second' if self.clause.startswith(_RATES) else 'ms'}"
+
 
 def parse(text: str) -> tuple[Clause, ...]:
     """Return the clauses of *text*.
@@ -74,6 +84,15 @@ def good_within_ms(clauses: tuple[Clause, ...]) -> float | None:
     """Return the latency up to which a request counts as good: the widest upper bound; None: there is no bound."""
     bounds = [c.bound for c in clauses if c.is_latency and c.metric != "min" and c.sign in ("<", "<=")]
     return max(bounds, default=None)
+
+
+def unsure(clauses: tuple[Clause, ...], count: int) -> tuple[str, ...]:
+    """Return a warning for each clause whose percentile rests on fewer than BEYOND of *count* latencies beyond it."""
+    return tuple(
+        f"{clause.text} rests on chance: of {count} latencies {beyond} may be longer, and {BEYOND} or more are needed"
+        for clause in clauses
+        if clause.metric == "p" and (beyond := int(round(count * (100 - clause.percent) / 100, 6))) < BEYOND
+    )
 
 
 def judge(clauses: tuple[Clause, ...], find: Callable[[Clause], float | None]) -> tuple[Judged, ...]:
@@ -105,6 +124,10 @@ def _clause(text: str) -> Clause:
         if unit not in ("%", None):
             raise ValueError(f"slo: {text.strip()!r} is a share, not a time; {_HELP}")
         bound /= 100 if unit == "%" else 1
+        if bound > 1:
+            raise ValueError(
+                f"slo: {text.strip()!r} is more than all: write errors<{bound_text}% for per cent; {_HELP}"
+            )
     elif unit is not None:
         raise ValueError(f"slo: {text.strip()!r} counts requests per second and takes no unit; {_HELP}")
     return Clause(metric, float(digits) if digits else 0.0, sign, bound, "".join(text.split()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import re
 import sys
 from array import array
 from base64 import b64decode, b64encode
@@ -26,6 +27,7 @@ HOUR_US: Final = 3_600_000_000
 SLOWEST: Final = 10
 _MAX_CODE_CHARS: Final = 40
 _MAX_ID_CHARS: Final = 128
+_UNPRINTABLE: Final = re.compile(r"[^\x20-\x7e\xa1-\uffff]")  # a terminal would obey some of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +57,12 @@ def read_answer(status: int, body: bytes) -> Answer:
     if not 200 <= status < 300:
         error = fields.get("error")
         code = error.get("code") if isinstance(error, dict) else None
-        return Answer(f"http {status} {code[:_MAX_CODE_CHARS]}" if isinstance(code, str) else f"http {status}")
+        return Answer(f"http {status} {_clean(code, _MAX_CODE_CHARS)}" if isinstance(code, str) else f"http {status}")
     job_id = fields.get("job_id", fields.get("id"))
     timings = fields.get("timings_ms")
     return Answer(
         None,
-        str(job_id)[:_MAX_ID_CHARS] if isinstance(job_id, str | int) else None,
+        _clean(str(job_id), _MAX_ID_CHARS) if isinstance(job_id, str | int) else None,
         _name(fields.get("worker")),
         _name(fields.get("replica")),
         timings if isinstance(timings, dict) else None,
@@ -252,27 +254,36 @@ class Tally:
 
 @dataclass(slots=True)
 class Moment:
-    """What happened since the moment before; `latencies` are those of the successes, in milliseconds."""
+    """What happened since the moment before; `latencies` are those of the successes, in milliseconds.
+
+    `part` names the generator that tells it. What is `in_flight` holds until the same one speaks again.
+    """
 
     at_s: float
     in_flight: int
     sent: int = 0
     failed: int = 0
     latencies: list[float] = field(default_factory=list)
+    part: int = 0
 
     def to_wire(self) -> Json:
         """Return what `from_wire` reads: floats travel as they are in memory, since there are many."""
         packed = b64encode(array("f", self.latencies).tobytes()).decode("ascii")
-        return {"at_s": self.at_s, "in_flight": self.in_flight, "sent": self.sent, "failed": self.failed, "l": packed}
+        counts = {"in_flight": self.in_flight, "sent": self.sent, "failed": self.failed}
+        return {"at_s": self.at_s, **counts, "l": packed, "part": self.part}
 
     @classmethod
     def from_wire(cls, wire: Json) -> Self:
         """Read what another process sent."""
         latencies = array("f")
         latencies.frombytes(b64decode(wire["l"]))
-        return cls(wire["at_s"], wire["in_flight"], wire["sent"], wire["failed"], list(latencies))
+        return cls(wire["at_s"], wire["in_flight"], wire["sent"], wire["failed"], list(latencies), wire["part"])
 
 
 def _name(value: object) -> str | None:
     # One string for each name instead of one for each answer.
-    return sys.intern(value) if isinstance(value, str) else None
+    return sys.intern(_clean(value, _MAX_ID_CHARS)) if isinstance(value, str) else None
+
+
+def _clean(text: str, most_chars: int) -> str:
+    return _UNPRINTABLE.sub("?", text[:most_chars])

@@ -42,6 +42,11 @@ class Address:
             is_web = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         except ValueError:  # no port between 1 and 65535
             is_web = False
+        if is_web and (parts.username is not None or parts.password is not None or parts.query or parts.fragment):
+            # Not shown: what is wrong with it may be a secret.
+            raise ValueError(
+                "url must end after the path: give a password as --header 'Authorization: ...', a query with --path"
+            )
         if not is_web or not url.isascii() or not url.isprintable() or " " in url:
             raise ValueError(f"url must read http://HOST:PORT or https://HOST:PORT, not {url!r}")
         is_tls = parts.scheme == "https"
@@ -89,6 +94,12 @@ def requests_of(
     return [b"%b\r\ncontent-length: %d\r\n\r\n%b" % (head, len(body), body) for body in bodies]
 
 
+def without_values(path: str) -> str:
+    """Return *path* with the values of its query left out, since keys are given there, too."""
+    plain, mark, query = path.partition("?")
+    return plain + mark + "&".join(re.sub("=.*", "=...", pair) for pair in query.split("&"))
+
+
 def read_headers(lines: Sequence[str], api_key: str | None) -> dict[str, str]:
     """Return the headers in *lines*, each `Name: value`, names in lower case.
 
@@ -103,7 +114,7 @@ def read_headers(lines: Sequence[str], api_key: str | None) -> dict[str, str]:
     for line in lines:
         matched = _HEADER.fullmatch(line)
         if matched is None:
-            raise ValueError(f"header must read 'Name: value', not {line!r}")
+            raise ValueError("header must read 'Name: value'; one of them, which may be a secret, does not")
         name = matched[1].lower()
         if name in _RESERVED:
             raise ValueError(f"header {name} is written by the load tester itself")

@@ -18,6 +18,8 @@ PERCENTS: Final = (50.0, 90.0, 95.0, 99.0, 99.9)
 LAG: Final = "send lag"
 OUTSIDE: Final = "outside"
 _LOG_WIDTH: Final = math.log(1.01)
+_MOST_NAMES: Final = 40  # of spans in one run; a target that gives each answer names of its own tells of no stages
+_MAX_NAME_CHARS: Final = 40
 _SLACK_MS: Final = 0.05  # spans are rounded to microseconds, and the two clocks begin at different lines
 _FIRST: Final = ("gateway",)
 _LAST: Final = ("return",)
@@ -50,7 +52,11 @@ class Waterfall:
     def add(self, lag_ms: float, service_ms: float, timings_ms: Mapping[str, Any]) -> None:
         """Count one answer, by the spans beside `total`; one whose spans cannot be right is left out."""
         spans = {name: span for name, span in timings_ms.items() if name != "total"}
-        if not spans or not all(type(span) in (int, float) and span >= 0 for span in spans.values()):
+        most_ms = service_ms + _SLACK_MS  # for each of them, too: a sum of what a target may write need not be finite
+        if not spans or not all(type(span) in (int, float) and 0 <= span <= most_ms for span in spans.values()):
+            return
+        new = spans.keys() - self.names.keys()
+        if new and (len(self.names) + len(new) > _MOST_NAMES or not all(map(_is_name, new))):
             return
         rest = service_ms - math.fsum(spans.values())
         if rest < -_SLACK_MS:
@@ -92,6 +98,10 @@ class Waterfall:
         ends = (LAG, OUTSIDE, *_FIRST, *_LAST)
         middle = [name for name in self.names if name not in ends]
         return [LAG, *_FIRST, *middle, *_LAST, OUTSIDE]
+
+
+def _is_name(text: str) -> bool:
+    return 0 < len(text) <= _MAX_NAME_CHARS and text.isprintable()
 
 
 def _bucket(latency_ms: float) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Final, Generic, TypeVar
 
-from pipeline.limit import Limit, within
+from pipeline.limit import Limit, Patience
 
 MOST: Final = 64
 """Records in one call: Redis serves nobody else meanwhile, and 64 settles take it about a millisecond."""
@@ -23,18 +23,17 @@ A = TypeVar("A")
 class _Caller(Generic[A]):
     """Who waits for the answers to some records; they may come with more than one call."""
 
-    __slots__ = ("_answers", "_left", "future")
+    __slots__ = ("_answers", "_records", "future")
 
     def __init__(self, records: int) -> None:
         self.future: asyncio.Future[list[A]] = asyncio.get_running_loop().create_future()
-        self._answers: dict[int, A] = {}
-        self._left = records
+        self._answers: list[A] = []  # in order, since records travel in order
+        self._records = records
 
-    def answer(self, number: int, answer: A) -> None:
-        self._answers[number] = answer
-        self._left -= 1
-        if not self._left and not self.future.done():
-            self.future.set_result([self._answers[n] for n in range(len(self._answers))])
+    def answer(self, answer: A) -> None:
+        self._answers.append(answer)
+        if len(self._answers) == self._records and not self.future.done():
+            self.future.set_result(self._answers)
 
     def fail(self, error: Exception) -> None:
         if not self.future.done():
@@ -50,10 +49,11 @@ class Batcher(Generic[R, A]):
 
     def __init__(self, send: Callable[[Sequence[R]], Awaitable[Sequence[A]]]) -> None:
         self._send = send
-        self._waiting: deque[tuple[R, int, _Caller[A]]] = deque()
+        self._waiting: deque[tuple[R, _Caller[A]]] = deque()
         self._sender: asyncio.Task[None] | None = None
         self._answered = asyncio.Event()  # set at the end of each call
         self._limit = Limit()
+        self._patience = Patience()
 
     async def add(self, record: R, *, within_s: float | None = None) -> A:
         """Send *record* with the next batch and return its answer; `TimeoutError` when that takes longer than told."""
@@ -64,10 +64,10 @@ class Batcher(Generic[R, A]):
         if not records:
             return []
         caller: _Caller[A] = _Caller(len(records))
-        self._waiting.extend([(record, number, caller) for number, record in enumerate(records)])
+        self._waiting.extend([(record, caller) for record in records])
         if self._sender is None:
             self._sender = asyncio.create_task(self._drain(), name="batcher")
-        return await (caller.future if within_s is None else within(caller.future, within_s))
+        return await (caller.future if within_s is None else self._patience.wait(caller.future, within_s))
 
     async def pause(self, at_most_s: float) -> None:
         """Wait for the call that is under way, if any, for a while at most: what is made then travels together."""
@@ -84,35 +84,35 @@ class Batcher(Generic[R, A]):
             with suppress(asyncio.CancelledError):
                 await self._sender
         while self._waiting:
-            self._waiting.popleft()[2].future.cancel()
+            self._waiting.popleft()[1].future.cancel()
 
     async def _drain(self) -> None:
         try:
             while batch := self._next():
                 try:
-                    answers = await self._send([record for record, _, _ in batch])
+                    answers = await self._send([record for record, _ in batch])
                     pairs = list(zip(batch, answers, strict=True))
                 except asyncio.CancelledError:
-                    for _, _, caller in batch:
+                    for _, caller in batch:
                         caller.future.cancel()
                     raise
                 except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to those who wait
-                    for _, _, caller in batch:
+                    for _, caller in batch:
                         caller.fail(error)
                 else:
-                    for (_, number, caller), answer in pairs:
-                        caller.answer(number, answer)
+                    for (_, caller), answer in pairs:
+                        caller.answer(answer)
                 self._answered.set()
         finally:
             self._sender = None
             self._answered.set()
 
-    def _next(self) -> list[tuple[R, int, _Caller[A]]]:
+    def _next(self) -> list[tuple[R, _Caller[A]]]:
         """Return what is to travel now, without what was taken back."""
-        batch: list[tuple[R, int, _Caller[A]]] = []
+        batch: list[tuple[R, _Caller[A]]] = []
         while self._waiting and len(batch) < MOST:
             item = self._waiting.popleft()
-            if not item[2].future.done():
+            if not item[1].future.done():
                 batch.append(item)
         return batch
 

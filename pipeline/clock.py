@@ -56,7 +56,7 @@ class Clock:
 
     def now_ms(self) -> int:
         """Return Redis' time, in milliseconds since the epoch."""
-        return self.now_us() // 1000
+        return (monotonic_us() + self._offset_us) // 1000
 
     def __repr__(self) -> str:
         return f"<Clock offset_us={self._offset_us} error_us={self._error_us:.0f}>"

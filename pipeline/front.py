@@ -1,8 +1,9 @@
 """The pipeline as a gateway sees it: submit, wait, look, cancel.
 
 One `Front` serves a whole gateway process. Submits that come at the same time travel in one script call. One reader
-serves all waiters: a reply stream of this gateway's own wakes them, and a sweep over all waiting ids stands behind it,
-so that an answer is found even where the wake-up was lost. The completion key is the truth; the reply stream is a hint.
+serves all waiters: a reply stream of this gateway's own wakes them, with outcomes that are short, and a sweep over all
+waiting ids stands behind it, so that an answer is found even where the wake-up was lost. The completion key is the
+truth; the reply stream is a hint.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from pipeline.errors import (
     PenstockError,
 )
 from pipeline.job import Completion, Job, decode
-from pipeline.limit import within
+from pipeline.limit import Patience
 from pipeline.overview import Overview, look
 from pipeline.replicas import read_registry
 from pipeline.streams import number
@@ -56,6 +57,7 @@ REPLY_STREAM_TTL_MS: Final = 60_000
 GRACE_S: Final = 3.0
 """How long after its deadline an outcome is waited for: whoever holds the job, or the next tick, writes it."""
 OVERVIEW_FOR_S: Final = 1.0
+LOOK_WITHIN_S: Final = 4.0  # Prometheus gives up after five, as deploy/prometheus says
 """Whoever asks within this time sees the same picture: however many ask, Redis is looked at once a second."""
 REGISTERED_FOR_S: Final = 30.0
 """A replica that no llm worker has registered for so long is not leased to."""
@@ -141,13 +143,16 @@ class Front:
         self._webhooks = Webhooks(self._link, self.clock)
         self._sweeper = Link(settings.redis, "sweep")
         self._reader = Link(settings.redis, "replies")
-        self._looker = Link(settings.redis, "overview")
+        # A look is some forty commands, so it may take its time; each of them is given up as any other.
+        within_s = min(settings.redis.reply_timeout_s, ANSWER_WITHIN_S)
+        self._looker = Link(settings.redis.model_copy(update={"reply_timeout_s": within_s}), "overview")
         self.batches = Batches(Link(settings.redis, "batches"), settings, self.clock)
         self._key_link = Link(settings.redis, "keys")
         self._overview: tuple[int, Overview] | None = None  # when it was made, on the monotonic clock
         self._looking = asyncio.Lock()
         self._outbox: Batcher[_Submission, tuple[str, str]] = Batcher(self._send)
         self._waiting: dict[str, _Waiting] = {}
+        self._patience = Patience()
         self._replicas: list[str] = []
         self._memory_is_short = False
         self._records_are_behind = False
@@ -332,7 +337,7 @@ class Front:
                         await self._find([job_id])
             completion = waiting.completion
             if completion is None:
-                completion = await within(future, left_s)
+                completion = await self._patience.wait(future, left_s)
         except TimeoutError as error:
             raise DeadlineExceeded from error
         finally:
@@ -382,12 +387,22 @@ class Front:
                     if reply:
                         entries = reply[0][1]
                         self._last_reply = entries[-1][0]
-                        ended = [job_id.decode() for _, fields in entries for job_id in fields[1::2]]
-                        wanted = [job_id for job_id in ended if job_id in self._waiting]
-                        if wanted:
-                            await self._find(wanted)
+                        if unsaid := self._hear([fields for _, fields in entries]):
+                            await self._find(unsaid)
             except PenstockError as error:
                 await backoff.failed(error)
+
+    def _hear(self, replies: Sequence[Sequence[bytes]]) -> list[str]:
+        """Wake the waiters of jobs that have ended; return those whose outcome was too long to be told with it."""
+        unsaid = []
+        for fields in replies:
+            for name, value in zip(fields[::2], fields[1::2], strict=True):
+                job_id = name.decode()
+                if value:
+                    self._resolve(job_id, value)
+                elif job_id in self._waiting:
+                    unsaid.append(job_id)
+        return unsaid
 
     async def _open_reply_stream(self) -> None:
         """Create the reply stream; settles add to it only while it exists, so a dead gateway's is not revived."""
@@ -434,7 +449,7 @@ class Front:
                             future.set_exception(JobLost())
 
     async def _refresh(self) -> None:
-        """Keep the reply stream alive; learn which replicas there are, how much memory Redis has left, what waits."""
+        """Keep the reply stream, without what was read; learn of replicas, of Redis' memory, and of what waits."""
         if not await self._link.call("PEXPIRE", self._reply_stream, REPLY_STREAM_TTL_MS):
             await self._link.call("XADD", self._reply_stream, "MAXLEN", "~", 10_000, "*", "id", "")
             await self._link.call("PEXPIRE", self._reply_stream, REPLY_STREAM_TTL_MS)
@@ -446,6 +461,7 @@ class Front:
         self._memory_is_short = share > self._settings.admission.max_memory_share
         backlog = int(await self._link.call("XLEN", keys.EVENTS))
         self._records_are_behind = backlog > self._settings.history.max_backlog
+        await self._link.call("XTRIM", self._reply_stream, "MINID", self._last_reply)
 
     async def _observe_clock(self) -> None:
         sent_us = monotonic_us()
@@ -469,7 +485,7 @@ class Front:
         """Return a job's outcome, or where it is; None when it is not known to this tenant.
 
         Raises:
-            BrokerUnavailable: Redis does not answer within a second.
+            BrokerUnavailable: Redis does not answer within a second, or so slowly that a look takes LOOK_WITHIN_S.
         """
         reply = await self._ask(scripts.LOOK, (job_id,))
         match reply[0]:
@@ -554,7 +570,11 @@ class Front:
         async with self._looking:  # whoever waits here takes what the one before has brought
             if self._overview is None or monotonic_us() - self._overview[0] > OVERVIEW_FOR_S * 1e6:
                 self._overview = None
-                found = await self._within(look(self._looker, thorough=False))
+                try:
+                    async with asyncio.timeout(LOOK_WITHIN_S):
+                        found = await look(self._looker, thorough=False)
+                except TimeoutError as error:
+                    raise BrokerUnavailable(f"Redis is slow: a look took more than {LOOK_WITHIN_S:g} s") from error
                 self._overview = (monotonic_us(), found)
             return self._overview[1]
 

@@ -8,6 +8,7 @@ over. The first two write an outcome; for the third nothing can be written; the 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Container, Sequence
 from random import Random
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
@@ -21,6 +22,7 @@ from pipeline.connection import Argument, Backoff, Outage
 from pipeline.deadlines import Deadlines
 from pipeline.errors import BrokerUnavailable, DeadlineExceeded, MalformedEntry, PenstockError, RetryLater
 from pipeline.job import OURS, Completion, Done, Job, decode, decode_foreign, error_body
+from pipeline.limit import Alarm
 from pipeline.outcomes import Bury, Complete, Forward, Retry, decide, ended
 from pipeline.replicas import Replicas
 from pipeline.streams import Answer, Entry, Settlement, Streams, start_arguments
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 A = TypeVar("A")
-Reason = Literal["lost", "cancelled", "drain"]
+Reason = Literal["lost", "cancelled", "drain", "deadline"]
 
 
 class Held:
@@ -99,6 +101,7 @@ class Handling:
         self._rng = rng
         self._outage = Outage(f"{stage.name} handling")
         self._metrics = metrics.OfStage(stage.name)
+        self._deadlines: Alarm[Held] = Alarm(_overdue)
 
     async def live(self, chunk: Sequence[Held]) -> None:
         """Take entries from being read to being settled: one, or a batch that is handled together."""
@@ -107,19 +110,21 @@ class Handling:
             outcomes = await self._handle_batch(jobs)
         else:
             outcomes = [await self._handle(held, job) for held, job in jobs]
+        now_us = self._clock.now_us()
         triples = zip(jobs, outcomes, strict=True)
-        partings = [self._part(held, job, outcome) for (held, job), outcome in triples if not held.settling]
+        partings = [self._part(held, job, outcome, now_us) for (held, job), outcome in triples if not held.settling]
         await self._settle([parting for parting in partings if parting is not None])
 
     async def _prepare(self, held: Held) -> Job | None:
         """Return the job to be handled; None when the entry was settled (or lost) instead."""
         entry = held.entry
         try:
-            job = await self._read(held)
+            job = _read(entry)
+            if job is None:
+                await self._adopt(held)
+                return None
         except MalformedEntry as error:
             await self._bury_malformed(held, error)
-            return None
-        if job is None:
             return None
         held.job = job
         self._by_job[job.id] = held
@@ -145,17 +150,10 @@ class Handling:
             return None
         return job
 
-    async def _read(self, held: Held) -> Job | None:
+    async def _adopt(self, held: Held) -> None:
+        """Put a job of ours in the place of a foreign entry."""
         entry = held.entry
-        if entry.data is None:
-            raise MalformedEntry("the entry has no field `data`", code="no_data")
-        if entry.data.startswith(OURS):
-            job = decode(entry.data, entry.vector)
-            if job.flow not in flows.FLOWS:
-                message = f"no flow is called {job.flow!r}: a newer version of Penstock may have made this job"
-                raise MalformedEntry(message, code="unknown_flow", job_id=job.id)
-            return job
-        body = decode_foreign(entry.data)
+        body = decode_foreign(entry.data or b"")
         if entry.extra or entry.vector is not None:
             names = ", ".join(name.decode(errors="replace") for name in entry.extra or (b"vector",))
             message = f"besides `data` the entry has fields that nobody would read: {names}"
@@ -169,32 +167,31 @@ class Handling:
             raise MalformedEntry("a living job has this id already", code="duplicate_id", job_id=job.id)
         held.is_settled = True
         self._metrics.jobs(answer).inc()
-        return None
 
     async def _handle(self, held: Held, job: Job) -> Outcome:
         """Run the handler to its end, its deadline, or the reason to stop it. Never raises, but when cancelled."""
         left_s = (job.deadline_ms - self._clock.now_ms()) / 1000
+        self._deadlines.set(held, left_s)
         try:
-            async with asyncio.timeout(left_s) as bound:
-                if self.stage.placed and not await self._has_place(job):
-                    return RetryLater("no replica has a free slot", code="no_replica", charged=False)
-                return await self.stage.handle(job)
-        except TimeoutError as error:
-            if not bound.expired():
-                return error
-            if job.replica is not None and not job.avoid:  # else it had only a part of this time
-                self.replicas.overran(job.replica, left_s)
-            return DeadlineExceeded()
+            if self.stage.placed and not await self._has_place(job):
+                return RetryLater("no replica has a free slot", code="no_replica", charged=False)
+            return await self.stage.handle(job)
         except asyncio.CancelledError:
             if held.reason is None:
                 return _own_cancellation()
             _swallow_cancellation()
+            if held.reason == "deadline":
+                if job.replica is not None and not job.avoid:  # else it had only a part of this time
+                    self.replicas.overran(job.replica, left_s)
+                return DeadlineExceeded()
             metrics.ABORTED.labels(self.stage.name, held.reason).inc()
             return PenstockError(held.reason)  # `_let_go` looks at the reason first
         except Exception as error:  # noqa: BLE001 - a handler's error is an outcome
             if not isinstance(error, PenstockError):
                 self._log(held).warning("the handler failed", exc_info=True)
             return error
+        finally:
+            self._deadlines.clear(held)
 
     async def _has_place(self, job: Job) -> bool:
         """Say whether the job has a place at a replica that has not failed it, taking another where there is one."""
@@ -233,17 +230,17 @@ class Handling:
 
     async def _let_go(self, held: Held, job: Job, outcome: Outcome) -> None:
         """Decide what follows, and settle it."""
-        parting = self._part(held, job, outcome)
+        parting = self._part(held, job, outcome, self._clock.now_us())
         if parting is not None:
             await self._settle([parting])
 
-    def _part(self, held: Held, job: Job, outcome: Outcome) -> Parting | None:
+    def _part(self, held: Held, job: Job, outcome: Outcome, now_us: int) -> Parting | None:
         """Decide what follows; None where the entry is another's."""
         held.settling = True
         if held.reason == "lost":
             self._metrics.jobs("lost").inc()
             return None
-        self._stamp(held, job)
+        self._stamp(held, job, now_us)
         if held.reason == "drain":
             return Parting(held, self._release(held, job), "released")
         if held.reason == "cancelled":
@@ -255,7 +252,7 @@ class Handling:
             # The handler's answer is no JSON object: a failed attempt of the job as it came, and its mates go on.
             self._log(held).warning("the handler's answer cannot be written", error=str(error))
             job = decode(held.entry.data or b"", held.entry.vector)
-            self._stamp(held, job)
+            self._stamp(held, job, now_us)
             return Parting(held, *self._decide(held, job, error))
 
     def _decide(self, held: Held, job: Job, outcome: Outcome) -> tuple[Settlement, str]:
@@ -330,11 +327,15 @@ class Handling:
             parting.held.settling = True
         answers = await self.streams.settle([parting.settlement for parting in partings])
         orphans: list[Parting] = []
+        words: Counter[str] = Counter()
+        now_us = self._clock.now_us()
         for parting, answer in zip(partings, answers, strict=True):
             if answer == "orphan":
                 orphans.append(self._orphaned(parting))
             else:
-                self._note(parting, answer)
+                words[self._note(parting, answer, now_us)] += 1
+        for word, count in words.items():
+            self._metrics.jobs(word).inc(count)
         if orphans:
             await self._settle(orphans)
 
@@ -344,8 +345,8 @@ class Handling:
         completion = Completion(parting.settlement.job_id, "failed", error=error)
         return Parting(parting.held, self._burial(parting.held, completion, "orphan"), "orphan")
 
-    def _note(self, parting: Parting, answer: Answer) -> None:
-        """Count what became of an entry."""
+    def _note(self, parting: Parting, answer: Answer, now_us: int) -> str:
+        """Note what became of an entry, and return the word that metrics have for it."""
         held, settlement, word = parting
         held.is_settled = True
         if answer == "settled" and settlement.verb == "bury":
@@ -353,15 +354,14 @@ class Handling:
         if answer == "lost":
             metrics.STALE_WRITES.labels(self.stage.name).inc()
             self._log(held).warning("refused: the entry belongs to another delivery by now")
-        self._metrics.jobs(answer if answer != "settled" else word).inc()
-        self._metrics.service_s.observe(max(0, self._clock.now_us() - held.read_us) / 1e6)
+        self._metrics.service_s.observe(max(0, now_us - held.read_us) / 1e6)
         if self.streams.dropped_letters:
             metrics.DEAD_DROPPED.labels(self.stage.name).inc(self.streams.dropped_letters)
             self.streams.dropped_letters = 0
+        return answer if answer != "settled" else word
 
-    def _stamp(self, held: Held, job: Job) -> None:
+    def _stamp(self, held: Held, job: Job, now_us: int) -> None:
         """Note how long this stage took; the next wait begins here."""
-        now_us = self._clock.now_us()
         span_ms = max(0.0, (now_us - held.read_us) / 1000)
         job.timings_ms[self.stage.name] = round(job.timings_ms.get(self.stage.name, 0.0) + span_ms, 3)
         job.at_us = now_us
@@ -389,6 +389,30 @@ class Handling:
         return bound
 
 
+def _read(entry: Entry) -> Job | None:
+    """Return the job of an entry of ours; None where a stranger wrote it.
+
+    Raises:
+        MalformedEntry: it is neither one of ours nor anybody's.
+    """
+    if entry.data is None:
+        raise MalformedEntry("the entry has no field `data`", code="no_data")
+    if not entry.data.startswith(OURS):
+        return None
+    job = decode(entry.data, entry.vector)
+    if job.flow not in flows.FLOWS:
+        message = f"no flow is called {job.flow!r}: a newer version of Penstock may have made this job"
+        raise MalformedEntry(message, code="unknown_flow", job_id=job.id)
+    return job
+
+
+def _overdue(held: Held) -> None:
+    """Stop a handler at its job's deadline."""
+    if held.reason is None and held.task is not None:
+        held.reason = "deadline"
+        held.task.cancel()
+
+
 def _own_cancellation() -> PenstockError:
     """Return a handler's own CancelledError (of something it waited for) as a failure; pass on one meant for us."""
     task = asyncio.current_task()
@@ -398,7 +422,7 @@ def _own_cancellation() -> PenstockError:
 
 
 def _swallow_cancellation() -> None:
-    """Let the task go on after a cancellation that was meant for its handler."""
+    """Let the task go on after a cancellation that was meant for its handler; pass on one that came with it."""
     task = asyncio.current_task()
-    if task is not None:
-        task.uncancel()
+    if task is not None and task.uncancel():
+        raise asyncio.CancelledError

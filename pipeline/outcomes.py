@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import BrokerUnavailable, DeadlineExceeded, NotReady, Reject, RetryLater
 from pipeline.flows import FLOWS
@@ -19,24 +18,21 @@ MAX_MESSAGE_CHARS = 500
 """An error's message is for people; a page of HTML from a proxy is cut."""
 
 
-@dataclass(frozen=True, slots=True)
-class Forward:
+class Forward(NamedTuple):
     """Hand the job to the next stage of its route."""
 
     stage: str
     done: Done
 
 
-@dataclass(frozen=True, slots=True)
-class Complete:
+class Complete(NamedTuple):
     """The job ends: publish *completion*."""
 
     completion: Completion
     done: Done | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Retry:
+class Retry(NamedTuple):
     """Run the same stage again after *delay_s*, as attempt *attempt*."""
 
     delay_s: float
@@ -44,8 +40,7 @@ class Retry:
     error: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Bury:
+class Bury(NamedTuple):
     """The job ends as failed, and its story goes to the dead letters."""
 
     completion: Completion

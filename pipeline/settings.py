@@ -39,7 +39,7 @@ def _split(value: object) -> object:
 Urls = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 
-def _service_url(text: str) -> str:
+def service_url(text: str) -> str:
     """Return the base address of an HTTP service; "" stands for none. An error does not quote what was given."""
     if not text:
         return text
@@ -59,7 +59,7 @@ def _service_url(text: str) -> str:
     return text
 
 
-ServiceUrl = Annotated[str, AfterValidator(_service_url)]
+ServiceUrl = Annotated[str, AfterValidator(service_url)]
 
 
 def _database_url(text: str) -> str:

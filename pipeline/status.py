@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 WIDE: Final = 120
 ENDLESS: Final = 1_000  # columns of a pipe: whoever reads it cuts lines better than we do
-ANSWER_S: Final = 2.0  # longer than any look takes; a Redis that is silent for so long is told to be away
+ANSWER_S: Final = 2.0  # a Redis that is silent for so long is told to be away
+LOOK_S: Final = 30.0  # one that answers, but is not done with a look (some fifty commands) by then, is told to be slow
 _FRAME: Final = 3  # lines of a table besides its rows: names, rule, blank
 _LEAST_ROWS: Final = 2
 _COLOURS: Final = {"ok": "green", "failing": "yellow", "probed": "yellow", "resting": "red", "unserved": "red"}
@@ -236,7 +237,8 @@ async def follow(connect: Callable[[], Link], console: Console, every_s: float) 
     """Show the picture, over and over, until cancelled; leave the last one behind.
 
     Args:
-        connect: makes a connection to where Redis is now; asked again after each failure.
+        connect: makes a connection to where Redis is now, one that waits ANSWER_S for a reply; asked again after each
+            failure.
     """
     picture: Picture | None = None
     away: Away | None = None
@@ -258,7 +260,7 @@ async def follow(connect: Callable[[], Link], console: Console, every_s: float) 
                 began_s = time.monotonic()
                 try:
                     link = link or connect()
-                    async with asyncio.timeout(ANSWER_S):
+                    async with asyncio.timeout(LOOK_S):
                         picture = await look_closely(link, thorough=False)
                     away = None
                 except TROUBLE as error:
@@ -282,7 +284,7 @@ TROUBLE: Final = (PenstockError, TimeoutError, ValueError, LookupError)
 def reason_of(error: Exception) -> tuple[str, str]:
     """Return why there is no picture: what is the matter, and the reason."""
     if isinstance(error, TimeoutError):
-        return "Redis is away", f"no answer within {ANSWER_S:g} s"
+        return "Redis is slow", f"it answers, but a look took more than {LOOK_S:g} s"
     if isinstance(error, BrokerUnavailable):
         return "Redis is away", str(error).rstrip(": .")  # an error that says nothing leaves its colon behind
     if isinstance(error, PenstockError):

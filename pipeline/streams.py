@@ -360,6 +360,8 @@ def _entry(
     replica: str = "",
     resumed: bool = False,
 ) -> Entry:
+    if fields and len(fields) == 2 and fields[0] == b"data":  # as nearly all are
+        return Entry(stream, entry_id, deliveries, fields[1], None, replica, resumed)
     data = vector = None
     extra: tuple[bytes, ...] = ()
     for name, value in zip(fields[::2], fields[1::2], strict=True) if fields else ():

@@ -238,6 +238,7 @@ class Worker:
         finally:
             for held in chunk:
                 self._forget(held)
+            self._changed.set()
 
     def _forget(self, held: Held) -> None:
         key = (held.entry.stream, held.entry.id)
@@ -247,7 +248,6 @@ class Worker:
             del self._by_job[held.job.id]
         if held.alone:
             self._quarantine.end()
-        self._changed.set()
 
     # --- what the consumer tells it --------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Final
 
 import structlog
 import uvloop
@@ -17,6 +18,10 @@ from pipeline.consumer import Consumer
 from pipeline.errors import ConfigError
 from pipeline.settings import Settings, load
 from pipeline.stage import Loop, Stage
+
+SWITCH_S: Final = 0.0005
+"""After which a thread that cuts or writes a document gives way to the event loop. A question comes to the loop several
+times in each stage, and Python's default of 5 ms was waited for at each of them."""
 
 log = structlog.get_logger(__name__)
 
@@ -54,10 +59,12 @@ async def work(names: Sequence[str], settings: Settings) -> None:
         consumer.stop_on_signals()
         gc.collect()
         gc.freeze()  # what was imported stays: walking over it would stop the loop for 25 ms now and then
+        sys.setswitchinterval(SWITCH_S)
         log.info("working", worker=consumer.worker_name, stages=list(names), metrics_port=server.server_port)
         await consumer.run()
     finally:
         server.shutdown()
+        server.server_close()
 
 
 def run(names: Sequence[str], settings: Settings) -> int:

@@ -184,7 +184,12 @@ class Embedder:
         order = _Order(texts)
         queue.extend((order, number) for number in range(len(texts)))
         self._start_calls()
-        return await order.done
+        vectors = await order.done
+        lengths = sorted({len(vector) for vector in vectors})
+        if len(lengths) > 1:  # each call's were of one; packed together they would be cut at the wrong places
+            message = f"the texts of one document got vectors of different lengths: {', '.join(map(str, lengths))}"
+            raise RetryLater(message, code="bad_embeddings")
+        return vectors
 
     def _start_calls(self) -> None:
         while (queue := self._whose_turn()) is not None:

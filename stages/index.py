@@ -16,8 +16,10 @@ are written last, so an operation cut short is simply done again, and chunks are
 the same ones. While a document is being replaced, a search may see some of its old and some of its new chunks.
 The head of a deleted document is dropped once it is older than any job can be.
 
-**Durability.** An update is in the write-ahead log when the call returns, which survives this process; only `flush`
-brings it to the disk. Whoever acknowledges a write to somebody else calls `flush` first.
+**Durability.** An update is in the write-ahead log when the call returns, which survives this process, and `sync`
+brings that log to the disk: opening the index does again what stands there and was not flushed. Whoever acknowledges a
+write to somebody else calls `sync` first. `flush` brings everything to the disk and lets the log begin anew; it holds
+the interpreter lock while the disk writes, 15 to 80 ms (`sync` takes 1 ms and holds nothing): for now and then only.
 
 **Tenants.** Every search and every count of how rare a word is (IDF) is confined to one tenant's chunks. While there is
 one tenant only, the search needs no filter to be so; whose chunks it found is looked at in any case.
@@ -292,8 +294,23 @@ class EmbeddedIndex:
         deleted = FieldCondition("state", match=MatchValue("deleted"))
         self._update(UpdateOperation.delete_points_by_filter(Filter(must=[deleted, old])))
 
+    def sync(self) -> None:
+        """See to it that all that was written outlasts a power cut; returns when it does."""
+        log = self._path / "shard" / "wal"
+        files = sorted(log.glob("*-*")) if log.is_dir() else []  # open-1, closed-7, first-index
+        if not any(file.name.startswith("open-") for file in files):  # another Qdrant Edge, which has its log elsewhere
+            self.flush()
+            return
+        with _translated(IndexBroken, "sync"):
+            for path in (*files, log):
+                opened = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(opened)
+                finally:
+                    os.close(opened)
+
     def flush(self) -> None:
-        """Bring all that was written to the disk; returns when it is there."""
+        """Bring everything to the disk, not the log of it alone; returns when it is there."""
         with _translated(IndexBroken, "flush"):
             self._shard.flush()
 

@@ -10,7 +10,10 @@ look takes out what it wrote itself; so, whichever head came last, its owner or 
 the older version stays. An operation cut short is simply done again.
 
 **Which models filled it** stands in the collection's metadata. How long a dense vector is comes to be known with the
-first one, so that only then the collection gets room for them.
+first one, so that only then the collection gets room for them. Somebody may delete the collection at any time, and
+another retriever make it again, for another encoder or with vectors of another length, without any call of ours that
+fails: so it is looked at again before every batch of writes, and for searches when the last look is older than
+`FRESH_S`.
 
 **Tenants.** Every search and every count of how rare a word is (IDF) is confined to one tenant's chunks; whose chunks
 were found is looked at besides.
@@ -21,7 +24,9 @@ The client's own local mode takes the same way, so that all of this is tested wi
 from __future__ import annotations
 
 import asyncio
+import math
 import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from json import JSONDecodeError
@@ -29,7 +34,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import httpx
 from qdrant_client import AsyncQdrantClient
-from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
+from qdrant_client.common.client_exceptions import QdrantException, ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 from qdrant_client.models import (
     DenseVectorConfig,
@@ -82,6 +87,9 @@ if TYPE_CHECKING:
 LEAST_VERSION: Final = (1, 19)
 """Of the server: the first that counts how rare a word is among one tenant's chunks."""
 
+FRESH_S: Final = 2.0
+"""What is known of the collection may be so old when it is searched; to look costs a call."""
+
 _ORDERING: Final = WriteOrdering.STRONG  # of a replicated collection: conditions hold at one leader only
 _METADATA: Final = "penstock"
 _CONNECTIONS: Final = 16  # a retriever has a few calls under way, one per batch
@@ -118,6 +126,7 @@ class ServerStore:
         self._where = f"collection {collection} on {url}"
         self._collection = collection
         self._models = models
+        self._looked_s = -math.inf  # on the monotonic clock
 
     async def open(self) -> None:
         """Look at the server and at the collection, which is made when missing.
@@ -140,18 +149,21 @@ class ServerStore:
 
         Raises:
             RetryLater: the server cannot answer now.
+            Reject: the collection is not ours any more.
         """
         try:
             with _translated():
                 return await self._search_batch(searches)
         except RetryLater as error:
+            self._forget()  # the collection may be another one by now
             if error.code != "index_gone":
                 raise
             return [[] for _ in searches]  # somebody deleted the collection; the next write makes it again
 
     async def _search_batch(self, searches: Sequence[Search]) -> list[list[Hit]]:
-        if self.dimensions is None and any(search.dense is not None for search in searches):
-            await self._look()  # another retriever may have written the first dense vector
+        is_old = time.monotonic() - self._looked_s > FRESH_S
+        if is_old or (self.dimensions is None and any(search.dense is not None for search in searches)):
+            await self._look_again()  # another retriever may have written the first dense vector, or begun anew
         requests = [_request(search, has_meaning=self.dimensions is not None) for search in searches]
         asked = [request for request in requests if request is not None]
         answers = iter(await self._client.query_batch_points(self._collection, asked) if asked else [])
@@ -162,6 +174,7 @@ class ServerStore:
 
     async def write(self, writes: Sequence[Prepare]) -> list[Written | Standings | Exception]:
         """Do *writes* in order; the server has them then. The failure of one is no other's."""
+        self._looked_s = -math.inf
         return [await self._write(prepare) for prepare in writes]
 
     async def forget_deleted(self, before_version: int) -> None:
@@ -225,6 +238,26 @@ class ServerStore:
         vectors = found.config.params.vectors
         meaning = vectors.get(MEANING) if isinstance(vectors, dict) else None
         self.dimensions = meaning.size if meaning else None
+        self._looked_s = time.monotonic()
+
+    async def _look_again(self, *, make: bool = False) -> None:
+        """Look at the collection while jobs wait for it.
+
+        Args:
+            make: make it, where it is gone.
+
+        Raises:
+            Reject: it is not ours any more. The process goes on: whoever put another there may put ours back.
+        """
+        try:
+            await (self._make() if make else self._look())
+        except ConfigError as error:
+            self._forget()
+            raise Reject(str(error), code="encoder_mismatch") from error
+
+    def _forget(self) -> None:
+        self.dimensions = None
+        self._looked_s = -math.inf
 
     async def _make_room_for(self, dimensions: int) -> None:
         """Let chunks have a dense vector; where another retriever was first, this changes nothing."""
@@ -247,18 +280,24 @@ class ServerStore:
 
     async def _write(self, prepare: Prepare) -> Written | Standings | Exception:
         try:
-            operation = await asyncio.to_thread(prepare)
             try:
-                with _translated():
-                    return await self._done(operation)
+                return await self._write_here(prepare)
             except RetryLater as error:
                 if error.code != "index_gone":
                     raise
             with _translated():  # somebody deleted the collection
-                await self._make()
-                return await self._done(operation)
+                await self._look_again(make=True)
+            return await self._write_here(prepare)
         except Exception as error:  # noqa: BLE001 - it becomes the job's outcome, which the worker logs
             return error
+
+    async def _write_here(self, prepare: Prepare) -> Written | Standings:
+        with _translated():
+            if self._looked_s == -math.inf:
+                await self._look_again()
+        operation = await asyncio.to_thread(prepare)  # after the look: it compares the lengths of vectors
+        with _translated():
+            return await self._done(operation)
 
     async def _done(self, operation: Operation) -> Written | Standings:
         match operation:
@@ -407,15 +446,20 @@ def _translated() -> Iterator[None]:
         yield
     except ResourceExhaustedResponse as error:
         message = f"the Qdrant server is busy: {error}"
-        raise RetryLater(message, code="index_busy", after_s=float(error.retry_after_s), charged=False) from error
+        after_s = max(0.0, float(error.retry_after_s))
+        raise RetryLater(message, code="index_busy", after_s=after_s, charged=False) from error
+    except QdrantException as error:  # 429 with a date in Retry-After, which the client does not read
+        raise RetryLater(f"the Qdrant server is busy: {error}", code="index_busy", charged=False) from error
     except UnexpectedResponse as error:
         raise _judge(error) from error
-    except JSONDecodeError as error:
+    except (JSONDecodeError, UnicodeDecodeError) as error:
         raise RetryLater("the Qdrant server's answer is no JSON", code="index_error") from error
+    except AssertionError as error:  # the client's own, over JSON without the part that it looks for
+        raise RetryLater(f"the Qdrant server's answer is none of Qdrant's: {error}", code="index_error") from error
     except ResponseHandlingException as error:
         source = error.source
         is_refused = isinstance(source, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
-        words = str(source) or type(source).__name__
+        words = " ".join(str(source).split())[:200] or type(source).__name__
         if is_refused:
             message = f"the Qdrant server cannot be reached: {words}"
             raise RetryLater(message, code="index_unreachable", charged=False) from error

@@ -13,15 +13,19 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, Final, TypeVar, cast
 
+import structlog
+
 from pipeline.errors import ConfigError, PenstockError, Reject
 from pipeline.job import Done, Job
 from pipeline.settings import RetrieverSettings, Settings
 from pipeline.stage import Context, Outcome, Stage
-from stages.index import Hit, Passage, Search, Written
+from stages.index import Hit, IndexBroken, Passage, Search, Written
 from stages.prompt import Source, fit, frame_tokens
 from stages.stores import Delete, EmbeddedStore, Look, Operation, Put, Standings, Store
 from stages.tokens import TokenCount, token_count
 from stages.vectors import Dense, Encoded, Models, Sparse, models, unpack
+
+logger = structlog.get_logger()
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -168,8 +172,11 @@ class Retriever(Stage):
 
     async def _forget_old_deletions(self, now_us: int) -> None:
         if now_us - self._forgot_us >= _FORGET_EVERY_US:
-            self._forgot_us = now_us  # where it fails, the next hour is early enough
-            await self._store.forget_deleted(now_us - _DAY_US)
+            self._forgot_us = now_us
+            try:
+                await self._store.forget_deleted(now_us - _DAY_US)
+            except (PenstockError, IndexBroken) as error:  # the writes before are done: they must not fail with it
+                logger.warning("deleted documents could not be forgotten; tried again in an hour", why=str(error))
 
     # --- Vectors -------------------------------------------------------------------------------
 

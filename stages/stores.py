@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from stages.vectors import Models
 
 _LOCK_POLL_S: Final = 0.05
+FLUSH_EVERY_S: Final = 30.0
+"""Between flushes while there are writes; bounds the log, and how much of it is done again after a crash."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,7 @@ class EmbeddedStore:
         self._models = models
         self._index: EmbeddedIndex | None = None
         self._writer: ThreadPoolExecutor | None = None
+        self._flushed_s = time.monotonic()  # used by the writer's thread
 
     @property
     def dimensions(self) -> int | None:
@@ -135,7 +138,7 @@ class EmbeddedStore:
     async def write(self, writes: Sequence[Prepare]) -> list[Written | Standings | Exception]:
         """Do *writes* in order; they are on the disk then. The failure of one is no other's."""
         index = self._opened()
-        return await asyncio.get_running_loop().run_in_executor(self._writer, _write, index, writes)
+        return await asyncio.get_running_loop().run_in_executor(self._writer, self._write, index, writes)
 
     async def forget_deleted(self, before_version: int) -> None:
         """Drop what is known of documents that were deleted with a version below *before_version*."""
@@ -154,6 +157,14 @@ class EmbeddedStore:
             index, self._index = self._index, None
             await asyncio.to_thread(index.close)
 
+    def _write(self, index: EmbeddedIndex, writes: Sequence[Prepare]) -> list[Written | Standings | Exception]:
+        done = [_write_one(index, prepare) for prepare in writes]
+        index.sync()
+        if time.monotonic() - self._flushed_s >= FLUSH_EVERY_S:
+            index.flush()
+            self._flushed_s = time.monotonic()
+        return done
+
     def _opened(self) -> EmbeddedIndex:
         if self._index is None:
             raise NotReady("the index is not open")
@@ -161,12 +172,6 @@ class EmbeddedStore:
 
     def __repr__(self) -> str:
         return f"<EmbeddedStore {self._settings.path} {self._models}>"
-
-
-def _write(index: EmbeddedIndex, writes: Sequence[Prepare]) -> list[Written | Standings | Exception]:
-    done = [_write_one(index, prepare) for prepare in writes]
-    index.flush()
-    return done
 
 
 def _write_one(index: EmbeddedIndex, prepare: Prepare) -> Written | Standings | Exception:

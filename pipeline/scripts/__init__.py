@@ -1,12 +1,14 @@
 """The Lua scripts: one operation per file, called by content hash, so two versions can run during a deploy.
 
-What is sent to Redis is the file's `#!lua` line, the key spellings of `pipeline.keys` as the table `KEY`, the shared
-functions of `_prelude.lua`, and the rest of the file.
+What is sent to Redis is the file's `#!lua` line, those paragraphs of `_prelude.lua` that the file uses, and the rest of
+it, with the key spellings of `pipeline.keys` in place of `KEY.<name>`. Redis runs all of that at each call, so what a
+script does not use, and a table of spellings, would cost it more than a small script's own work.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from importlib import resources
 from typing import Final
@@ -26,10 +28,25 @@ class Script:
 def _load(name: str) -> Script:
     folder = resources.files(__package__)
     shebang, _, body = (folder / f"{name}.lua").read_text().partition("\n")
-    keys = "local KEY = {" + ", ".join(f"{key} = '{spelling}'" for key, spelling in LUA_KEYS.items()) + "}"
-    text = "\n".join([shebang, keys, (folder / "_prelude.lua").read_text(), body])
+    text = f"{shebang}\n{_used((folder / '_prelude.lua').read_text(), body)}\n{body}"
+    text = re.sub(r"\bKEY\.(\w+)", lambda key: f"'{LUA_KEYS[key[1]]}'", text)
     return Script(name, text, hashlib.sha1(text.encode()).hexdigest())  # noqa: S324 - Redis names scripts by SHA-1
 
+
+def _used(prelude: str, body: str) -> str:
+    """Return the paragraphs of the prelude that define a name which *body*, or a later one of them, uses.
+
+    A name in a comment counts as used, which does no harm.
+    """
+    used: list[str] = []
+    for paragraph in reversed(prelude.split("\n\n")):
+        names = {name for names in _DEFINED.findall(paragraph) for name in re.findall(r"\w+", names)}
+        if names & set(re.findall(r"\w+", " ".join([*used, body]))):
+            used.insert(0, paragraph)
+    return "\n\n".join(used)
+
+
+_DEFINED: Final = re.compile(r"^local (?:function )?([\w, ]+)", re.MULTILINE)
 
 ADOPT: Final = _load("adopt")
 BATCH: Final = _load("batch")

@@ -1,4 +1,5 @@
--- What every script shares. `KEY` above holds the spellings of keys.py.
+-- What scripts share: each is sent with the paragraphs whose names it uses, so a name and what it needs stand in one, or
+-- in order. `KEY.<name>` is replaced by the spelling in keys.py.
 -- Rules: no pcall around a write (it would hide half of one); no cjson on envelopes (it turns [] into {} and rounds long
 -- numbers); everything is checked before the first write, since a script that fails half-way keeps what it wrote.
 
@@ -43,11 +44,12 @@ local function somebody_waits()
 end
 
 -- What is said once per script call, at its end: a wake-up, when an entry was added to a placed stage, or one of its slots
--- was freed and an entry waits for one; to each gateway the jobs of its that have ended; the stamp that was given last.
+-- was freed and an entry waits for one; to each gateway the jobs of its that have ended, with short outcomes; the stamp
+-- that was given last.
 local wake, freed, told, last_stamp = false, false, {}, nil
 local function conclude()
   if wake or (freed and somebody_waits()) then call('PUBLISH', KEY.wake_channel, '') end
-  for reply, ids in pairs(told) do call('XADD', reply, 'NOMKSTREAM', 'MAXLEN', '~', 10000, '*', unpack(ids)) end
+  for reply, ended in pairs(told) do call('XADD', reply, 'NOMKSTREAM', 'MAXLEN', '~', 10000, '*', unpack(ended)) end
   if last_stamp then call('SET', KEY.stamp, digits(last_stamp)) end
 end
 
@@ -76,14 +78,15 @@ local function check_type(key, wanted)
 end
 
 -- The live record, fields by name; nil when there is none. Every key it names is of the right type: `finish` may go on.
-local LIVE_FIELDS = {
-  'entry', 'stream', 'tenant', 'lease', 'cancel', 'reply', 'in_flight', 'idem', 'attempts', 'record', 'body',
-}
 local function read_live(id)
-  local values = call('HMGET', KEY.live .. id, unpack(LIVE_FIELDS))
-  if not values[2] then return nil end
-  local live = {}
-  for i, name in ipairs(LIVE_FIELDS) do live[name] = values[i] end
+  local entry, stream, tenant, lease, cancel, reply, in_flight, idem, attempts, record, body =
+    unpack(call('HMGET', KEY.live .. id, 'entry', 'stream', 'tenant', 'lease', 'cancel', 'reply', 'in_flight', 'idem',
+      'attempts', 'record', 'body'))
+  if not stream then return nil end
+  local live = {
+    entry = entry, stream = stream, tenant = tenant, lease = lease, cancel = cancel, reply = reply,
+    in_flight = in_flight, idem = idem, attempts = attempts, record = record, body = body,
+  }
   if live.lease then
     check_type(KEY.leases .. live.lease, 'zset')
     check_type(KEY.running .. live.lease, 'zset')
@@ -235,10 +238,10 @@ local function finish(id, live, completion, ttl_ms)
   if live.in_flight then call('SREM', live.in_flight, id) end
   if live.idem and call('EXISTS', live.idem) == 1 then call('HSET', live.idem, 'outcome', completion) end
   if live.reply then
-    local ids = told[live.reply] or {}
-    ids[#ids + 1] = 'id'
-    ids[#ids + 1] = id
-    told[live.reply] = ids
+    local jobs = told[live.reply] or {}
+    jobs[#jobs + 1] = id
+    jobs[#jobs + 1] = #completion <= 4096 and completion or '' -- a longer one is better fetched than kept twice
+    told[live.reply] = jobs
   end
   if live.record then record_end(id, live, completion, ttl_ms) end
 end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -47,6 +48,7 @@ async def work(url: str, hop: int) -> None:
     consumer.stop_on_signals()
     for worker in consumer.workers:
         await worker.streams.ensure_groups()  # so that "ready" is true
+    gc.freeze()  # as the processes of stages and the gateway do
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     await consumer.run()
@@ -76,4 +78,5 @@ async def submitting(url: str, payload: Json) -> AsyncIterator[Call]:
             if completion.status != "completed":
                 raise RuntimeError(completion.status)
 
+        gc.freeze()
         yield call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import signal
 import sys
@@ -26,6 +27,11 @@ def good(tmp_path: Path) -> Path:
     return path
 
 
+def text(path: Path, words: str) -> Text:
+    """Return what the reading of a file comes to."""
+    return Text(words, digest=hashlib.sha256(path.read_bytes()).hexdigest())
+
+
 def children(pid: int) -> list[int]:
     """Return the processes that a process has started and that live."""
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -37,12 +43,12 @@ async def test_one_process_reads_many_files(good: Path, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text("<p>Turn it.")
     before = children(os.getpid())
     async with Extractor(1) as extractor:
-        assert await extractor.read(good, "pdf") == Text("Turn the key.")
+        assert await extractor.read(good, "pdf") == text(good, "Turn the key.")
         started = [pid for pid in children(os.getpid()) if pid not in before]
-        assert await extractor.read(tmp_path / "page.html", "html") == Text("Turn it.")
+        assert await extractor.read(tmp_path / "page.html", "html") == text(tmp_path / "page.html", "Turn it.")
         with pytest.raises(Unreadable, match="cannot be read: No such file"):
             await extractor.read(tmp_path / "gone.html", "html")
-        assert await extractor.read(good, "pdf") == Text("Turn the key.")
+        assert await extractor.read(good, "pdf") == text(good, "Turn the key.")
         assert [pid for pid in children(os.getpid()) if pid not in before] == started
     assert not any(lives(pid) for pid in started)
 
@@ -53,7 +59,7 @@ async def test_a_file_that_needs_too_much_memory_harms_no_other(good: Path, tmp_
     async with Extractor(1, memory_bytes=200 * MIB) as extractor:
         with pytest.raises(Unreadable, match="needs more than 200 MiB of memory"):
             await extractor.read(tmp_path / "bomb.pdf", "pdf")
-        assert await extractor.read(good, "pdf") == Text("Turn the key.")
+        assert await extractor.read(good, "pdf") == text(good, "Turn the key.")
 
 
 async def test_a_file_that_takes_too_long_harms_no_other(good: Path, tmp_path: Path) -> None:
@@ -62,7 +68,7 @@ async def test_a_file_that_takes_too_long_harms_no_other(good: Path, tmp_path: P
     async with Extractor(1, cpu_s=0.5) as extractor:
         with pytest.raises(Unreadable, match=r"takes more than 0\.5 s of computing"):
             await extractor.read(tmp_path / "deep.html", "html")
-        assert await extractor.read(good, "pdf") == Text("Turn the key.")
+        assert await extractor.read(good, "pdf") == text(good, "Turn the key.")
 
 
 async def test_a_reader_that_dies_of_an_earlier_file_reads_once_more(good: Path) -> None:
@@ -73,7 +79,7 @@ async def test_a_reader_that_dies_of_an_earlier_file_reads_once_more(good: Path)
         (pid,) = (pid for pid in children(os.getpid()) if pid not in before)
         os.kill(pid, signal.SIGKILL)
         await wait_until(lambda: not lives(pid))
-        assert await extractor.read(good, "pdf") == Text("Turn the key.")
+        assert await extractor.read(good, "pdf") == text(good, "Turn the key.")
 
 
 async def test_a_cancelled_reading_leaves_no_answer_behind(good: Path, tmp_path: Path) -> None:
@@ -85,7 +91,7 @@ async def test_a_cancelled_reading_leaves_no_answer_behind(good: Path, tmp_path:
         await asyncio.sleep(0)
         reading.cancel()
         await asyncio.wait({reading})
-        assert await extractor.read(good, "pdf") == Text("Turn the key.")
+        assert await extractor.read(good, "pdf") == text(good, "Turn the key.")
 
 
 async def test_readers_do_not_outlive_who_started_them(tmp_path: Path) -> None:

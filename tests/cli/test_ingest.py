@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import hashlib
 import itertools
 import os
 import re
@@ -22,6 +24,7 @@ from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 
 from gateway.client import RETRY_CAP_S, Client, GatewayRefused, GatewayUnreachable, decide_wait_s, next_poll_s
+from gateway.extractor import NICENESS, Extractor
 from gateway.ingest import (
     IN_FLIGHT,
     LOOK_AT_ONCE,
@@ -38,6 +41,7 @@ from gateway.ingest import (
     examine,
     find_files,
     ingest,
+    ingest_one,
     kind_of,
     read_text,
     title_of,
@@ -64,6 +68,7 @@ class SmallGateway:
         self.index: dict[str, dict[str, Any]] = {}
         self.lookups: list[int] = []
         self.is_silent = False
+        self.is_somebody_else = False
         self.refuse_first = 0
         self.key = ""
         self.most_in_flight = 0
@@ -79,10 +84,18 @@ class SmallGateway:
             body += message.get("body", b"")
             if not message.get("more_body"):
                 break
+        if self.is_somebody_else:
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/html")]})
+            await send({"type": "http.response.body", "body": b"<title>Welcome</title>"})
+            return
         status, answer, headers = self._answer(scope, body)
         head = [(b"content-type", b"application/json"), *headers]
         await send({"type": "http.response.start", "status": status, "headers": head})
         await send({"type": "http.response.body", "body": orjson.dumps(answer)})
+
+    @property
+    def refused(self) -> int:
+        return self._refused.total()
 
     def _answer(self, scope: Scope, body: bytes) -> tuple[int, Any, list[tuple[bytes, bytes]]]:
         if self.key and dict(scope["headers"]).get(b"authorization") != f"Bearer {self.key}".encode():
@@ -311,6 +324,11 @@ async def test_the_command_prints_plain_lines_without_a_terminal(gateway: SmallG
     [
         (["/nonexistent/folder"], 2, "/nonexistent/folder does not exist"),
         ([str(ROOT / "README.md"), "--url", "http://127.0.0.1:1"], 3, "no gateway at http://127.0.0.1:1"),
+        (["a" * 300], 2, "cannot be read: File name too long"),
+        ([str(ROOT / "README.md"), "--url", "localhost:8000"], 2, "--url: no address like http://"),
+        ([str(ROOT / "README.md"), "--url", ""], 2, "--url is empty"),
+        ([str(ROOT / "README.md"), "--api-key", "schl\u00fcssel"], 2, "no HTTP header can carry"),
+        ([str(ROOT / "README.md"), "--api-key", "a\nb"], 2, "no HTTP header can carry"),
     ],
 )
 async def test_the_command_says_at_once_what_is_wrong(arguments: list[str], exit_code: int, said: str) -> None:
@@ -319,6 +337,51 @@ async def test_the_command_says_at_once_what_is_wrong(arguments: list[str], exit
     assert (code, out) == (exit_code, "")
     assert said in err
     assert "Traceback" not in err
+
+
+async def test_the_command_is_nice(gateway: SmallGateway, folder: Path) -> None:
+    """On the machine that answers questions, whatever it costs is to come after them."""
+    gateway.refuse_first = 1_000_000
+    process = await asyncio.create_subprocess_exec(
+        *[sys.executable, "-m", "penstock", "ingest", str(folder), "--url", gateway.url],
+        cwd="/",
+        env=clean_environment(),
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        await wait_until(lambda: gateway.refused > 0, timeout_s=30)
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
+    finally:
+        process.kill()
+        await process.wait()
+
+
+async def test_a_reader_that_has_read_enough_ends_nothing(gateway: SmallGateway, folder: Path) -> None:
+    """`penstock ingest ... | head -1`: the pipe is closed, the rest is indexed, nobody sees a traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = await asyncio.create_subprocess_exec(
+        *[sys.executable, "-m", "penstock", "ingest", str(folder), "--url", gateway.url],
+        cwd="/",
+        env=clean_environment(),
+        stdout=writer,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    os.close(writer)
+    _, err = await process.communicate()
+    assert (process.returncode, err) == (0, b"")
+    assert len(gateway.documents) == 2
+
+
+@pytest.mark.parametrize("again", [[], ["--again"]])
+async def test_what_is_no_gateway_is_told_as_such(gateway: SmallGateway, folder: Path, again: list[str]) -> None:
+    """A page of somebody else's at that address, with 200: one line, and no file blamed for it."""
+    gateway.is_somebody_else = True
+    code, out, err = await command("ingest", str(folder), "--url", gateway.url, *again)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"penstock: {gateway.url} refuses: 200 without any JSON: something else than Penstock")
+    assert err.count("\n") == 1
 
 
 async def command(*arguments: str) -> tuple[int, str, str]:
@@ -410,6 +473,57 @@ def test_a_file_that_cannot_be_read_is_skipped_with_a_reason(tmp_path: Path) -> 
     """What the system says is a reason like any other."""
     answer = examine(File(tmp_path / "gone.txt", "gone.txt", "gone.txt"))
     assert answer == Skipped("gone.txt", "cannot be read: No such file or directory")
+
+
+async def test_the_digest_is_that_of_what_was_sent(gateway: SmallGateway, tmp_path: Path) -> None:
+    """A file may change between the look at it and its reading: what came of it must not go under the old digest."""
+    note, page, paper = (tmp_path / name for name in ("note.md", "page.html", "paper.pdf"))
+    new = {note: b"# New\n", page: b"<h1>New</h1>", paper: pdf(words("New."))}
+    for path in new:
+        path.write_bytes(b"old")
+    async with Client(gateway.url) as client, Extractor() as extractor:
+        for path, data in new.items():
+            found = examine(File(path, path.name, path.name))
+            assert isinstance(found, Found)
+            path.write_bytes(data)
+            result = await ingest_one(client, extractor, found)
+            if path is paper:
+                assert result == Skipped("paper.pdf", "changed while it was read: start again when it is whole")
+            else:
+                assert gateway.documents[path.name]["digest"].endswith(hashlib.sha256(data).hexdigest())
+
+
+async def test_a_folder_is_not_left_by_its_links(gateway: SmallGateway, tmp_path: Path) -> None:
+    """They may lead round, or out of it; each is told, and a link to itself is a file that cannot be read."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.md").write_text("a\n")
+    (tmp_path / "linked.md").symlink_to(tmp_path / "sub" / "a.md")
+    (tmp_path / "sub" / "up").symlink_to(tmp_path)
+    (tmp_path / "self.md").symlink_to("self.md")
+    report = await run(gateway, tmp_path)
+    assert {item.name for item in report.indexed} == {"linked.md", "sub/a.md"}
+    assert sorted(report.skipped, key=lambda item: item.name) == [
+        Skipped("self.md", "cannot be read: Too many levels of symbolic links"),
+        Skipped("sub/up", "a link to a folder", is_fault=False),
+    ]
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in it would be missing from the index, and nobody would know. Root may read all: so refused here."""
+    for name in ("a", "locked", "z"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.md").write_text("x\n")
+    scandir = os.scandir
+
+    def refuse(path: Path) -> Any:
+        if path.name == "locked":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = list(find_files([tmp_path]))
+    assert [item.name for item in found] == ["a/x.md", "locked", "z/x.md"]
+    assert found[1] == Skipped("locked", "a folder that cannot be read: Permission denied")
 
 
 @pytest.mark.parametrize(

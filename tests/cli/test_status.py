@@ -19,6 +19,7 @@ from pipeline.settings import RedisSettings
 from pipeline.status import follow
 from tests.cli.conftest import clean_environment
 from tests.conftest import wait_until
+from tests.faults.proxy import Proxy
 from tests.servers import RedisServer
 
 EVERY_S = 0.02
@@ -78,6 +79,15 @@ async def test_redis_may_go_away_and_come_back(own_redis: RedisServer) -> None:
         await screen.until("Below is what was last seen")
         own_redis.start()
         await screen.until("0 jobs alive", but_not="away")
+
+
+async def test_a_slow_redis_is_not_told_to_be_away(own_redis: RedisServer) -> None:
+    """A look is some fifty commands; what counts is that each of them is answered."""
+    async with Proxy(own_redis.socket) as proxy:
+        proxy.slow(0.03)
+        async with following(proxy.redis_url) as screen:
+            await screen.until("0 jobs alive", but_not="Redis is")
+            assert "Redis is" not in screen.file.getvalue()
 
 
 async def test_a_redis_that_was_never_there_is_waited_for(own_redis: RedisServer) -> None:

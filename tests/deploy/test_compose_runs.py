@@ -2,8 +2,8 @@
 
 Containers are what no test needs: each service is a plain process here. What a container's network does is done to the
 text of its command, environment and health check: the name of a service becomes loopback, a port another one that is
-free. Redis is a private one with the options that the file gives; Prometheus is not started. The retriever's
-`QDRANT_URL` is left out, and a folder for the embedded index put in its place, since there is no Qdrant server here.
+free. Redis is a private one with the options that the file gives, Qdrant a server in small, and both are where the file
+says that they are. Prometheus and Grafana are not started.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import httpx
 import pytest
 from httpx_aiohttp import AiohttpTransport
 
-from tests.cli.conftest import clean_environment
+from tests.cli.conftest import ROOT, clean_environment
 from tests.conftest import wait_until
 from tests.deploy import compose
 from tests.servers import RedisServer
@@ -57,12 +57,12 @@ class Net:
 class Container:
     """One service as a process."""
 
-    def __init__(self, name: str, service: dict[str, Any], net: Net, **changed: str | None) -> None:
+    def __init__(self, name: str, service: dict[str, Any], net: Net) -> None:
         self.name = name
         self._service = service
         self._net = net
-        given = {key: net.seen_by(name, value) for key, value in service.get("environment", {}).items()} | changed
-        self._environ = clean_environment(**{key: value for key, value in given.items() if value is not None})
+        given = {key: net.seen_by(name, value) for key, value in service.get("environment", {}).items()}
+        self._environ = clean_environment(**given)
 
     async def start(self, log: Path) -> None:
         words = [self._net.seen_by(self.name, word) for word in self._service["command"]]
@@ -96,6 +96,18 @@ class Container:
         )
 
 
+@contextmanager
+def qdrant_in_small(port: str) -> Iterator[None]:
+    words = [sys.executable, "-m", "tests.stages.qdrant_in_small", port]
+    with subprocess.Popen(words, cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE) as server:
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline(), "it has ended"
+            yield
+        finally:
+            server.kill()
+
+
 @asynccontextmanager
 async def composed(folder: Path) -> AsyncIterator[tuple[dict[str, Container], Net]]:
     """Start Redis and every service of ours; what still runs at the end is killed."""
@@ -106,11 +118,10 @@ async def composed(folder: Path) -> AsyncIterator[tuple[dict[str, Container], Ne
     options |= {"port": net.ports["redis", "6379"], "bind": "127.0.0.1"}
     async with AsyncExitStack() as stack:
         stack.enter_context(RedisServer(options=options))
+        stack.enter_context(qdrant_in_small(net.ports["qdrant", "6333"]))
         running: dict[str, Container] = {}
         for name, service in compose.ours(services).items():
             changed: dict[str, str | None] = {}
-            if "QDRANT_URL" in service.get("environment", {}):
-                changed = {"QDRANT_URL": None, "PENSTOCK_RETRIEVER__PATH": str(folder / "index")}
             if "DATABASE_URL" in service.get("environment", {}):
                 changed["DATABASE_URL"] = f"sqlite:///{folder}/history.db"
             running[name] = Container(name, service, net, **changed)
@@ -135,6 +146,8 @@ async def test_a_question_is_answered_by_what_compose_starts(tmp_path: Path) -> 
                 return bool((await http.get(job)).json()["status"] == "completed")
 
             await wait_until(is_indexed, timeout_s=30)
+            held = await http.get(f"http://127.0.0.1:{net.ports['qdrant', '6333']}/collections/penstock")
+            assert held.json()["result"]["points_count"] == 2, "a chunk and a head, and on the server"
             answers = await asyncio.gather(*(http.post("/query", json={"query": QUESTION}) for _ in range(12)))
         assert {answer.status_code for answer in answers} == {200}
         bodies = [answer.json() for answer in answers]

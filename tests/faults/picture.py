@@ -44,7 +44,7 @@ class Picture:
         exact: every key to the last byte, as DUMP gives it, so that two moments can be compared; hashes and sets by
             their fields instead, since Redis dumps these in the order of a table that may just be growing.
         ttls: what is left of each key's life, in ms; -1: it has none.
-        values: per stream, the values of all fields of all entries, in order; a field may be there several times.
+        names: per stream, the names of all fields of all entries, in order.
         pending: per stream, the entries in somebody's hands: owner and delivery count.
     """
 
@@ -55,7 +55,7 @@ class Picture:
     sets: dict[str, set[str]] = field(default_factory=dict)
     zsets: dict[str, dict[str, float]] = field(default_factory=dict)
     streams: dict[str, list[tuple[bytes, dict[str, bytes]]]] = field(default_factory=dict)
-    values: dict[str, list[bytes]] = field(default_factory=dict)
+    names: dict[str, list[bytes]] = field(default_factory=dict)
     pending: dict[str, dict[bytes, tuple[str, int]]] = field(default_factory=dict)
 
     @staticmethod
@@ -84,7 +84,7 @@ async def take_picture(link: Link) -> Picture:
                 picture.streams[name] = [
                     (entry, {key.decode(): found for key, found in _pairs(fields)}) for entry, fields in entries
                 ]
-                picture.values[name] = [found for _, fields in entries for found in fields[1::2]]
+                picture.names[name] = [found for _, fields in entries for found in fields[::2]]
                 picture.pending[name] = {entry: (owner.decode(), count) for entry, owner, count in held}
             case _:
                 raise AssertionError(f"{name} is a {kind.decode()}: nothing of ours is")

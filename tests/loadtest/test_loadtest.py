@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from loadtest.client import Exchange, Peer
 from loadtest.options import LoadOptions
-from loadtest.run import run
+from loadtest.run import CannotWrite, run, save
+from loadtest.target import Address
 from tests.loadtest.conftest import ROOT, until
+from tests.loadtest.rude import rude_target
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -122,12 +125,51 @@ async def test_an_interrupted_run_still_writes_its_report(
     assert (report["total"], report["successful"], report["unfinished"]) == (1, 1, 2)
 
 
-def test_an_unreachable_target_is_one_line_and_code_2() -> None:
-    """Nothing is sent, and nothing is reported."""
+def test_a_run_that_is_interrupted_while_it_starts_writes_its_report_too(tmp_path: Path) -> None:
+    """A terminal's Ctrl-C reaches every process of the group, generators that are being started included."""
+    file = tmp_path / "report.json"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        command = [sys.executable, "-m", "loadtest", "--url", f"http://127.0.0.1:{listener.getsockname()[1]}"]
+        command += ["--rate", "10", "--processes", "2", "--json-file", str(file), "--quiet"]
+        with subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as process:
+            listener.accept()[0].close()  # the look whether anybody listens; the generators come next
+            os.killpg(process.pid, signal.SIGINT)
+            written, said = process.communicate()
+    assert (process.returncode, said) == (130, "")
+    assert "(interrupted)" in written
+    report = json.loads(file.read_text())
+    assert (report["is_interrupted"], report["successful"], report["failed"]) == (True, 0, 0)
+    assert report["busiest"] <= 1.5
+
+
+def test_whoever_stops_reading_the_report_leaves_the_files_alone(target: str, tmp_path: Path) -> None:
+    """`penstock loadtest --json-file FILE | head -1` is no fault."""
+    file = tmp_path / "report.json"
+    command = [sys.executable, "-m", "loadtest", "--url", target, "-n", "9", "--json-file", str(file), "--quiet"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+    assert json.loads(file.read_text())["successful"] == 9
+
+
+def test_a_file_that_can_no_longer_be_written_is_one_line(tmp_path: Path) -> None:
+    """Its folder may be gone when the run ends."""
+    with pytest.raises(CannotWrite, match=r"^cannot write the report to .*report.html: No such file or directory$"):
+        save(tmp_path / "gone" / "report.html", b"x")
+
+
+def test_an_unreachable_target_is_one_line_and_code_2(tmp_path: Path) -> None:
+    """Nothing is sent, and nothing is reported: no empty file either."""
+    file = tmp_path / "report.json"
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    ended = loadtest("--url", f"http://127.0.0.1:{port}")
-    assert (ended.returncode, ended.stdout) == (2, "")
+    ended = loadtest("--url", f"http://127.0.0.1:{port}", "--json-file", str(file))
+    assert (ended.returncode, ended.stdout, file.exists()) == (2, "", False)
     assert ended.stderr == f"loadtest: cannot reach http://127.0.0.1:{port}: Connection refused\n"
 
 
@@ -182,3 +224,57 @@ def test_a_target_that_dies_on_the_way_is_reported_by_kind(target: str) -> None:
                 assert first.recv(1)
         written, _ = process.communicate()
     assert json.loads(written)["errors"] == {"connection lost": 1, "no connection": 1}
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+CHUNKS = b'transfer-encoding: chunked\r\n\r\n3\r\n{"a\r\n4\r\n": 1\r\n1\r\n}\r\n0\r\n\r\n'
+OVERFLOW = b'{"timings_ms": {"a": 1e308, "b": 1e308}}'
+
+
+@pytest.mark.parametrize(
+    ("answer", "closes", "errors"),
+    [
+        (None, True, {"connection lost": 6}),
+        (b"\x00\xffhello\r\n\r\n", False, {"broken answer": 6}),
+        (HEAD + b'content-length: 9\r\n\r\n{"a"', True, {"connection lost": 6}),
+        (HEAD + b'\r\n{"a": 1}', True, {}),  # its end is the connection's
+        (HEAD + b'\r\n{"a"', True, {"not json": 6}),
+        (HEAD + CHUNKS, False, {}),
+        (HEAD + CHUNKS[:-3], True, {"connection lost": 6}),
+        (b"HTTP/1.1 302 Found\r\nlocation: /\r\ncontent-length: 0\r\n\r\n", False, {"http 302": 6}),
+        (HEAD + b"content-length: 40000000\r\n\r\n" + b" " * 40_000_000, False, {"answer too long": 6}),
+        (HEAD + b"content-length: %d\r\n\r\n%b" % (len(OVERFLOW), OVERFLOW), False, {}),
+    ],
+    ids=["reset", "garbage", "half", "open", "half-open", "chunks", "half-chunks", "redirect", "long", "sums"],
+)
+def test_whatever_a_target_writes_the_run_ends_and_says_so(
+    answer: bytes | None, closes: bool, errors: dict[str, int]
+) -> None:
+    """Each way of being wrong has its kind, and none of them ends or hangs the load tester."""
+    with rude_target(answer, closes=closes) as url:
+        ended = loadtest("--url", url, "-n", "6", "-c", "2", "--quiet", "--json")
+    assert (ended.returncode, ended.stderr) == (1 if errors else 0, "")
+    assert json.loads(ended.stdout)["errors"] == errors
+
+
+async def test_who_stands_in_line_does_not_wait_for_a_target_that_has_gone() -> None:
+    """With every connection in use exchanges wait for one; when none can be made any more, they are told at once."""
+    ended: list[tuple[int, str | None]] = []
+
+    def on_end(exchange: Exchange, ended_s: float, failure: str | None, status: int, body: bytes) -> None:
+        ended.append((exchange.number, failure))
+
+    async def all_have_ended() -> bool:
+        return len(ended) == 5
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setblocking(False)
+    peer = Peer("127.0.0.1", Address.of(f"http://127.0.0.1:{listener.getsockname()[1]}"), 1, on_end)
+    for number in range(5):
+        peer.start(Exchange(number, 0.0, time.perf_counter() + 600, b"x"))
+    client, _ = await asyncio.get_running_loop().sock_accept(listener)
+    listener.close()
+    client.close()
+    await until(all_have_ended)
+    await peer.close()
+    assert ended == [(0, "connection lost"), *((number, "no connection") for number in range(1, 5))]

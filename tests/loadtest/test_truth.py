@@ -181,6 +181,22 @@ def test_the_highest_rate_is_searched_for_and_confirmed(tmp_path: Path) -> None:
     assert "rate<45 no longer holds" in ended.stdout
 
 
+def test_a_search_whose_target_goes_away_still_tells_of_its_trials(tmp_path: Path) -> None:
+    """One line says what happened, and what was tried before is not lost."""
+    file = tmp_path / "found.json"
+    with plain_target() as url:
+        command = [sys.executable, "-m", "loadtest", "--url", url, "--saturate", "30:60", "-d", "0.5", "--quiet"]
+        command += ["--slo", "errors<0.1%", "--max-lag", "1000", "--json-file", str(file)]
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert "kept" in process.stdout.readline()
+    with process:
+        _, said = process.communicate()
+    assert (process.returncode, said) == (2, f"loadtest: cannot reach {url}: Connection refused\n")
+    found = json.loads(file.read_text())
+    assert (found["trials"][0]["ended"], found["rate"], found["is_interrupted"]) == ("kept", None, True)
+
+
 def test_a_generator_that_dies_ends_the_run_with_one_line() -> None:
     """Figures of half the generators are none."""
     with plain_target() as url:

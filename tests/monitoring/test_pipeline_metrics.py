@@ -9,14 +9,18 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.app import create_app
 from gateway.metrics import QUERY_OUTCOME, pipeline_metrics
+from pipeline import front as front_module
 from pipeline import keys, scripts
 from pipeline.connection import Link
 from pipeline.consumer import Consumer
+from pipeline.front import Front
 from pipeline.metrics import TURN_WAIT_S
 from pipeline.overview import WorkerView, look
 from pipeline.settings import RedisSettings, Settings
 from tests.conftest import wait_until
+from tests.faults.proxy import Proxy
 from tests.gateway.fake import NOTHING
 from tests.rig import FIRST, SECOND, Scripted, changed, echo
 from tests.servers import RedisServer
@@ -148,6 +152,29 @@ async def test_without_redis_nothing_old_is_told(cut_off: httpx.AsyncClient) -> 
     assert told("penstock_redis_up") == 0
     assert told("penstock_jobs_live") is None
     assert told("penstock_stage_workers", stage="llm", state="ready") is None
+
+
+async def test_a_slow_redis_is_not_away(redis_server: RedisServer, settings: Settings) -> None:
+    """Each command is answered in time, and a look is many: together they may take longer than one may."""
+    async with Proxy(redis_server.socket) as proxy:
+        slow = settings.model_copy(update={"redis": RedisSettings(url=proxy.redis_url)})
+        async with Front(slow, "test") as front:
+            proxy.slow(0.02)  # each way
+            transport = httpx.ASGITransport(create_app(slow, front))
+            async with httpx.AsyncClient(base_url="http://127.0.0.1", transport=transport) as client:
+                told = await _told(client)
+    assert told("penstock_redis_up") == 1
+    assert told("penstock_jobs_live") == 0
+
+
+async def test_figures_that_do_not_come_in_time_are_missing_and_redis_is_up(
+    gateway: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An alert misses them; another one would call for the wrong remedy."""
+    monkeypatch.setattr(front_module, "LOOK_WITHIN_S", 0.0)
+    told = await _told(gateway)
+    assert told("penstock_redis_up") == 1
+    assert told("penstock_jobs_live") is None
 
 
 async def test_a_key_of_a_wrong_type_takes_the_figures_and_not_the_rest(link: Link, gateway: httpx.AsyncClient) -> None:

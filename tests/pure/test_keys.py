@@ -89,6 +89,22 @@ def test_scripts_spell_no_key() -> None:
         assert not re.search(rf"'({'|'.join(spellings)})", code), path.name
 
 
+def test_script_brings_the_shared_functions_that_it_uses_and_no_others() -> None:
+    """A missing one would be found when a rare branch runs in Redis; one too many costs every call."""
+    prelude = (Path(scripts.__path__[0]) / "_prelude.lua").read_text()
+    shared = re.findall(r"^local function (\w+)", prelude, re.MULTILINE)
+    assert len(shared) > 10
+    for script in (value for value in vars(scripts).values() if isinstance(value, scripts.Script)):
+        code = "\n".join(line.split("--")[0] for line in script.text.splitlines())
+        assert "KEY." not in code
+        for name in shared:
+            first_use = re.search(rf"(?<!function )\b{name}\(", code)
+            if first_use is not None:
+                assert f"local function {name}(" in code[: first_use.start()], (script.name, name)
+    assert "local function finish(" in scripts.SETTLE.text
+    assert "local function finish(" not in scripts.SUBMIT.text
+
+
 def test_every_key_of_the_table_is_spelled_in_the_module() -> None:
     """And every endless one stands on the bounded list."""
     table = (keys.__doc__ or "").split("written by")[1]

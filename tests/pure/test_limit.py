@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from pipeline.limit import Limit, within
+from pipeline.limit import Alarm, Limit, Patience
 
 
 async def test_call_that_takes_too_long_ends() -> None:
@@ -70,7 +70,27 @@ async def test_future_is_waited_for_as_long_as_told() -> None:
     """Its answer, or `TimeoutError`; and nothing is left behind in the task."""
     loop = asyncio.get_running_loop()
     answered: asyncio.Future[int] = loop.create_future()
+    patience = Patience()
     loop.call_soon(answered.set_result, 7)
-    assert await within(answered, 5.0) == 7
+    assert await patience.wait(answered, 5.0) == 7
     with pytest.raises(TimeoutError):
-        await within(loop.create_future(), 0.01)
+        await patience.wait(loop.create_future(), 0.01)
+
+
+async def test_alarm_rings_for_each_at_its_time_and_not_for_what_was_cleared() -> None:
+    """Also for one that is nearer than all before, and for one that is left when the timer has rung."""
+    rung: list[str] = []
+    all_rung = asyncio.Event()
+
+    def ring(name: str) -> None:
+        rung.append(name)
+        if name == "last":
+            all_rung.set()
+
+    alarm = Alarm(ring)
+    for name, span_s in (("far", 60.0), ("last", 0.06), ("cleared", 0.01), ("first", 0.02)):
+        alarm.set(name, span_s)
+    alarm.clear("cleared")
+    async with asyncio.timeout(5):
+        await all_rung.wait()
+    assert rung == ["first", "last"]

@@ -1,6 +1,6 @@
 """A Qdrant server in small: the client's local mode behind the few REST operations that an index needs.
 
-    python -m tests.stages.qdrant_in_small
+    python -m tests.stages.qdrant_in_small [PORT]
 
 One line of JSON on stdout says where: `{"url": "http://127.0.0.1:40123"}`. Bodies are read by the client's own models
 of the REST interface, so a request that the real server would not take is not taken here.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import sys
 import warnings
 from typing import Any, TypeVar
 
@@ -42,6 +43,7 @@ class Small:
         at = "/collections/{name}"
         return [
             Route("/", self.info),
+            Route("/readyz", self.info),
             Route(f"{at}/exists", self.exists),
             Route(at, self.collection, methods=["GET"]),
             Route(at, self.create, methods=["PUT"]),
@@ -140,7 +142,8 @@ def rest_client() -> AsyncQdrantClient:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    port = int(sys.argv[1]) if len(sys.argv) > 1 else 0
+    with socket.create_server(("127.0.0.1", port)) as listener:
         print(json.dumps({"url": f"http://127.0.0.1:{listener.getsockname()[1]}"}), flush=True)
         server = uvicorn.Server(uvicorn.Config(app(), log_level="error", lifespan="off"))
         asyncio.run(server.serve(sockets=[listener]))

@@ -300,6 +300,15 @@ def test_no_answer_does_worse_than_be_refused(body: bytes) -> None:
         read_vectors(body, 1)
 
 
+async def test_vectors_of_one_document_are_all_of_one_length(new: NewEmbedder) -> None:
+    """Each call is right in itself, and between two of them the model behind the name became another."""
+    async with embeddings_server(lambda text: [1.0] * len(text)) as liar:
+        made = await new(embeddings_url=liar.url, embeddings_batch=1)
+        with pytest.raises(RetryLater, match="different lengths: 2, 3, 4") as caught:
+            await made.embed_passages(["aaa", "bb", "cccc"])
+        assert (caught.value.code, caught.value.charged) == ("bad_embeddings", True)
+
+
 async def test_bad_answer_is_tried_again_at_a_charge(server: EmbeddingsFake, new: NewEmbedder) -> None:
     """It is the server's failure, and may pass."""
     made = await new()

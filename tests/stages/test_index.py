@@ -303,7 +303,7 @@ while True:
     texts = [f"{version} {number}" for number in range(size)]
     index.put("default", document, version, [Passage("", text, Sparse((1,), (1.0,))) for text in texts])
     if version % 4 == 0:
-        index.flush()
+        index.sync()
     print(json.dumps([document, version, size]), flush=True)
 """
 

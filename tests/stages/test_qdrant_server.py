@@ -174,6 +174,64 @@ async def test_collection_that_is_deleted_meanwhile_is_made_again() -> None:
     await store.close()
 
 
+async def test_retriever_learns_that_the_collection_was_made_again_by_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was deleted and is back, without room for dense vectors, then for shorter ones: no old idea of it is kept."""
+    monkeypatch.setattr("stages.qdrant_server.FRESH_S", 1e9)
+    client = rest_client()
+    first, second = store_on(client, BOTH), store_on(client, BOTH)
+    await first.open()
+    await first.write([lambda: put("d", 1, "old", dense=array("f", (0, 1, 0)))])
+    await client.delete_collection("documents")
+    await second.open()
+    assert await first.write([lambda: put("e", 2, "new", dense=array("f", (0, 1)))]) == [Written(1)]
+    assert first.dimensions == 2
+    await client.delete_collection("documents")
+    await second.write([lambda: put("f", 3, "newer", dense=array("f", (1, 0, 0, 0)))])
+    assert await first.write([lambda: put("g", 4, "newest", dense=array("f", (0, 0, 0, 1)))]) == [Written(1)]
+    assert await texts(second) == ["newer", "newest"]
+    await first.close()
+
+
+async def test_search_looks_at_the_collection_when_it_has_not_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no call fails, time tells: the retriever refuses questions by the length that it last heard of."""
+    monkeypatch.setattr("stages.qdrant_server.FRESH_S", 0.0)
+    client = rest_client()
+    first, second = store_on(client, BOTH), store_on(client, BOTH)
+    await first.open()
+    await first.write([lambda: put("d", 1, "old", dense=array("f", (0, 1, 0)))])
+    await client.delete_collection("documents")
+    await second.open()
+    await second.write([lambda: put("e", 2, "new", dense=array("f", (0, 1)))])
+    assert first.dimensions == 3
+    await first.search_batch([])
+    assert first.dimensions == 2
+    await first.close()
+
+
+async def test_collection_that_became_another_encoders_is_neither_searched_nor_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its words have other stems. Jobs fail with both names; when ours is back, they go on without a restart."""
+    monkeypatch.setattr("stages.qdrant_server.FRESH_S", 0.0)
+    client = rest_client()
+    ours, theirs = store_on(client), store_on(client, Models("bm25/german/1"))
+    await ours.open()
+    await client.delete_collection("documents")
+    await theirs.open()
+    with pytest.raises(Reject, match=r"filled by bm25/german/1 .* this encoder is bm25/english/1") as refused:
+        await ours.search_batch([Search("default", ANYTHING, 5)])
+    assert refused.value.code == "encoder_mismatch"
+    [written] = await ours.write([lambda: put("d", 1, "a")])
+    assert isinstance(written, Reject)
+    assert await theirs.count() == 0
+    await client.delete_collection("documents")
+    assert await ours.write([lambda: put("d", 2, "a")]) == [Written(1)]
+    assert await texts(ours) == ["a"]
+    await ours.close()
+
+
 # --- A server in trouble ---------------------------------------------------------------------------
 
 
@@ -212,6 +270,11 @@ TROUBLES = [
     (httpx.Response(500, text="broken"), "index_error", True, None),
     (httpx.Response(401, text="Must provide an API key"), "index_refused_credentials", True, None),
     (httpx.Response(200, text="no JSON"), "index_error", True, None),
+    (httpx.Response(200, content=b"\xff\xfe{"), "index_error", True, None),
+    (httpx.Response(200, json={"a": 1}), "index_error", True, None),
+    (httpx.Response(200, json=[1]), "index_error", True, None),
+    (httpx.Response(429, headers={"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}), "index_busy", False, None),
+    (httpx.Response(429, headers={"retry-after": "-5"}), "index_busy", False, 0.0),
     (httpx.ConnectError("refused"), "index_unreachable", False, None),
     (httpx.ReadTimeout("late"), "index_error", True, None),
 ]
@@ -230,6 +293,20 @@ async def test_trouble_becomes_a_retry_that_is_charged_where_work_was_done(
     assert isinstance(written, RetryLater)
     for error in (caught.value, written):
         assert (error.code, error.charged, error.after_s) == (code, charged, after_s)
+    await troubled.store.close()
+
+
+async def test_search_that_was_refused_is_not_asked_again_before_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vector that the collection does not know any more, say: what was known of it is doubted at once."""
+    monkeypatch.setattr("stages.qdrant_server.FRESH_S", 1e9)
+    troubled = Troubled()
+    troubled.store.dimensions, troubled.store._looked_s = 3, 0.0
+    troubled.trouble = httpx.Response(400, text="Not existing vector name error: meaning")
+    for asked in ("POST /collections/documents/points/query/batch", "GET /collections/documents"):
+        with pytest.raises(RetryLater, match="Not existing vector name"):
+            await troubled.store.search_batch([Search("default", ANYTHING, 5)])
+        assert troubled.asked.pop() == asked
+    assert troubled.asked == []
     await troubled.store.close()
 
 

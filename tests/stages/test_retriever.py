@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 
-from pipeline.errors import ConfigError, NotReady, Reject
+from pipeline.errors import ConfigError, NotReady, Reject, RetryLater
 from pipeline.job import Done, Job
 from pipeline.settings import EncoderSettings, RetrieverSettings, Settings
 from stages import retriever
@@ -162,6 +162,25 @@ async def test_deletion_is_forgotten_after_a_day_of_the_pipelines_time(pipe: Pip
     tomorrow.accepted_us += 86_400 * 1_000_000 + 10_000_000
     await pipe.run(tomorrow)
     assert await pipe.run(early) == [{"document_id": "d", "chunks": 1}]
+
+
+async def test_writes_do_not_fail_with_the_housekeeping_behind_them(
+    pipe: Pipe, new_job: NewJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are safe by then; and questions of the same batch have nothing to do with either."""
+
+    asked = []
+
+    async def refuse(before: int) -> None:
+        asked.append(before)
+        raise RetryLater("the Qdrant server is busy", code="index_busy", charged=False)
+
+    monkeypatch.setattr(pipe.retriever._store, "forget_deleted", refuse)
+    ingest, question = new_job("document", document_id="d", text=LOCKS), new_job("query", query="locks")
+    ingest.accepted_us += 86_400 * 1_000_000  # the housekeeping is due by the pipeline's time
+    written, _ = await pipe.run(ingest, question)
+    assert written == {"document_id": "d", "chunks": 1}
+    assert asked == [ingest.accepted_us - 86_400 * 1_000_000]
 
 
 async def test_tenants_see_their_own_documents_only(pipe: Pipe, new_job: NewJob) -> None:

@@ -6,6 +6,8 @@ the REST interface of a real one.
 
 from __future__ import annotations
 
+import os
+import shutil
 from array import array
 from collections.abc import AsyncIterator, Callable
 from functools import partial
@@ -253,3 +255,59 @@ async def test_document_of_many_portions_is_whole(store: Store) -> None:
     wanted = [f"chunk {number:03}" for number in range(150)]
     assert await put(store, "long", 1, *map(passage, wanted)) == Written(150)
     assert await texts(store) == wanted
+
+
+# --- The embedded one's disk -----------------------------------------------------------------------
+
+
+async def test_what_is_answered_as_written_outlasts_a_power_cut(tmp_path: Path) -> None:
+    """The log alone has reached the disk; all else is as it was when it was flushed last."""
+    store = EmbeddedStore(RetrieverSettings(path=tmp_path / "live", lock_wait_s=0), BOTH)
+    await store.open()
+    await put(store, "old", 1, passage("old"))
+    assert store._index is not None
+    store._index.flush()
+    shutil.copytree(tmp_path / "live", tmp_path / "cut")
+    for number in range(40):
+        await put(store, f"new{number}", 2, *(passage(f"new {number}.{part}") for part in range(5)))
+    await delete(store, "old", 3)
+    shutil.rmtree(tmp_path / "cut/shard/wal")
+    shutil.copytree(tmp_path / "live/shard/wal", tmp_path / "cut/shard/wal")
+    await store.close()
+    heir = EmbeddedStore(RetrieverSettings(path=tmp_path / "cut", lock_wait_s=0), BOTH)
+    await heir.open()
+    assert await heir.count() == 200
+    [found] = await heir.write([lambda: Look("default", ["old", "new39"])])
+    assert found == {"old": None, "new39": {"chunks": 5, "digest": ""}}
+    await heir.close()
+
+
+async def test_a_write_is_answered_when_the_log_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file of it, and the folder that names them; what takes long is done now and then."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def note(opened: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{opened}").readlink().name)
+        fsync(opened)
+
+    store = EmbeddedStore(RetrieverSettings(path=tmp_path, lock_wait_s=0), BOTH)
+    await store.open()
+    flushes = 0
+
+    def count() -> None:
+        nonlocal flushes
+        flushes += 1
+
+    monkeypatch.setattr(store._index, "flush", count)
+    await put(store, "d", 1, passage("the first dense vector"))
+    monkeypatch.setattr(os, "fsync", note)
+    flushes = 0
+    await put(store, "d", 2, passage("a"))
+    assert {path.name for path in (tmp_path / "shard/wal").iterdir()} | {"wal"} == set(synced)
+    assert flushes == 0
+    monkeypatch.setattr("stages.stores.FLUSH_EVERY_S", 0.0)
+    await put(store, "d", 3, passage("b"))
+    assert flushes == 1
+    monkeypatch.undo()
+    await store.close()

@@ -52,6 +52,64 @@ def test_a_page_becomes_markdown_without_what_surrounds_its_content() -> None:
     assert read_html(PAGE.encode()) == Text(MARKDOWN, "The Harbour")
 
 
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("<h1></h1><p>After.", "After."),
+        ("<h2><img src=logo.png></h2><ul><li>One</ul>", "- One"),
+        ("<h1>&#8203;</h1><h2>&nbsp;</h2><p>After.", "After."),
+        ("<ul><li></li></ul><p>After.", "After."),
+        ("<table><tr></tr></table><p>One<p>Two", "One\n\nTwo"),
+        ("<h1><div>Head</div></h1><p>After.", "# Head\n\nAfter."),
+        ("<ul><li><div></div><div>One</div></li></ul><p>After.", "- One\n\nAfter."),
+    ],
+)
+def test_an_empty_tag_makes_nothing_of_what_follows(page: str, text: str) -> None:
+    """An empty heading is none: pages have them where a logo stands."""
+    assert read_html(page.encode()).text == text
+
+
+@pytest.mark.parametrize(
+    ("page", "title"),
+    [
+        ("<title>Tides</title><nav><h1>Menu</h1></nav><main><p>x</main>", "Tides"),
+        ("<title>Tides</title><header><h1>The Site</h1></header><main><h1>Low tide</h1><p>x</main>", "Low tide"),
+        ("<title>Tides</title><header><h1>The Site</h1></header><main><p>x</main>", "Tides"),
+        ("<title>Tides</title><div role=navigation><h1>Menu</h1></div><p>x", "Tides"),
+        ("<title>Tides</title><h1 hidden>Not shown</h1><p>x", "Tides"),
+        ("<title>Tides</title><h1 style='color:red; display : none'>Not shown</h1><p>x", "Tides"),
+        ("<title>Tides</title><h1></h1><p>x", "Tides"),
+        ("<title>Tides</title><h1> </h1><h1>Low tide</h1>", "Low tide"),
+        ("<h1>Low<script>var x</script><br>tide<a href=#tide>\N{PILCROW SIGN}</a></h1><p>x", "Low tide"),
+        ("<svg><title>Icon</title></svg><p>x", ""),
+        ("<header><h1>By header</h1></header><p>x", "By header"),
+    ],
+)
+def test_the_title_is_the_documents_own(page: str, title: str) -> None:
+    """Not the menu's, not the site's above the content, not one that nobody sees, and without what is no word of it."""
+    assert read_html(page.encode()).title == title
+
+
+def test_a_link_to_itself_is_no_word_of_a_heading() -> None:
+    """Most documentation on the web has one behind each."""
+    page = '<h1>Low<br>tide<a href="#t">\N{PILCROW SIGN}</a></h1><p>See <a href="#t">#1</a>.'
+    assert read_html(page.encode()).text == "# Low tide\n\nSee #1."
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("<p>one<br># two", "one\n\\# two"),
+        ("<p>```<p># x", "\\```\n\n\\# x"),
+        ("<p>one<br>====<p>two<br>--", "one\n\\====\n\ntwo\n\\--"),
+        ("<p>#1 of 3 - two<p>- dash", "#1 of 3 - two\n\n- dash"),
+    ],
+)
+def test_text_cannot_become_a_heading_or_code(page: str, text: str) -> None:
+    """A fence in a paragraph would hide all headings after it."""
+    assert read_html(page.encode()).text == text
+
+
 def test_a_page_without_a_heading_is_called_by_its_title() -> None:
     """Otherwise by its first heading: titles carry the name of the site."""
     assert read_html(b"<title> The\ntitle </title><p>x").title == "The title"
@@ -137,6 +195,12 @@ def test_a_pdf_becomes_text_page_by_page(tmp_path: Path) -> None:
         tmp_path, pdf(words("Seventeen lanterns", "hang in the shed."), words("Low tide."), title="Harbour")
     )
     assert read_text == Text("Seventeen lanterns\nhang in the shed.\n\nLow tide.", "Harbour")
+
+
+def test_a_title_that_is_no_text_is_no_reason_to_do_without_the_rest(tmp_path: Path) -> None:
+    """Programs that cut titles cut characters in half."""
+    half = "\xfe\xff\x00A\xd8\x00\x00B"  # UTF-16: A, half of a pair, B
+    assert read(tmp_path, pdf(words("Low tide."), title=half)) == Text("Low tide.")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from loadtest.arrivals import Plan, instants
 from loadtest.limits import decide_problem
 from loadtest.manifest import command
 from loadtest.saturate import CLOSE, Found, Trial, conclusion, decide_next, read_bounds
-from loadtest.slo import Clause, good_within_ms, judge, parse
+from loadtest.slo import Clause, Judged, good_within_ms, judge, parse, unsure
 from loadtest.target import Address, read_headers, read_template, requests_of
 from loadtest.verdict import decide_verdict
 from loadtest.waterfall import Waterfall
@@ -99,6 +99,7 @@ def test_a_promise_is_read() -> None:
         ("p9.9.9<5ms", "a percentile lies between"),
         ("p<5ms", "a percentile lies between"),
         ("errors<5ms", "is a share"),
+        ("errors<5", "write errors<5% for per cent"),
         ("max9<5ms", "not measured"),
         ("speed>5", "not measured"),
         ("rate>5%", "takes no unit"),
@@ -109,6 +110,22 @@ def test_a_wrong_promise_is_refused_with_an_example(text: str, part: str) -> Non
     with pytest.raises(ValueError, match=r"write for example p99<500ms") as refused:
         parse(text)
     assert part in str(refused.value)
+
+
+def test_what_was_found_is_told_in_the_unit_of_its_clause() -> None:
+    """Per cent, milliseconds, or so many a second."""
+    found = {"errors<0.1%": 0.0005, "p99<2s": 739.839, "goodput>90": 99.5}
+    judged = judge(parse(",".join(found)), lambda clause: found[clause.text])
+    assert [one.found_words for one in judged] == ["0.05%", "739.839 ms", "99.5 per second"]
+    assert Judged("max<1s", None, is_kept=False).found_words == "nothing to look at"
+
+
+def test_a_promise_that_rests_on_chance_is_told() -> None:
+    """Of so few latencies none is beyond the percentile, and one more or less would decide."""
+    clauses = parse("p99<5ms,p50<5ms,max<5ms")
+    (warning,) = unsure(clauses, 999)
+    assert warning.startswith("p99<5ms rests on chance: of 999 latencies 9 may be longer")
+    assert unsure(clauses, 1000) == ()
 
 
 def test_a_clause_is_judged_by_its_sign() -> None:
@@ -176,6 +193,9 @@ def test_spans_that_cannot_be_right_have_no_place_in_a_waterfall() -> None:
     fall = Waterfall()
     for spans in ({"llm": 20.0}, {"llm": "long"}, {"llm": -1.0}, {"total": 5.0}, {}, {"llm": True}):
         fall.add(0.0, 10.0, spans)
+    fall.add(0.0, 10.0, {"llm": 1e308, "encoder": 1e308})  # no sum of floats
+    fall.add(0.0, 10.0, {"\x1b[31m": 1.0})
+    fall.add(0.0, 10.0, {f"span {number}": 0.01 for number in range(100)})
     assert fall.falls() == ()
 
 
@@ -280,9 +300,18 @@ def test_a_command_is_shown_without_its_secrets() -> None:
         "-H",
         "authorization: s3",
         "-Hx: s3",
+        "-qH",
+        "x: s3",
+        "-qHx: s3",
         "--header=x: s3",
+        "--path",
+        "/q?key=s3&page=s3",
+        "--path=/q?key=s3",
         "-n",
         "1",
     ]
-    assert "s3" not in command(words)
+    shown = command([*words, "\udcff.txt"])
+    assert "s3" not in shown
+    assert "page=..." in shown
+    shown.encode()  # also where the name of a file is no UTF-8
     assert command(words).endswith("-n 1")

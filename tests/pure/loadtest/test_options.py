@@ -14,6 +14,15 @@ from loadtest.questions import BUILT_IN, read_questions
         ({"url": "localhost:8000"}, "url must read http"),
         ({"url": "http://"}, "url must read http"),
         ({"url": "http://host:99999"}, "url must read http"),
+        (
+            {"url": "http://me:s3@host"},
+            "^url must end after the path: give a password as --header",
+        ),
+        ({"url": "http://host/?key=s3"}, "a query with --path$"),
+        ({"seed": 10**20}, "seed must be at most"),
+        ({"requests": 10**20}, "requests must be at most"),
+        ({"rate": 1e308}, "rate must be above 0 requests per second and at most 1,000,000"),
+        ({"timeout_s": 1e308}, "timeout must be above 0 seconds and at most"),
         ({"concurrency": 0}, "concurrency must be at least 1"),
         ({"requests": 0}, "requests must be at least 1"),
         ({"duration_s": 0.0}, "duration must be above 0"),
@@ -25,7 +34,7 @@ from loadtest.questions import BUILT_IN, read_questions
         ({"connections": 5}, "connections belongs to an open loop: give --rate"),
         ({"ramp_from": 1.0}, "ramp-from belongs to an open loop: give --rate"),
         ({"rate": 5.0, "ramp_from": 1.0}, "ramp-from needs --duration"),
-        ({"rate": 5.0, "ramp_from": -1.0, "duration_s": 1.0}, "ramp-from must be 0 or more"),
+        ({"rate": 5.0, "ramp_from": -1.0, "duration_s": 1.0}, "ramp-from must be from 0"),
         ({"rate": 5.0, "pace": "regular"}, "arrivals must be constant or poisson"),
         ({"path": "query"}, "path must begin with /"),
         ({"body": "{"}, "body is no JSON"),
@@ -38,6 +47,13 @@ def test_a_wrong_option_is_refused_by_name(options: dict[str, object], message: 
     """The message is fit for a command line."""
     with pytest.raises(ValueError, match=message):
         LoadOptions(**options)  # type: ignore[arg-type]  # a table of wrong values
+
+
+def test_what_a_report_shows_of_the_settings_holds_no_secret() -> None:
+    """Neither the key, nor a header's value, nor what stands in the path's query."""
+    options = LoadOptions(api_key="s3", headers=("x: s3",), path="/q?key=s3&b")
+    assert "s3" not in str(options.shown())
+    assert options.shown()["path"] == "/q?key=...&b"
 
 
 def test_questions_are_the_lines_of_a_file_that_are_not_blank(tmp_path: Path) -> None:

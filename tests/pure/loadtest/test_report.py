@@ -117,12 +117,12 @@ def test_the_summary_keeps_the_shape_that_people_know() -> None:
         "\n"
         "Throughput:           1.00 req/s\n"
         "\n"
-        "Percentiles (ms)             latency   took longer\n"
-        "  P50                          10.01             1   too few to be sure\n"
-        "  P90                          30.00             0   too few to be sure\n"
-        "  P95                          30.00             0   too few to be sure\n"
-        "  P99                          30.00             0   too few to be sure\n"
-        "  P99.9                        30.00             0   too few to be sure\n"
+        "Percentiles (ms)        latency  took longer\n"
+        "  P50                     10.01            1  too few\n"
+        "  P90                     30.00            0  too few\n"
+        "  P95                     30.00            0  too few\n"
+        "  P99                     30.00            0  too few\n"
+        "  P99.9                   30.00            0  too few\n"
         "Busiest generator:    0% of a core\n"
         "\n"
         "Errors by kind\n"
@@ -139,6 +139,16 @@ def test_the_summary_keeps_the_shape_that_people_know() -> None:
         "       30.00 ms  at    0.000 s  request 1\n"
         "       10.00 ms  at    0.000 s  a\n"
     )
+
+
+def test_the_widest_table_fits_a_terminal_of_eighty_columns() -> None:
+    """Latencies of up to an hour included."""
+    tally = Tally(2.0, None)
+    tally.left(1000.0)
+    tally.answered(Answer(None), number=0, at_s=0.0, lag_ms=1000.0, service_ms=3_600_000.0)
+    shown = render(summarize(Outcome(tally, 3600.0), is_open=True, verdict=VALID))
+    assert "too few" in shown
+    assert max(map(len, shown.splitlines())) < 80
 
 
 def test_a_percentile_with_fewer_than_ten_requests_beyond_it_is_marked() -> None:
@@ -200,18 +210,36 @@ def test_an_answer_is_sorted_by_status_and_body() -> None:
         (502, b"Bad Gateway", Answer("http 502")),
         (500, b'{"error":"no"}', Answer("http 500")),
         (302, b"{}", Answer("http 302")),
+        # Nothing that a terminal would obey comes through, and nothing of any length.
+        (200, b'{"worker":"\\u001b[31mred","job_id":"\\u009b1"}', Answer(None, "?1", "?[31mred")),
+        (500, b'{"error":{"code":"\\u0007bell"}}', Answer("http 500 ?bell")),
+        (200, b'{"worker":"%b"}' % (b"w" * 500), Answer(None, None, "w" * 128)),
     ]
     for status, body, expected in cases:
         assert read_answer(status, body) == expected
 
 
+def test_names_without_an_end_do_not_fill_the_report() -> None:
+    """A target may name every answer anew; what is beyond fifty names is counted together."""
+    report = report_of([(1.0, Answer(None, worker=f"w{number}")) for number in range(80)] * 2)
+    assert len(report.workers) == 50
+    assert report.workers["others"] == 62
+    assert sum(report.workers.values()) == 160
+
+
+def test_of_each_generator_the_last_word_says_what_is_in_flight() -> None:
+    """One that speaks twice in a breath, at its end, is not counted twice; one that is late is not left out."""
+    moments = [Moment(0.75, 50), Moment(1.0, 50), Moment(1.05, 7), Moment(0.8, 9, part=1)]
+    assert [second.in_flight for second in over_time(moments)] == [7 + 9]
+
+
 def test_the_run_over_time_is_in_seconds_and_never_in_too_many_parts() -> None:
     """Moments of two generators fall into the same second; a long run gets wider parts."""
-    moments = [Moment(1.01, 3, 5, 1, [10.0, 30.0]), Moment(1.02, 4, 5, 0, [20.0]), Moment(1.6, 2, 1, 0, [5.0])]
+    moments = [Moment(1.01, 3, 5, 1, [10.0, 30.0]), Moment(1.02, 4, 5, 0, [20.0], 1), Moment(1.6, 2, 1, 0, [5.0])]
     first, second = over_time(moments)
     assert (first.at_s, first.sent, first.successful, first.failed, first.in_flight) == (0, 10, 3, 1, 7)
     assert (first.p50_ms, first.max_ms) == (20.0, 30.0)
-    assert (second.at_s, second.sent, second.in_flight) == (1, 1, 2)
+    assert (second.at_s, second.sent, second.in_flight) == (1, 1, 2 + 4)
     long = over_time([Moment(float(at_s), 0, 1) for at_s in range(1, 1001)], most=100)
     assert len(long) <= 101
     assert sum(part.sent for part in long) == 1000

@@ -78,8 +78,9 @@ def test_the_last_second_is_shown_over_all_generators() -> None:
     """Older moments are forgotten; totals are not."""
     now = Now()
     for at_s in (0.25, 0.5, 0.75, 1.0, 1.25):
-        for late_s in (0.0, 0.01):
-            now.add(Moment(at_s + late_s, 2, 3, 1, [10.0, 20.0]))
+        for part, late_s in enumerate((0.0, 0.01)):
+            now.add(Moment(at_s + late_s, 2, 3, 1, [10.0, 20.0], part))
+    now.add(Moment(1.3, 2))  # the same generator once more, at once
     assert (now.in_flight, now.ended, now.failed) == (4, 30, 10)
     assert now.rate == pytest.approx(16, abs=0.1)
     assert (now.percentile_ms(500), now.percentile_ms(990)) == (10.0, 20.0)

@@ -53,5 +53,5 @@ def test_tallies_that_are_put_together_are_as_one(run: list[tuple[float, str | N
 
 def test_moments_travel_whole() -> None:
     """Latencies as four bytes each."""
-    moment = Moment(1.5, 2, 3, 4, [0.5, 1024.25])
+    moment = Moment(1.5, 2, 3, 4, [0.5, 1024.25], 1)
     assert Moment.from_wire(orjson.loads(orjson.dumps(moment.to_wire()))) == moment
