@@ -220,8 +220,8 @@ def test_a_target_that_dies_on_the_way_is_reported_by_kind(target: str) -> None:
         with listener:
             listener.accept()[0].close()  # the look whether anybody listens
             first, _ = listener.accept()
-            with first:
-                assert first.recv(1)
+        with first:  # only now: else the next connection might be made before nobody listens any more
+            assert first.recv(1)
         written, _ = process.communicate()
     assert json.loads(written)["errors"] == {"connection lost": 1, "no connection": 1}
 
@@ -254,7 +254,14 @@ def test_whatever_a_target_writes_the_run_ends_and_says_so(
     with rude_target(answer, closes=closes) as url:
         ended = loadtest("--url", url, "-n", "6", "-c", "2", "--quiet", "--json")
     assert (ended.returncode, ended.stderr) == (1 if errors else 0, "")
-    assert json.loads(ended.stdout)["errors"] == errors
+    found = json.loads(ended.stdout)["errors"]
+    if answer is None:  # a reset may come before the connection is there for us, or after
+        found = {
+            "connection lost": sum(
+                count for kind, count in found.items() if kind in {"no connection", "connection lost"}
+            )
+        }
+    assert found == errors
 
 
 async def test_who_stands_in_line_does_not_wait_for_a_target_that_has_gone() -> None:
