@@ -49,6 +49,7 @@ WORDS: Final = {
     "llm": "-m stages llm",
     "aggregator": "-m stages aggregator",
     "webhook": "-m stages webhook",
+    "recorder": "-m stages recorder",
     "gateway": "-m gateway",
     "redis": "redis.sock",
 }
