@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Final, Literal, Self
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from pipeline.errors import MalformedEntry
 from pipeline.job import Job, Json, Priority
@@ -22,6 +22,14 @@ ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Metadata = dict[Annotated[str, StringConstraints(max_length=128)], str | int | float | bool | None]
 
 
+def _stripped(text: str) -> str:
+    """Return *text* without blanks around it; its length was bounded with them, as the description says."""
+    text = text.strip()
+    if not text:
+        raise ValueError("String should have at least 1 character")
+    return text
+
+
 class Payload(BaseModel):
     """What a sender asks for: unknown fields are refused, by name."""
 
@@ -31,7 +39,7 @@ class Payload(BaseModel):
 class QueryPayload(Payload):
     """A question to be answered from the indexed documents."""
 
-    query: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_QUERY_CHARS)]
+    query: Annotated[str, StringConstraints(min_length=1, max_length=MAX_QUERY_CHARS), AfterValidator(_stripped)]
     top_k: int | None = Field(None, ge=1, le=50, description="sources to use; the retriever's setting when absent")
     model: ModelName | None = Field(None, description="model name sent to the replica; the llm setting when absent")
     metadata: Metadata | None = Field(None, description="returned with the answer, unread", max_length=64)

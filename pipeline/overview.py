@@ -243,10 +243,12 @@ async def _workers(link: Link, now_ms: int) -> tuple[list[WorkerView], int]:
     for name, record in zip(seen_ms, records, strict=True):
         if record:
             body: dict[str, Any] = orjson.loads(record)
+            stages = body["stages"]  # first: what is no record at all has no such part, and that is a known trouble
             loops: dict[str, str | None] = body.get("loops", {})
-            stages = body["stages"] | loops
             views.append(
-                WorkerView(name, body["worker"], stages, body["host"], body["pid"], body["metrics"], tuple(loops))
+                WorkerView(
+                    name, body["worker"], stages | loops, body["host"], body["pid"], body["metrics"], tuple(loops)
+                )
             )
         elif now_ms - seen_ms[name] < LAPSED_WITHIN_S * 1000:
             lapsed += 1

@@ -57,12 +57,12 @@ class Net:
 class Container:
     """One service as a process."""
 
-    def __init__(self, name: str, service: dict[str, Any], net: Net) -> None:
+    def __init__(self, name: str, service: dict[str, Any], net: Net, **changed: str) -> None:
         self.name = name
         self._service = service
         self._net = net
         given = {key: net.seen_by(name, value) for key, value in service.get("environment", {}).items()}
-        self._environ = clean_environment(**given)
+        self._environ = clean_environment(**given | changed)
 
     async def start(self, log: Path) -> None:
         words = [self._net.seen_by(self.name, word) for word in self._service["command"]]
@@ -121,8 +121,8 @@ async def composed(folder: Path) -> AsyncIterator[tuple[dict[str, Container], Ne
         stack.enter_context(qdrant_in_small(net.ports["qdrant", "6333"]))
         running: dict[str, Container] = {}
         for name, service in compose.ours(services).items():
-            changed: dict[str, str | None] = {}
-            if "DATABASE_URL" in service.get("environment", {}):
+            changed = {}
+            if "DATABASE_URL" in service.get("environment", {}):  # PostgreSQL is tried in tests/history
                 changed["DATABASE_URL"] = f"sqlite:///{folder}/history.db"
             running[name] = Container(name, service, net, **changed)
             await running[name].start(folder / f"{name}.log")

@@ -6,12 +6,15 @@ import asyncio
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
 
 from tests.conftest import wait_until
 from tests.whole.system import END_S, Outside, System, penstock
+
+WORKERS = ("encoder", "retriever", "llm", "aggregator", "webhook", "recorder")
 
 
 async def test_one_command_answers_the_first_question() -> None:
@@ -27,20 +30,19 @@ async def test_one_command_answers_the_first_question() -> None:
 
 
 async def test_status_shows_workers_streams_and_replicas(whole: Outside) -> None:
-    """Everything that runs, for scripts."""
+    """Everything that runs, for scripts; the recorder starts after `ready` was said."""
     await whole.ask()
-    code, out, _ = await penstock("status", "--data-dir", str(whole.system.data_dir), "--json")
-    assert code == 0
-    found = orjson.loads(out)
-    assert {stage for worker in found["workers"] for stage in worker["stages"]} == {
-        "encoder",
-        "retriever",
-        "llm",
-        "webhook",
-    }
-    assert {worker["pid"] for worker in found["workers"]} == {
-        whole.system.pid_of(stage) for stage in ("encoder", "retriever", "llm", "webhook")
-    }
+    found: dict[str, Any] = {}
+
+    async def all_are_shown() -> bool:
+        code, out, _ = await penstock("status", "--data-dir", str(whole.system.data_dir), "--json")
+        assert code == 0
+        found.update(orjson.loads(out))
+        return len(found["workers"]) == len(WORKERS)
+
+    await wait_until(all_are_shown, timeout_s=END_S)
+    assert {stage for worker in found["workers"] for stage in worker["stages"]} == set(WORKERS)
+    assert {worker["pid"] for worker in found["workers"]} == {whole.system.pid_of(stage) for stage in WORKERS}
     assert {stream["stream"] for stream in found["streams"]} >= {"job:encoder_in", "job:retriever_in", "job:llm_in"}
     assert {replica["url"] for replica in found["replicas"]} == set(whole.system.replicas)
     assert (found["live_jobs"], found["delayed"]) == (0, 0)
