@@ -24,8 +24,10 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Final, Self
 
+import aiosqlite
 import asyncpg
 import orjson
 import sqlalchemy as sa
@@ -303,9 +305,10 @@ KINDS: Final[dict[str, Kind]] = {
 class Records:
     """The database; connects when it is first asked."""
 
-    def __init__(self, engine: AsyncEngine, timeout_s: float) -> None:
+    def __init__(self, engine: AsyncEngine, timeout_s: float, threads: set[Thread]) -> None:
         self.engine = engine
         self._timeout_s = timeout_s
+        self._threads = threads  # of SQLite's connections, as they are made
         self._upserts: dict[str, sa.Executable] = {}
 
     @classmethod
@@ -315,11 +318,18 @@ class Records:
         Args:
             timeout_s: for one transaction, or one answer.
         """
-        return cls(_make_engine(url, timeout_s), timeout_s)
+        threads: set[Thread] = set()
+        return cls(_make_engine(url, timeout_s, threads), timeout_s, threads)
 
     async def close(self) -> None:
-        """Close all connections."""
+        """Close all connections.
+
+        Each of SQLite's has a thread, which may still be at work for somebody who was cancelled or waited for too long.
+        It tells the event loop when it is done, so the loop must not be closed before.
+        """
         await self.engine.dispose()
+        for thread in [thread for thread in self._threads if thread.is_alive()]:
+            await asyncio.to_thread(thread.join, self._timeout_s)
 
     def __repr__(self) -> str:
         return f"<Records {self.engine.url.render_as_string(hide_password=True)}>"
@@ -580,13 +590,23 @@ def _read(cursor: str) -> tuple[int, str]:
     return number, text
 
 
-def _make_engine(url: str, timeout_s: float) -> AsyncEngine:
+def _make_engine(url: str, timeout_s: float, threads: set[Thread]) -> AsyncEngine:
+    """Return the engine for *url*; *threads* gets those of SQLite's connections."""
     address = sa.make_url(url)
     common: dict[str, Any] = {"json_serializer": _dump, "json_deserializer": orjson.loads}
     if address.get_backend_name() == "sqlite":
         # A connection waits its turn for the file as long as one answer may take.
         address = address.set(drivername="sqlite+aiosqlite")
-        engine = create_async_engine(address, connect_args={"timeout": timeout_s}, **common)
+
+        def connect(*args: Any, **options: Any) -> aiosqlite.Connection:
+            connection = aiosqlite.connect(*args, **options)
+            threads.difference_update([thread for thread in threads if not thread.is_alive()])
+            threads.add(connection._thread)  # noqa: SLF001 - nobody else can wait for it
+            connection._thread.daemon = True  # noqa: SLF001 - as SQLAlchemy has it
+            return connection
+
+        arguments = {"timeout": timeout_s, "async_creator_fn": connect}
+        engine = create_async_engine(address, connect_args=arguments, **common)
         sa.event.listen(engine.sync_engine, "connect", _prepare_sqlite)
         return engine
     query = dict(address.query)

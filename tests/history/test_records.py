@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+import threading
 from collections.abc import Sequence
+from contextlib import closing
 from itertools import pairwise
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -17,6 +21,7 @@ from hypothesis import strategies as st
 from pipeline.errors import HistoryUnavailable, MalformedCursor, MalformedEntry, Reject
 from pipeline.job import Completion, new_id
 from pipeline.records import KINDS, METADATA, Event, Records
+from tests.conftest import wait_until
 
 QUESTION = {"batch_id": "b1", "queue_id": "q1", "position": 0, "prompt": "why?", "created_ms": 1_000}
 
@@ -339,3 +344,24 @@ def test_every_column_has_a_rule() -> None:
     for kind in KINDS.values():
         for column in kind.table.columns:
             assert column.primary_key or column.info["rule"] in {"first", "latest"}, column
+
+
+async def test_closing_waits_for_the_thread_of_somebody_who_was_cancelled(tmp_path: Path) -> None:
+    """SQLite waits for a lock in a thread that cannot be cancelled, and which tells the event loop when it is done."""
+    file = tmp_path / "history.db"
+    records = Records.open(f"sqlite:///{file}")
+    await records.upgrade()
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        writing = asyncio.create_task(records.apply([asked("m1")]))
+        await wait_until(_threads_of_sqlite)
+        writing.cancel()
+        asyncio.get_running_loop().call_later(0.3, other.execute, "ROLLBACK")
+        await records.close()
+    assert not _threads_of_sqlite()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+
+
+def _threads_of_sqlite() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if "_connection_worker_thread" in thread.name]
