@@ -353,8 +353,10 @@ async def test_closing_waits_for_the_thread_of_somebody_who_was_cancelled(tmp_pa
     await records.upgrade()
     with closing(sqlite3.connect(file, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
+        began: list[bool] = []
+        sa.event.listen(records.engine.sync_engine, "before_cursor_execute", lambda *_: began.append(True))
         writing = asyncio.create_task(records.apply([asked("m1")]))
-        await wait_until(_threads_of_sqlite)
+        await wait_until(lambda: began)
         writing.cancel()
         asyncio.get_running_loop().call_later(0.3, other.execute, "ROLLBACK")
         await records.close()
