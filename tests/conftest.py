@@ -70,6 +70,7 @@ def short_settings(server: RedisServer) -> Settings:
     return load(
         {
             "REDIS_URL": server.url,
+            "PENSTOCK_REDIS__CONNECT_TIMEOUT_S": "10",  # a loaded machine may stand still for longer than the default
             "PENSTOCK_WORKER__LEASE_S": "1",
             "PENSTOCK_WORKER__DRAIN_S": "2",
             "PENSTOCK_RETRY__BASE_S": "0.02",

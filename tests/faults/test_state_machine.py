@@ -52,6 +52,8 @@ EXAMPLES = int(os.environ.get("TEST_MACHINE_EXAMPLES", "0"))
 FAR_MS = 3_600_000
 LONG_MS = 600_000
 """Leases that last longer than any run of the machine: they lapse when a rule lets them."""
+PATIENCE_S = 60.0
+"""No step is about a Redis that does not answer: a machine that stands still for a second is waited for."""
 MOST_HANDS = 3
 REMEMBERED = 6
 """Entries that a consumer let go of and may try to settle once more."""
@@ -119,7 +121,10 @@ class Machine(RuleBasedStateMachine):
     def __init__(self, server: RedisServer) -> None:
         super().__init__()
         self.settings: Settings = changed(
-            short_settings(server), worker={"completion_ttl_s": 3_600.0}, dead={"max_letters": MOST_LETTERS}
+            short_settings(server),
+            worker={"completion_ttl_s": 3_600.0},
+            dead={"max_letters": MOST_LETTERS},
+            redis={"connect_timeout_s": PATIENCE_S, "reply_timeout_s": PATIENCE_S},
         )
         self.runner = asyncio.Runner()
         self.link = Link(self.settings.redis, "machine")
