@@ -93,12 +93,17 @@ async def unbounded_keys(connection: Link) -> list[str]:
 async def wait_until(
     condition: Callable[[], Awaitable[object] | object], *, timeout_s: float = 10.0, every_s: float = 0.01
 ) -> None:
-    """Wait until *condition* holds; fail loudly when it does not."""
-    async with asyncio.timeout(timeout_s):
-        while True:
+    """Wait until *condition* holds; fail loudly when it does not.
+
+    The clock is looked at between two looks, too: the one cancellation of `asyncio.timeout` may get lost in what the
+    condition calls (redis-py 8.1 loses it now and then), and this would go on for ever.
+    """
+    async with asyncio.timeout(timeout_s) as limit:
+        while not limit.expired():
             held = condition()
             if isinstance(held, Awaitable):
                 held = await held
             if held:
                 return
             await asyncio.sleep(every_s)
+        raise TimeoutError
