@@ -9,10 +9,14 @@ import typer
 
 
 def loadtest(
+    context: typer.Context,
     url: Annotated[str, typer.Option(help="The target; requests go to --path under it.")] = "http://127.0.0.1:8000",
     concurrency: Annotated[
-        int, typer.Option("--concurrency", "-c", envvar="LT_CONCURRENCY", help="Closed loop: requests in flight.")
-    ] = 50,
+        int | None,
+        typer.Option(
+            "--concurrency", "-c", envvar="LT_CONCURRENCY", help="Closed loop: requests in flight.", show_default="50"
+        ),
+    ] = None,
     requests: Annotated[
         int | None, typer.Option("--requests", "-n", help="End after so many requests; 500 without --duration.")
     ] = None,
@@ -61,6 +65,9 @@ def loadtest(
     from loadtest.saturate import check_alone, read_bounds, search
 
     outputs = Outputs(json, json_file, html, quiet)
+    source = context.get_parameter_source("concurrency")
+    if source is not None and source.name == "ENVIRONMENT" and (rate is not None or saturate is not None):
+        concurrency = None  # the variable is the default of closed loops, and stands in the way of no open one
     try:
         low, high = (None, None) if saturate is None else read_bounds(saturate)
         if saturate is not None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 MOST: Final = 10**9  # of whatever is counted
 MOST_S: Final = 10**7  # four months
 MOST_PER_S: Final = 10**6
+DEFAULT_CONCURRENCY: Final = 50
 DEFAULT_REQUESTS: Final = 500
 DEFAULT_OPEN_S: Final = 30.0
 MAX_CONNECTIONS: Final = 10_000  # where nothing else is said; a third of the ports that Linux has by default
@@ -28,7 +29,7 @@ class LoadOptions:
 
     Args:
         url: base of the target, http or https.
-        concurrency: requests in flight in a closed loop.
+        concurrency: requests in flight in a closed loop; None: DEFAULT_CONCURRENCY.
         requests: end after so many; and
         duration_s: start none after so long; whichever comes first. Neither: DEFAULT_REQUESTS in a closed loop,
             DEFAULT_OPEN_S in an open one.
@@ -49,7 +50,7 @@ class LoadOptions:
     """
 
     url: str = "http://127.0.0.1:8000"
-    concurrency: int = 50
+    concurrency: int | None = None
     requests: int | None = None
     duration_s: float | None = None
     questions: Path | None = None
@@ -94,7 +95,7 @@ class LoadOptions:
             if value is not None and not 0 < value <= most:
                 raise ValueError(f"{name} must be above 0 {unit} and at most {most:,}, not {value:g}")
         self._check_open_loop()
-        least = self.concurrency if self.rate is None else self.connections or MAX_CONNECTIONS
+        least = self.clients if self.rate is None else self.connections or MAX_CONNECTIONS
         if self.processes > least:
             raise ValueError(f"{self.processes} processes cannot share {least} connections: lower --processes")
         object.__setattr__(self, "clauses", () if self.slo is None else parse(self.slo))
@@ -114,6 +115,12 @@ class LoadOptions:
                 if is_given:
                     raise ValueError(f"{name} belongs to an open loop: give --rate with it")
             return
+        if self.concurrency is not None:
+            # It is no bound of an open loop: whoever meant wrk2's connections or k6's maxVUs has --connections.
+            raise ValueError(
+                "concurrency belongs to a closed loop: leave it out with --rate and --saturate, "
+                "where --connections bounds what is open"
+            )
         if self.pace not in ("constant", "poisson"):
             raise ValueError(f"arrivals must be constant or poisson, not {self.pace!r}")
         if self.ramp_from is not None:
@@ -134,6 +141,13 @@ class LoadOptions:
         return Plan(self.rate, duration_s, self.pace, self.ramp_from, self.requests, self.seed)
 
     @property
+    def clients(self) -> int:
+        """Requests in flight of a closed loop; none are kept in an open one."""
+        if self.rate is not None:
+            return 0
+        return DEFAULT_CONCURRENCY if self.concurrency is None else self.concurrency
+
+    @property
     def closed_count(self) -> int | None:
         """Requests of a closed loop; None: until its time is over."""
         has_end = self.requests is not None or self.duration_s is not None
@@ -143,7 +157,7 @@ class LoadOptions:
     def most_connections(self) -> int:
         """How many connections are open at most, over all processes."""
         if self.rate is None:
-            return self.concurrency
+            return self.clients
         if self.connections is not None:
             return self.connections
         fastest = max(self.rate, self.ramp_from or 0.0)

@@ -199,7 +199,7 @@ def orders_of(options: LoadOptions, host: str, connections: int) -> list[Orders]
             part=part,
             parts=parts,
             plan=options.plan,
-            clients=_share(options.concurrency, part, parts),
+            clients=_share(options.clients, part, parts),
             count=options.closed_count,
             duration_s=options.duration_s,
         )

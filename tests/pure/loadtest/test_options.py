@@ -24,6 +24,7 @@ from loadtest.questions import BUILT_IN, read_questions
         ({"rate": 1e308}, "rate must be above 0 requests per second and at most 1,000,000"),
         ({"timeout_s": 1e308}, "timeout must be above 0 seconds and at most"),
         ({"concurrency": 0}, "concurrency must be at least 1"),
+        ({"concurrency": 50, "rate": 5.0}, "concurrency belongs to a closed loop: leave it out with --rate"),
         ({"requests": 0}, "requests must be at least 1"),
         ({"duration_s": 0.0}, "duration must be above 0"),
         ({"timeout_s": float("nan")}, "timeout must be above 0"),
