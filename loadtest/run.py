@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from loadtest.target import Address
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
-_REACH_S: Final = 0.6  # with the start of the interpreter, a silent target is reported within a second
+REACH_S: Final = 0.6  # with the start of the interpreter, a silent target is reported within a second
 
 
 class Unreachable(Exception):
@@ -214,7 +214,7 @@ async def reach(address: Address, url: str) -> str:
         Unreachable: none does; the message says why.
     """
     try:
-        async with asyncio.timeout(_REACH_S):
+        async with asyncio.timeout(REACH_S):
             _, writer = await asyncio.open_connection(address.host, address.port)
     except OSError as error:  # TimeoutError is one
         why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or "no answer"

@@ -9,16 +9,22 @@ import subprocess
 import sys
 import urllib.request
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from loadtest.generator import Generator, Orders
 from loadtest.report import percentile
+from loadtest.target import Address
 from tests.loadtest.conftest import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+PERCENTILES = ((500, "p50"), (900, "p90"), (950, "p95"), (990, "p99"))
+ROUNDED = 0.999  # to the digits of a histogram
 
 
 @contextmanager
@@ -48,27 +54,61 @@ def what_it_did(url: str) -> dict[str, Any]:
     return did
 
 
-def test_an_open_loop_sees_a_stall_that_a_closed_loop_misses() -> None:
-    """A request planned u seconds into a stall of D waits D - u, so the P99 of a run of T seconds is D - T / 100."""
-    lasting_s = 4.0
-    with plain_target(stall_after_s=1.0, stall_s=2.0) as url:
-        seen = loadtest("--url", url, "--rate", "200", "-d", f"{lasting_s}", "--max-lag", "1000")
-        expected_ms = (what_it_did(url)["stalled_s"] - lasting_s / 100) * 1000
-    assert seen["latency_ms"]["p99"] == pytest.approx(expected_ms, rel=0.02)
-    with plain_target(stall_after_s=0.2, stall_s=1.0) as url:
-        closed = loadtest("--url", url, "-c", "2", "-d", "3")
-    assert closed["latency_ms"]["max"] >= 900
-    assert closed["latency_ms"]["p99"] < 500
+def test_an_open_loop_sees_a_stall_that_a_closed_loop_misses(tmp_path: Path) -> None:
+    """A request planned u seconds into a stall of D waits D - u, so the P99 of a run of T seconds is D - T / 100.
+
+    On a busy machine requests wait longer, but each at least from its planned instant until the server answers it. None
+    comes before its instant, so the run began no later than the earliest of them says.
+    """
+    rate, total, stall_s = 200, 800, 2.0
+    file = tmp_path / "numbers.txt"
+    file.write_text("\n".join(str(n) for n in range(total)))
+    with plain_target(stall_at=rate, stall_s=stall_s) as url:
+        arguments = ("--rate", f"{rate}", "-n", f"{total}", "--questions", str(file), "--max-lag", "1000")
+        seen = loadtest("--url", url, *arguments, code=None)
+        did = what_it_did(url)
+    planned_s = [int(question) / rate for question in did["questions"]]
+    began_s = min(came_s - at_s for came_s, at_s in zip(did["came_s"], planned_s, strict=True))
+    waits_ms = sorted(
+        (ended_s - began_s - at_s) * 1000 for ended_s, at_s in zip(did["ended_s"], planned_s, strict=True)
+    )
+    assert seen["total"] == len(waits_ms) == total
+    assert percentile(waits_ms, 990) > 0.9 * stall_s * 1000
+    for per_mille, name in PERCENTILES:
+        assert seen["latency_ms"][name] >= percentile(waits_ms, per_mille) * ROUNDED
+    with plain_target(stall_at=100, stall_s=1.0) as url:
+        closed = loadtest("--url", url, "-c", "2", "-n", "1000")
+        stalled_ms = what_it_did(url)["stalled_s"] * 1000
+    assert closed["latency_ms"]["max"] >= stalled_ms
+    assert closed["latency_ms"]["p99"] < stalled_ms
 
 
 def test_percentiles_are_those_that_the_server_had() -> None:
-    """Against answers of a known distribution every percentile is within one per cent of the server's own record."""
+    """Against answers of a known distribution every percentile is the server's own, and what the way there took.
+
+    What the load tester measures of a request holds what the server measured of it, so that each of the sorted spans is
+    at least the server's. All that they are longer by is the difference of the sums: little on a quiet machine.
+    """
     with plain_target(median_s=0.3, sigma=0.5) as url:
-        report = loadtest("--url", url, "--rate", "150", "-d", "2.5", "--max-lag", "1000")
+        report = loadtest("--url", url, "--rate", "150", "-d", "2.5", "--max-lag", "1000", code=None)
         spans = sorted(what_it_did(url)["spans_ms"])
     assert report["total"] == len(spans)
-    for per_mille, name in ((500, "p50"), (900, "p90"), (950, "p95"), (990, "p99")):
-        assert report["service_ms"][name] == pytest.approx(percentile(spans, per_mille), rel=0.01)
+    added_ms = report["service_ms"]["average"] * len(spans) - sum(spans)
+    assert added_ms > 0
+    for per_mille, name in PERCENTILES:
+        its_own_ms, seen_ms = percentile(spans, per_mille), report["service_ms"][name]
+        assert its_own_ms * ROUNDED <= seen_ms <= (its_own_ms + added_ms) / ROUNDED
+
+
+async def test_a_closed_loop_begins_not_before_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop's timers may ring early: here each does, by a clock that goes on only when somebody looks."""
+    start_s, looks = 100.0, count()
+    monkeypatch.setattr("loadtest.generator.perf_counter", lambda: start_s - 0.002 + next(looks) * 0.0001)
+    told: list[dict[str, Any]] = []
+    address = Address.of("http://127.0.0.1:1")  # nothing is sent: a run of no requests ends as it begins
+    orders = Orders("127.0.0.1", address, [], 1, 1.0, 1.0, None, part=0, parts=1, clients=1, count=0)
+    ended = await Generator(orders, start_s, told.append).run()
+    assert ended["ended_s"] > start_s
 
 
 def test_generators_together_send_the_whole_plan_once(tmp_path: Path) -> None:
@@ -108,11 +148,11 @@ def test_a_run_that_sent_late_is_invalid() -> None:
 
 def test_waiting_for_a_connection_is_the_load_testers_own_lag() -> None:
     """With one connection and answers of a tenth of a second most arrivals stand in line, which is not held against the
-    server: its service time stays what it is."""
+    server: its service times, one after the other, fit into the run."""
     with plain_target(median_s=0.1, sigma=0.0) as url:
         report = loadtest("--url", url, "--rate", "100", "-n", "10", "--connections", "1", code=3)
     assert report["lag_ms"]["max"] > 500
-    assert report["service_ms"]["max"] < report["lag_ms"]["max"]
+    assert report["service_ms"]["average"] * 10 <= report["duration_s"] * 1000
     assert report["latency_ms"]["max"] > 850
 
 
