@@ -11,7 +11,6 @@ records that go by themselves; one script then makes jobs of all of them. What w
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -21,15 +20,13 @@ import orjson
 
 from pipeline import flows, keys, scripts
 from pipeline.clock import Clock, monotonic_us
-from pipeline.connection import Argument, Backoff, Link, OutOfMemory
+from pipeline.connection import Argument, Backoff, Link, OutOfMemory, within
 from pipeline.errors import BrokerUnavailable, IdempotencyMismatch, Overloaded
 from pipeline.job import Job, Json, Priority, new_id
 
 if TYPE_CHECKING:
     from pipeline.settings import Settings
 
-ANSWER_WITHIN_S: Final = 0.9
-"""With Redis away a client hears 503 within a second."""
 AT_ONCE: Final = 100
 """Members that one script takes: about 2 ms during which Redis serves nobody else."""
 AT_ONCE_BYTES: Final = 1 << 20
@@ -223,30 +220,26 @@ class Batches:
         args: list[Argument] = [plan.batch_id, STAGED_FOR_MS, plan.stream, plan.order.tenant, plan.deadline_ms]
         for member in portion:
             args += member
-        await self._insist(scripts.STAGE, args)
+        await within(self._insist(scripts.STAGE, args))
 
     async def _commit(self, args: Sequence[Argument]) -> tuple[str, str]:
-        reply = await self._insist(scripts.BATCH, args)
+        reply = await within(self._insist(scripts.BATCH, args))
         return reply[1].decode(), reply[2].decode()
 
     async def _insist(self, script: scripts.Script, args: Sequence[Argument]) -> Any:
-        """Run a script that may be sent again, until it answers or a client would wait too long."""
+        """Run a script that may be sent again, until it answers."""
         backoff = Backoff(self._settings.redis.reconnect_cap_s)
-        try:
-            async with asyncio.timeout(ANSWER_WITHIN_S):
-                while True:
-                    try:
-                        sent_us = monotonic_us()
-                        reply = await self._link.run(script, (), args)
-                    except BrokerUnavailable as error:
-                        await backoff.failed(error)
-                    else:
-                        self._clock.observe(int(reply[0]), sent_us)
-                        return reply
-        except TimeoutError as error:
-            raise BrokerUnavailable("Redis does not answer", unknown=True) from error
-        except OutOfMemory as error:
-            raise Overloaded("Redis is out of memory; try again later") from error
+        while True:
+            try:
+                sent_us = monotonic_us()
+                reply = await self._link.run(script, (), args)
+            except BrokerUnavailable as error:
+                await backoff.failed(error)
+            except OutOfMemory as error:
+                raise Overloaded("Redis is out of memory; try again later") from error
+            else:
+                self._clock.observe(int(reply[0]), sent_us)
+                return reply
 
     def _commit_arguments(
         self, plan: _Plan, key: str, body_hash: str, key_ttl_s: float, in_flight_limit: int | None
@@ -293,7 +286,7 @@ class Batches:
     async def standing(self, batch_id: str, tenant: str) -> Standing | None:
         """Return how a batch stands; None when Redis does not know it, or not of this tenant."""
         names = ("tenant", "queue", "status", "req.count", "res.count", "failed.count", "created_ms", "closed_ms")
-        found = await self._within(self._link.call("HMGET", keys.BATCH + batch_id, *names))
+        found = await within(self._link.call("HMGET", keys.BATCH + batch_id, *names))
         if found[0] is None or found[0].decode() != tenant:
             return None
         texts = [value.decode() if value is not None else "" for value in found]
@@ -306,27 +299,27 @@ class Batches:
 
     async def _has_begun(self, batch_id: str) -> bool:
         """Say whether the first member is in somebody's hands: the first in a batch begins first."""
-        portion = await self._within(self.gather(batch_id, 0, 1))
+        portion = await within(self.gather(batch_id, 0, 1))
         return portion is not None and any(member.state == "running" for member in portion.members)
 
     async def members(self, batch_id: str, first: int, most: int) -> list[Member] | None:
         """Return members in order; None when Redis does not know the batch."""
-        portion: Portion | None = await self._within(self.gather(batch_id, first, most))
+        portion: Portion | None = await within(self.gather(batch_id, first, most))
         return None if portion is None else portion.members
 
     async def member_ids(self, batch_id: str) -> list[str]:
         """Return the ids of all members, in order."""
-        found = await self._within(self._link.call("LRANGE", keys.BATCH_MEMBERS + batch_id, 0, -1))
+        found = await within(self._link.call("LRANGE", keys.BATCH_MEMBERS + batch_id, 0, -1))
         return [member.decode() for member in found]
 
     async def results(self, batch_id: str) -> bytes | None:
         """Return the text that the aggregator wrote; None while there is none."""
-        text: bytes | None = await self._within(self._link.call("GET", keys.BATCH_RESULTS + batch_id))
+        text: bytes | None = await within(self._link.call("GET", keys.BATCH_RESULTS + batch_id))
         return text
 
     async def message(self, message_id: str, tenant: str) -> Json | None:
         """Return how a message stands; None when Redis does not know it, or not of this tenant."""
-        reply = await self._within(self._link.run(scripts.MESSAGE, (), (message_id,)))
+        reply = await within(self._link.run(scripts.MESSAGE, (), (message_id,)))
         if not reply or reply[1].decode() != tenant:
             return None
         text, _, state, batch_id, queue_id, created_ms = (part.decode() for part in reply)
@@ -340,7 +333,7 @@ class Batches:
         """Return a queue's defaults: empty ones of a queue that nobody has set up."""
         names = Queue.__slots__
         key = keys.QUEUE + keys.of_tenant(tenant, queue_id)
-        found = await self._within(self._link.call("HMGET", key, *names))
+        found = await within(self._link.call("HMGET", key, *names))
         return Queue(*(value.decode() if value is not None else None for value in found))
 
     async def set_queue(self, tenant: str, queue_id: str, queue: Queue) -> None:
@@ -348,14 +341,7 @@ class Batches:
         args: list[Argument] = [keys.of_tenant(tenant, queue_id), queue_id, tenant, orjson.dumps(_given(queue))]
         for name in Queue.__slots__:
             args += [name, getattr(queue, name) or ""]
-        await self._within(self._link.run(scripts.QUEUE, (), args))
-
-    async def _within(self, call: Any) -> Any:
-        try:
-            async with asyncio.timeout(ANSWER_WITHIN_S):
-                return await call
-        except TimeoutError as error:
-            raise BrokerUnavailable("Redis does not answer", unknown=True) from error
+        await within(self._link.run(scripts.QUEUE, (), args))
 
     def __repr__(self) -> str:
         return f"<Batches over {self._link.name}>"

@@ -9,8 +9,8 @@ time, is closed when a call is cancelled or times out, and says whether the comm
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import hiredis
 import structlog
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+A = TypeVar("A")
+
 Argument = str | bytes | int | float
 
 _NOT_NOW: Final = ("LOADING", "READONLY", "BUSY ", "MASTERDOWN", "CLUSTERDOWN", "MISCONF", "TRYAGAIN", "NOREPLICAS")
@@ -44,6 +46,9 @@ _NOT_NOW_ERRORS: Final = (
     redis_errors.TryAgainError,
 )
 """The same where redis-py has a class for it: it takes the word away from the text."""
+
+ANSWER_WITHIN_S: Final = 0.9
+"""With Redis away a gateway's client hears 503 within a second."""
 
 _PING_EVERY_S: Final = 1.0
 """A subscription silent for so long is probed: hints are missed no longer than this and one reply's time-out."""
@@ -307,6 +312,19 @@ class Backoff:
 def reconnect_delay_s(failures: int, cap_s: float) -> float:
     """Return the wait before connection attempt number *failures* + 1, in seconds."""
     return float(min(cap_s, 0.02 * 2.0 ** min(failures, 10)))
+
+
+async def within(call: Awaitable[A]) -> A:
+    """Return what *call* brings, where somebody at a gateway waits for it.
+
+    Raises:
+        BrokerUnavailable: nothing came within ANSWER_WITHIN_S; what was asked for may have been done.
+    """
+    try:
+        async with asyncio.timeout(ANSWER_WITHIN_S):
+            return await call
+    except TimeoutError as error:
+        raise BrokerUnavailable("Redis does not answer", unknown=True) from error
 
 
 def parse_info(text: bytes) -> dict[str, str]:

@@ -23,7 +23,7 @@ from pipeline import flows, keys, scripts
 from pipeline.batches import AcceptedBatch, Batches, Order
 from pipeline.batching import Batcher
 from pipeline.clock import Clock, monotonic_us
-from pipeline.connection import Argument, Backoff, Link, Outage, OutOfMemory, parse_info
+from pipeline.connection import ANSWER_WITHIN_S, Argument, Backoff, Link, Outage, OutOfMemory, parse_info, within
 from pipeline.errors import (
     BrokerUnavailable,
     DeadlineExceeded,
@@ -46,8 +46,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-ANSWER_WITHIN_S: Final = 0.9
-"""With Redis away a client hears 503 within a second."""
 RESENDINGS: Final = 3
 """Of one batch of submits while Redis is away: about 0.15 s, for a restart of a connection, not of Redis."""
 SWEEP_EVERY_S: Final = 1.0
@@ -57,8 +55,8 @@ REPLY_STREAM_TTL_MS: Final = 60_000
 GRACE_S: Final = 3.0
 """How long after its deadline an outcome is waited for: whoever holds the job, or the next tick, writes it."""
 OVERVIEW_FOR_S: Final = 1.0
-LOOK_WITHIN_S: Final = 4.0  # Prometheus gives up after five, as deploy/prometheus says
 """Whoever asks within this time sees the same picture: however many ask, Redis is looked at once a second."""
+LOOK_WITHIN_S: Final = 4.0  # Prometheus gives up after five, as deploy/prometheus says
 REGISTERED_FOR_S: Final = 30.0
 """A replica that no llm worker has registered for so long is not leased to."""
 
@@ -170,7 +168,7 @@ class Front:
 
     async def __aenter__(self) -> Self:
         with suppress(BrokerUnavailable):  # then nothing is accepted until Redis was reached
-            await self._within(self._observe_clock())
+            await within(self._observe_clock())
         self._tasks = [
             asyncio.create_task(self._read_replies(), name="replies"),
             asyncio.create_task(self._sweep_forever(), name="sweep"),
@@ -526,17 +524,17 @@ class Front:
         Args:
             queue: what follows `queue:` in its key.
         """
-        found: Secrets = await self._within(self._webhooks.secrets(queue))
+        found: Secrets = await within(self._webhooks.secrets(queue))
         return found
 
     async def rotate_secret(self, queue: str) -> Secrets:
         """Give a queue another secret; the present one signs too for a day. Not to be sent again blindly."""
-        found: Secrets = await self._within(self._webhooks.rotate(queue))
+        found: Secrets = await within(self._webhooks.rotate(queue))
         return found
 
     async def idempotent_outcome(self, key: str) -> Completion | None:
         """Return the outcome kept with an Idempotency-Key, after the completion's own life has ended."""
-        text = await self._within(self._link.call("HGET", keys.IDEMPOTENCY + key, "outcome"))
+        text = await within(self._link.call("HGET", keys.IDEMPOTENCY + key, "outcome"))
         return Completion.decode(text) if text else None
 
     async def health(self) -> Health:
@@ -554,10 +552,10 @@ class Front:
 
     async def workers(self) -> list[tuple[str, dict[str, Any]]]:
         """Return the live consumers and what they say of themselves."""
-        names = [name.decode() for name in await self._within(self._link.call("ZRANGE", keys.WORKERS, 0, -1))]
+        names = [name.decode() for name in await within(self._link.call("ZRANGE", keys.WORKERS, 0, -1))]
         if not names:
             return []
-        values = await self._within(self._link.call("MGET", *[keys.WORKER + name for name in names]))
+        values = await within(self._link.call("MGET", *[keys.WORKER + name for name in names]))
         return [(name, orjson.loads(value)) for name, value in zip(names, values, strict=True) if value]
 
     async def overview(self) -> Overview:
@@ -601,7 +599,7 @@ class Front:
         Raises:
             BrokerUnavailable: Redis does not answer within a second.
         """
-        self.knows_api_keys = bool(await self._within(self._key_link.call("EXISTS", keys.API_KEYS)))
+        self.knows_api_keys = bool(await within(self._key_link.call("EXISTS", keys.API_KEYS)))
         return self.knows_api_keys
 
     async def enlist(self, record: bytes, ttl_s: float) -> None:
@@ -610,25 +608,18 @@ class Front:
 
     async def sign_off(self, record: bytes) -> None:
         """Say that the gateway of this record ends."""
-        await self._within(self._link.call("ZREM", keys.GATEWAYS, record))
+        await within(self._link.call("ZREM", keys.GATEWAYS, record))
 
     async def replica_loads(self) -> dict[str, int]:
         """Return the live leases of every registered replica."""
-        urls = list(read_registry(await self._within(self._link.call("HGETALL", keys.REPLICAS))))
+        urls = list(read_registry(await within(self._link.call("HGETALL", keys.REPLICAS))))
         if not urls:
             return {}
-        values = await self._within(self._link.call("MGET", *[keys.LOAD + url for url in urls]))
+        values = await within(self._link.call("MGET", *[keys.LOAD + url for url in urls]))
         return {url: int(number(value) or 0) for url, value in zip(urls, values, strict=True)}
 
     async def _ask(self, script: scripts.Script, args: Sequence[Argument]) -> Any:
-        return await self._within(self._link.run(script, (), args))
-
-    async def _within(self, call: Any) -> Any:
-        try:
-            async with asyncio.timeout(ANSWER_WITHIN_S):
-                return await call
-        except TimeoutError as error:
-            raise BrokerUnavailable("Redis does not answer", unknown=True) from error
+        return await within(self._link.run(script, (), args))
 
     def __repr__(self) -> str:
         return f"<Front {self._reply_stream} waiting={len(self._waiting)} memory_is_short={self._memory_is_short}>"
