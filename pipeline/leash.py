@@ -5,7 +5,7 @@ command (the process id stays the same). On Linux the kernel is asked to send SI
 (or where Python lacks ctypes) a small watcher stays behind: it blocks on PIPE, whose other end only the supervisor
 holds, and sends SIGNAL when that end closes.
 
-Runs alone, before anything of ours is imported; standard library only.
+Runs alone, before anything of ours is imported; standard library only. `prefix` tells a supervisor how to call it.
 """
 
 import os
@@ -13,6 +13,15 @@ import sys
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LOOK_S = 0.5  # the watcher also leaves when its charge has ended
+
+
+def prefix(signal_number: int, pipe: int) -> list[str]:
+    """Return what stands before a command that is to get *signal_number* when this process dies.
+
+    Args:
+        pipe: the read end of a pipe, passed on to the command's process; its write end stays with this process alone.
+    """
+    return [sys.executable, "-I", "-S", __file__, str(int(signal_number)), str(os.getpid()), str(pipe)]
 
 
 def tie(signal_number: int, parent: int, pipe: int) -> None:

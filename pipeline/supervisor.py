@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from typing import Final, Self
 
 import structlog
 
+from pipeline import leash
 from pipeline.errors import ConfigError
 
 WRONG_SETTINGS: Final = 2
@@ -34,7 +34,6 @@ BACKOFF_CAP_S: Final = 5.0
 GOOD_RUN_S: Final = 10.0
 LAST_WORDS: Final = 20  # lines of standard error kept per child
 
-_LEASH: Final = str(Path(__file__).with_name("leash.py"))
 _log = structlog.get_logger()
 
 
@@ -169,10 +168,9 @@ class Child:
     async def _run_once(self, out: int, pipe: int) -> int:
         program = self.program
         self.last_words.clear()
-        orphan = [sys.executable, "-I", "-S", _LEASH, str(int(program.orphan_signal)), str(os.getpid()), str(pipe)]
         with program.stderr.open("ab") if program.stderr else contextlib.nullcontext() as stderr:
             process = await asyncio.create_subprocess_exec(
-                *orphan,
+                *leash.prefix(program.orphan_signal, pipe),
                 *program.command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL if program.quiet else out,

