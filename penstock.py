@@ -43,7 +43,6 @@ db = typer.Typer(help="The database of the history.", no_args_is_help=True)
 app.add_typer(db, name="db")
 api_keys = typer.Typer(help="API keys, made and revoked while gateways run.", no_args_is_help=True)
 app.add_typer(api_keys, name="keys")
-app.command()(loadtest)
 
 DataDir = Annotated[Path, typer.Option(help="Where `up` keeps Redis' files, the index, the history.", file_okay=False)]
 RedisUrl = Annotated[str | None, typer.Option(help="A running Redis; else REDIS_URL, or the one of `penstock up`.")]
@@ -313,6 +312,9 @@ def _follow_status(console: Console, every: float, redis_url: str | None, data_d
 Names = Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Ids of letters.")]
 All = Annotated[bool, typer.Option("--all", help="Every dead letter there is now.")]
 EVERY = 1_000_000  # letters: more than any setting keeps
+
+
+app.command()(loadtest)  # here, so that the help names it after what it measures
 
 
 @dead.command("list")

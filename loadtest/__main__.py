@@ -14,7 +14,7 @@ def loadtest(
     concurrency: Annotated[
         int | None,
         typer.Option(
-            "--concurrency", "-c", envvar="LT_CONCURRENCY", help="Closed loop: requests in flight.", show_default="50"
+            "--concurrency", "-c", envvar="LT_CONCURRENCY", help="Closed loop: requests in flight, 50 by default."
         ),
     ] = None,
     requests: Annotated[
