@@ -240,7 +240,8 @@ class BoundedHttp(HttpToolsProtocol):
         self.transport.close()
 
 
-def _raw_answer(problem: Problem) -> bytes:
+def _last_words(problem: Problem) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Return headers and body of an answer that ends its connection."""
     body = orjson.dumps(problem.value)
     headers = [
         (b"content-type", b"application/json"),
@@ -249,6 +250,11 @@ def _raw_answer(problem: Problem) -> bytes:
         (b"connection", b"close"),
         *problem.headers,
     ]
+    return headers, body
+
+
+def _raw_answer(problem: Problem) -> bytes:
+    headers, body = _last_words(problem)
     return STATUS_LINE[problem.status] + b"".join(b"%b: %b\r\n" % header for header in headers) + b"\r\n" + body
 
 
@@ -260,14 +266,7 @@ def _crowded(app: ASGIApp) -> ASGIApp:
             await app(scope, receive, send)
             return
         REFUSALS.labels(_CROWDED.code).inc()
-        body = orjson.dumps(_CROWDED.value)
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(body)),
-            (b"x-request-id", new_id().encode()),
-            (b"connection", b"close"),
-            *_CROWDED.headers,
-        ]
+        headers, body = _last_words(_CROWDED)
         await send({"type": "http.response.start", "status": _CROWDED.status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
