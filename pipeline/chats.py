@@ -22,10 +22,11 @@ import structlog
 from pipeline import flows, keys, scripts
 from pipeline.clock import Clock, monotonic_us
 from pipeline.connection import Argument, Backoff, Link, OutOfMemory
-from pipeline.errors import BrokerUnavailable, Overloaded, PenstockError, RetryLater
+from pipeline.errors import BrokerUnavailable, IdempotencyMismatch, Overloaded, PenstockError, RetryLater
 from pipeline.job import Json, Priority, new_id
 
 if TYPE_CHECKING:
+    from pipeline.front import Idempotency
     from pipeline.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -61,11 +62,13 @@ class Said:
     """A message was accepted, now or before.
 
     Attributes:
+        message_id: its own, or that of the message which was said before under the same Idempotency-Key.
         waiting: messages in the chat's queue, this one included.
         what: `started` a run, `joined` the one that has not begun with the messages yet, `merged` (waits for the next
             run), `interrupted` the reply that was being made; "" for one that was known already.
     """
 
+    message_id: str
     waiting: int
     what: str
     is_new: bool
@@ -120,7 +123,15 @@ class Chats:
 
     # --- what people do --------------------------------------------------------------------------
 
-    async def say(self, tenant: str, chat_id: str, message: Message, *, in_flight_limit: int | None = None) -> Said:
+    async def say(
+        self,
+        tenant: str,
+        chat_id: str,
+        message: Message,
+        *,
+        idempotency: Idempotency | None = None,
+        in_flight_limit: int | None = None,
+    ) -> Said:
         """Accept a message: when this returns, it waits in its chat, and a run is there to answer it.
 
         Args:
@@ -129,6 +140,7 @@ class Chats:
         Raises:
             Overloaded: too much unfinished work, of all, of this tenant (`too_many_in_flight`), of this chat
                 (`too_many_waiting`), or of the recorder.
+            IdempotencyMismatch: the key was used with another body.
             BrokerUnavailable: no answer within a second; with `unknown` it may have been accepted all the same, and
                 saying it again, with the same id, says it once.
         """
@@ -152,10 +164,14 @@ class Chats:
                 int(settings.message_id_s * 1000), self._settings.admission.max_jobs,
                 self._settings.history.max_backlog, keys.IN_FLIGHT + tenant if limited else "", in_flight_limit or 0,
                 int(settings.idle_s * 1000), int(settings.interrupt_for_s * 1000), self._completion_ttl_ms,
+                keys.IDEMPOTENCY + idempotency.key if idempotency else "", idempotency.body_hash if idempotency else "",
+                int(idempotency.ttl_s * 1000) if idempotency else 0,
             ),
         )  # fmt: skip
         word, waiting, what = reply[1].decode(), int(reply[2]), reply[3].decode()
         match word:
+            case "mismatch":
+                raise IdempotencyMismatch
             case "full":
                 text = f"{waiting} messages wait in this chat, as many as may"
                 raise Overloaded(text, code="too_many_waiting")
@@ -166,20 +182,20 @@ class Chats:
                 raise Overloaded("the recorder is behind: too much waits to be written to history; try again later")
             case "overloaded":
                 raise Overloaded
-        return Said(waiting, what, is_new=word == "accepted")
+        return Said(reply[4].decode(), waiting, what, is_new=word == "accepted")
 
     async def typing(self, chat: str) -> int:
         """Note that somebody is typing; return how many messages wait."""
         return int((await self._insist(scripts.CHAT_TYPING, (chat,)))[1])
 
     async def clear(self, tenant: str, chat_id: str, *, persona: str | None = None) -> tuple[int, int, bool]:
-        """Begin a chat anew, with another persona where one is named.
+        """Begin a chat anew, with another persona where one is named ("": the service's own).
 
         Returns:
             The epoch from here on; messages that waited and never will be answered; whether a reply was being made,
             which nobody will see.
         """
-        chosen = ("", "") if persona is None else ("persona", keys.of_tenant(tenant, persona))
+        chosen = ("", "") if persona is None else ("persona", keys.of_tenant(tenant, persona) if persona else "")
         keep_ms = int(self._settings.chats.keep_s * 1000)
         args = (keys.of_tenant(tenant, chat_id), chat_id, tenant, keep_ms, self._completion_ttl_ms, *chosen)
         reply = await self._insist(scripts.CHAT_CLEAR, args)

@@ -6,24 +6,32 @@
 -- ARGV[12] messages that may wait  ARGV[13] how long ids are remembered (ms)  ARGV[14] max live jobs  ARGV[15] max events
 --   that wait to be recorded  ARGV[16] in-flight set ('' none)  ARGV[17] in-flight limit  ARGV[18] from how long without
 --   a word a chat is idle (ms)  ARGV[19] how long a message may be the reason to interrupt a reply (ms)  ARGV[20] life of
---   a completion (ms)
--- Returns: time (us), 'accepted' | 'duplicate' | 'full' | 'overloaded' | 'backlog' | 'in_flight', messages that wait,
+--   a completion (ms)  ARGV[21] idempotency key ('' none)  ARGV[22] body hash  ARGV[23] its life (ms)
+-- Returns: time (us), 'accepted' | 'duplicate' | 'mismatch' (the key was used with another body) | 'full' | 'overloaded' |
+--   'backlog' | 'in_flight', messages that wait,
 --   'started' | 'joined' (its run has not begun with the messages yet) | 'merged' (it waits for the next run) |
---   'interrupted' (the reply that was being made) | ''.
+--   'interrupted' (the reply that was being made) | '', the id of the message that answers.
 -- Invariant: no message without a run, no two runs of one chat, and a message id counts once. May be sent again.
 local now_us = clock_us()
 local now_ms = math.floor(now_us / 1000)
-local key, id = ARGV[1], ARGV[4]
+local key, id, idem = ARGV[1], ARGV[4], ARGV[21]
 local about, queue, seen, open = KEY.chat .. key, KEY.chat_queue .. key, KEY.chat_seen .. key, KEY.chat_open .. key
 local function answer(word, what)
-  return {digits(now_us), word, call('LLEN', queue), what or ''}
+  return {digits(now_us), word, call('LLEN', queue), what or '', id}
 end
 
 check_chat(key)
 check_type(seen, 'zset')
 check_type(ARGV[8], 'stream')
-if call('ZSCORE', seen, id) then return answer('duplicate', holder_of(key) and 'joined') end
 local holder = holder_of(key)
+if idem ~= '' then
+  check_type(idem, 'hash')
+  local known = call('HMGET', idem, 'hash', 'job')
+  if known[1] and known[1] ~= ARGV[22] then return answer('mismatch') end
+  id = known[2] or id
+  if known[1] then return answer('duplicate', holder and 'joined') end
+end
+if call('ZSCORE', seen, id) then return answer('duplicate', holder and 'joined') end
 if call('LLEN', queue) >= tonumber(ARGV[12]) then return answer('full') end
 if call('XLEN', KEY.events) >= tonumber(ARGV[15]) then return answer('backlog') end
 if not holder then
@@ -48,6 +56,10 @@ call('PEXPIRE', about, ARGV[11])
 local chat = read_chat(key)
 end_vanished(key, chat, now_us)
 local element = string.sub(ARGV[5], 1, -2) .. ',"at_ms":' .. digits(now_ms) .. '}'
+if idem ~= '' then
+  call('HSET', idem, 'hash', ARGV[22], 'job', id)
+  call('PEXPIRE', idem, ARGV[23])
+end
 local waiting = call('RPUSH', queue, element)
 call('PEXPIRE', queue, ARGV[10])
 call('HSET', open, id, element)
@@ -74,4 +86,4 @@ elseif chat.taken > 0 then
 end
 call('HSET', about, 'active_ms', digits(now_ms))
 conclude()
-return {digits(now_us), 'accepted', waiting, what}
+return answer('accepted', what)
