@@ -163,7 +163,13 @@ async def test_history_is_whole_after_everything_was_restarted() -> None:
                 assert await system.end(signal.SIGTERM) == 0
                 system.start()
         async with outside(system) as whole:
+            await wait_until(lambda: has_history(whole), timeout_s=END_S, every_s=0.1)  # the recorder makes its tables
             turns = (await whole.send("GET", "/chat/long/history")).body["messages"]
             assert [turn["role"] for turn in turns] == ["user", "assistant"] * 6
             assert [turn["text"] for turn in turns[::2]] == [f"text {number}" for number in range(6)]
             await whole.until_idle()
+
+
+async def has_history(whole: Outside) -> bool:
+    """Say whether history can be read."""
+    return (await whole.send("GET", "/chat/long/history")).status == 200
