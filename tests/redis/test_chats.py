@@ -162,6 +162,20 @@ async def test_a_run_counts_among_the_jobs_of_its_tenant(link: Link, chats: Chat
     assert await say(chats, "a", "other", in_flight_limit=1) == "started"
 
 
+async def test_high_priority_goes_first_at_every_stage(link: Link, chats: Chats, hand: Hand) -> None:
+    """A run has the priority of the message that started it, and the next run that of the last one."""
+    await chats.say("default", "c", Message("a", "ann", "text", "high"))
+    assert await link.call("XLEN", keys.stream("chat", "high")) == 1
+    entry = await hand.take_one()
+    run = decode(entry.data or b"")
+    assert run.priority == "high"
+    await chats.take("c", run.id, begin=True)
+    await save(chats, run.id, "a")
+    await chats.say("default", "c", Message("b", "ann", "text", "low"))
+    await hand.settle(complete(entry))
+    assert await link.call("XLEN", keys.stream("chat", "low")) == 1
+
+
 # --- when to answer -----------------------------------------------------------------------------
 
 
