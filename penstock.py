@@ -125,7 +125,8 @@ def gateway(
 @app.command()
 def stage(
     names: Annotated[
-        list[str], typer.Argument(metavar="NAME...", help="encoder, retriever, llm, aggregator, webhook, recorder")
+        list[str],
+        typer.Argument(metavar="NAME...", help="encoder, retriever, llm, aggregator, webhook, chat, recorder"),
     ],
 ) -> None:
     """Run one or more stages in this process."""

@@ -7,7 +7,8 @@ answer), Starlette's router, `_Endpoint` (method, caller, operation).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterable, Sequence
+from contextlib import aclosing
 from functools import cache
 from typing import Final
 
@@ -16,7 +17,7 @@ import structlog
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway import discovery, documents, health, jobs, messages, openapi, page, query, webhooks
+from gateway import chats, discovery, documents, health, jobs, messages, openapi, page, query, webhooks
 from gateway.auth import Callers, refuse_cross_site
 from gateway.errors import RETRY_SOON_S, BrokenKey, ClientGone, Problem, problem_of
 from gateway.metrics import REFUSALS
@@ -37,6 +38,7 @@ def operations() -> tuple[Operation, ...]:
         *query.OPERATIONS,
         *documents.OPERATIONS,
         *messages.OPERATIONS,
+        *chats.OPERATIONS,
         *webhooks.OPERATIONS,
         *jobs.OPERATIONS,
         *health.OPERATIONS,
@@ -66,13 +68,15 @@ def operations() -> tuple[Operation, ...]:
     )
 
 
-def create_app(settings: Settings, front: Front, records: Records | None = None) -> ASGIApp:
-    """Return the application that serves *front*, and what *records* remember.
+def create_app(
+    settings: Settings, front: Front, records: Records | None = None, stop: asyncio.Event | None = None
+) -> ASGIApp:
+    """Return the application that serves *front*, and what *records* remember; what streams ends with *stop*.
 
     Raises:
         ConfigError: the API keys are malformed.
     """
-    gateway = Gateway(settings, front, Callers(settings.gateway, front), records)
+    gateway = Gateway(settings, front, Callers(settings.gateway, front), records, stop or asyncio.Event())
     return Edge(_router(operations()), gateway)
 
 
@@ -151,6 +155,10 @@ class _Endpoint:
                 operation.unavailable()
                 raise
         answer = await operation.run(call)
+        if answer.stream is not None:
+            async with aclosing(answer.stream) as pieces:
+                await _send_stream(send, call, answer, () if method == "HEAD" else pieces)
+            return
         await _send(send, answer.status, answer.content_type, answer.headers, answer.body)
 
 
@@ -174,6 +182,18 @@ def _stopping(call: Call) -> Problem:
 
 async def _send_problem(send: Send, problem: Problem) -> None:
     await _send(send, problem.status, b"application/json", problem.headers, orjson.dumps(problem.value))
+
+
+async def _send_stream(send: Send, call: Call, answer: Answer, pieces: AsyncIterable[bytes] | tuple[()]) -> None:
+    """Send an answer that has no end of its own, while the client is there."""
+    lines = [(b"content-type", answer.content_type), *answer.headers]
+    async with call.connected():
+        await send({"type": "http.response.start", "status": answer.status, "headers": lines})
+        if not isinstance(pieces, tuple):
+            await send({"type": "http.response.body", "body": answer.body, "more_body": True})
+            async for piece in pieces:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
 
 async def _send(

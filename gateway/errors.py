@@ -132,7 +132,7 @@ def problem_of(error: PenstockError, job_id: str | None = None) -> Problem | Non
     match error:
         case Problem():
             return error
-        case Overloaded(code="too_many_in_flight"):
+        case Overloaded(code="too_many_in_flight" | "too_many_waiting"):
             return Problem(429, error.code, str(error), retry_after_s=error.after_s)
         case Overloaded():
             return Problem(503, error.code, str(error), kind="overloaded", retry_after_s=error.after_s)

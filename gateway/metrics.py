@@ -40,11 +40,17 @@ LATENCY: Final = Histogram(
 )
 REPLICA_LOAD: Final = Gauge("api_gateway_replica_load", "Jobs now leased to an LLM replica", ["replica"])
 REFUSALS: Final = Counter("penstock_gateway_refusals_total", "Requests refused, by error code", ["reason"])
+CHAT_MESSAGES: Final = Counter("penstock_chat_messages_total", "Messages of chats, by what they met", ["met"])
+CHAT_CLEARED: Final = Counter("penstock_chat_cleared_total", "What clears of chats threw away", ["what"])
 
 QUERY_OUTCOME: Final = {outcome: QUERIES.labels(outcome) for outcome in OUTCOMES}
 
 for _reason in ("overloaded", "too_many_in_flight", "redis_unavailable"):  # one that begins at 1 shows no increase
     REFUSALS.labels(_reason)
+for _met in ("started", "joined", "merged", "interrupted", "duplicate"):
+    CHAT_MESSAGES.labels(_met)
+for _what in ("messages", "replies"):
+    CHAT_CLEARED.labels(_what)
 
 
 def pipeline_metrics(overview: Overview | None, *, redis_up: bool, max_jobs: int, max_backlog: int) -> list[Metric]:

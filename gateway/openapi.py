@@ -137,14 +137,15 @@ def _operation_id(operation: Operation) -> str:
 def _responses(operation: Operation) -> Json:
     answers: dict[int, type[BaseModel] | None] = {**operation.answers}
     answers.update((status, ErrorAnswer) for status in sorted(errors_of(operation)))
-    return {str(status): _response(status, model) for status, model in answers.items()}
+    plain = "text/event-stream" if operation.streams else "text/plain"
+    return {str(status): _response(status, model, plain) for status, model in answers.items()}
 
 
-def _response(status: int, model: type[BaseModel] | None) -> Json:
+def _response(status: int, model: type[BaseModel] | None, plain: str) -> Json:
     headers = {"x-request-id": {"$ref": "#/components/headers/RequestId"}}
     if status in _RETRY_AFTER:
         headers["retry-after"] = {"$ref": "#/components/headers/RetryAfter"}
-    content: Json = {"application/json": {"schema": _ref(model)}} if model else {"text/plain": {"schema": _TEXT}}
+    content: Json = {"application/json": {"schema": _ref(model)}} if model else {plain: {"schema": _TEXT}}
     return {"description": _MEANING[status], "headers": headers, "content": content}
 
 

@@ -8,7 +8,8 @@ An operation is a function from `Call` to `Answer`; what goes wrong is raised (`
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Protocol, Self, TypeVar, cast
@@ -36,12 +37,17 @@ JSON: Final = b"application/json"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What goes back to the client."""
+    """What goes back to the client.
+
+    Attributes:
+        stream: what follows the body, piece by piece, for as long as the client stays; None: nothing.
+    """
 
     status: int
     body: bytes
     headers: Headers = field(default_factory=list)
     content_type: bytes = JSON
+    stream: AsyncGenerator[bytes, None] | None = None
 
 
 def answer(value: Json, status: int = 200, headers: Headers | None = None) -> Answer:
@@ -75,6 +81,7 @@ class Operation:
         guarded: whether it asks for an API key where any is configured.
         idempotent: whether it honours `Idempotency-Key`.
         example: a body that shows the reader how to begin.
+        streams: whether it answers with events for as long as the client stays.
         unavailable: counts a call of which Redis could not tell who makes it; the rest the operation counts itself.
     """
 
@@ -88,6 +95,7 @@ class Operation:
     guarded: bool = True
     idempotent: bool = False
     example: Json | None = None
+    streams: bool = False
     unavailable: Callable[[], None] = lambda: None
 
 
@@ -117,6 +125,11 @@ class Records(Protocol):
     ) -> tuple[list[Json], str | None]:
         """Return a page of messages, and the cursor of the next one."""
 
+    async def chat_turns(
+        self, tenant: str, chat_id: str, *, after: int = 0, limit: int = 50
+    ) -> tuple[list[Json], int | None]:
+        """Return a page of what was said in a chat, and the number to go on from."""
+
     async def batches(
         self,
         tenant: str,
@@ -137,12 +150,14 @@ class Gateway:
 
     Attributes:
         records: history, where there is one.
+        stop: set when the gateway is to stop; answers that stream end then.
     """
 
     settings: Settings
     front: Front
     callers: Callers
     records: Records | None = None
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Call:
@@ -285,6 +300,10 @@ class Call:
         if not self.owns(completion, job_id):
             raise JobLost
         return completion
+
+    def connected(self) -> AbstractAsyncContextManager[object]:
+        """Return a block that is left with `ClientGone` once the client disconnects."""
+        return _WhileConnected(self._receive)
 
     async def _kept_outcome(self) -> Completion | None:
         """Return the outcome that an Idempotency-Key remembers after the job's completion is gone."""

@@ -66,7 +66,7 @@ async def serve(
                 enlisted(front, settings, name, address.removeprefix("http://")),
                 _history(settings) as records,
             ):
-                server = Server(settings, create_app(settings, front, records), stop)
+                server = Server(settings, create_app(settings, front, records, stop), stop)
                 gc.collect()
                 gc.freeze()  # what was imported stays: walking over it would stop the loop for 25 ms now and then
                 logger.info("gateway.listening", address=address)

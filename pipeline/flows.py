@@ -128,6 +128,18 @@ class WebhookPayload(Payload):
     at_ms: int | None = Field(None, ge=0, description="when it happened; this job's own beginning when absent")
 
 
+class ChatPayload(Payload):
+    """One run of a chat: the messages that wait there are answered together.
+
+    Attributes:
+        chat: as it stands in keys.
+        epoch: filled in by the script that starts the run.
+    """
+
+    chat: Annotated[str, StringConstraints(min_length=1, max_length=300)]
+    epoch: int = Field(0, ge=0)
+
+
 @dataclass(frozen=True, slots=True)
 class Flow:
     """One kind of job.
@@ -219,6 +231,14 @@ FLOWS: Final[dict[str, Flow]] = {
             payload=BatchPayload,
             lifetime="batch_s",
             result=("batch_id", "batch_status", "request_count", "response_count"),
+        ),
+        Flow(
+            "chat",
+            route=("chat", "llm", "chat", "llm", "chat"),
+            payload=ChatPayload,
+            lifetime="chat_s",
+            result=("ended", "message_ids", "text"),
+            recorded=True,
         ),
         Flow(
             "webhook",

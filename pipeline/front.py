@@ -22,6 +22,7 @@ import structlog
 from pipeline import flows, keys, scripts
 from pipeline.batches import AcceptedBatch, Batches, Order
 from pipeline.batching import Batcher
+from pipeline.chats import Chats, ChatWatch, Message, Said
 from pipeline.clock import Clock, monotonic_us
 from pipeline.connection import ANSWER_WITHIN_S, Argument, Backoff, Link, Outage, OutOfMemory, parse_info, within
 from pipeline.errors import (
@@ -145,6 +146,8 @@ class Front:
         within_s = min(settings.redis.reply_timeout_s, ANSWER_WITHIN_S)
         self._looker = Link(settings.redis.model_copy(update={"reply_timeout_s": within_s}), "overview")
         self.batches = Batches(Link(settings.redis, "batches"), settings, self.clock)
+        self.chats = Chats(Link(settings.redis, "chats"), settings, self.clock)
+        self.chat_watch = ChatWatch(Link(settings.redis, "chat-watch"), settings.redis.reconnect_cap_s)
         self._key_link = Link(settings.redis, "keys")
         self._overview: tuple[int, Overview] | None = None  # when it was made, on the monotonic clock
         self._looking = asyncio.Lock()
@@ -189,6 +192,8 @@ class Front:
         for link in (self._submitter, self._link, self._sweeper, self._reader, self._looker, self._key_link):
             await link.close()
         await self.batches.close()
+        await self.chat_watch.close()
+        await self.chats.close()
 
     # --- submitting ------------------------------------------------------------------------------
 
@@ -256,6 +261,19 @@ class Front:
             key_ttl_s=idempotency.ttl_s,
             in_flight_limit=in_flight_limit,
         )
+
+    async def say(
+        self,
+        tenant: str,
+        chat_id: str,
+        message: Message,
+        *,
+        idempotency: Idempotency | None = None,
+        in_flight_limit: int | None = None,
+    ) -> Said:
+        """Accept a message of a chat; arguments and errors as for `submit`, and see `Chats.say`."""
+        self._refuse_overload("chat")
+        return await self.chats.say(tenant, chat_id, message, idempotency=idempotency, in_flight_limit=in_flight_limit)
 
     def _refuse_overload(self, flow: str) -> None:
         """Refuse work of this flow while what it needs is nearly used up, as the last sweep saw it.

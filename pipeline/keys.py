@@ -31,6 +31,14 @@ key                        type    life                         written by      
 `batch:done:<id>`          set     as its batch                 who ends a job          who ends a job
 `batch_results:<id>`       string  setting, 7 days              aggregator              gateways, webhook, anyone
 `queue:<queue>`            hash    for ever                     gateways, webhook       gateways, webhook
+`msg_queue:<chat>`         list    30 min, renewed              say, who ends a run     chat stage, gateways
+`processing_lock:<chat>`   string  10 min: past its run's end   who starts or ends one  chat scripts
+`chat:<chat>`              hash    setting, 30 days             chat scripts            chat scripts
+`chat_open:<chat>`         hash    as its chat                  chat scripts            chat scripts
+`chat_seen:<chat>`         zset    24 h, 1,000 ids              say                     say
+`chat_turns:<chat>`        list    as its chat, 50 turns        chat_save               chat stage, gateways
+`chat_events:<chat>`       stream  as its chat, about 1,000     chat scripts            gateways
+`persona:<name>`           hash    for ever                     gateways                chat stage, say
 """
 
 from __future__ import annotations
@@ -66,6 +74,14 @@ BATCH_MEMBERS: Final = "batch:members:"
 BATCH_DONE: Final = "batch:done:"
 BATCH_RESULTS: Final = "batch_results:"
 QUEUE: Final = "queue:"
+CHAT_QUEUE: Final = "msg_queue:"
+CHAT_LOCK: Final = "processing_lock:"
+CHAT: Final = "chat:"
+CHAT_OPEN: Final = "chat_open:"
+CHAT_SEEN: Final = "chat_seen:"
+CHAT_TURNS: Final = "chat_turns:"
+CHAT_EVENTS: Final = "chat_events:"
+PERSONA: Final = "persona:"
 API_KEY_NAME: Final = "name:"
 """What a field of that hash begins with where it leads from a name to a digest."""
 
@@ -73,6 +89,8 @@ CANCEL_CHANNEL: Final = "job:cancelled"
 """Pub/sub: ids of running jobs to stop. A hint: the mark in the live record is the truth."""
 WAKE_CHANNEL: Final = "llm:wake"
 """Pub/sub: an entry was added, or a slot was freed while one waited. A hint: a slow poll stands behind it."""
+CHAT_CHANNEL: Final = "chat:told"
+"""Pub/sub: chats that have a new event. A hint: a slow poll stands behind it."""
 
 LUA_KEYS: Final = {
     "completion": COMPLETION,
@@ -97,6 +115,15 @@ LUA_KEYS: Final = {
     "batch_members": BATCH_MEMBERS,
     "batch_done": BATCH_DONE,
     "queue": QUEUE,
+    "chat_queue": CHAT_QUEUE,
+    "chat_lock": CHAT_LOCK,
+    "chat": CHAT,
+    "chat_open": CHAT_OPEN,
+    "chat_seen": CHAT_SEEN,
+    "chat_turns": CHAT_TURNS,
+    "chat_events": CHAT_EVENTS,
+    "chat_channel": CHAT_CHANNEL,
+    "persona": PERSONA,
     "api_key_name": API_KEY_NAME,
     "cancel_channel": CANCEL_CHANNEL,
     "wake_channel": WAKE_CHANNEL,
@@ -127,6 +154,7 @@ BOUNDED: Final = {
     API_KEYS: "two fields per key that an operator made",
     BATCH + "*": "open batches, bounded by admission; a closed one has a TTL",
     QUEUE + "*": "one per queue that was set up, or that signs webhooks",
+    PERSONA + "*": "one per persona that was set up",
 }
 """Keys without a TTL (as glob patterns), each with the reason why it is bounded."""
 

@@ -23,6 +23,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -136,6 +137,28 @@ WEBHOOKS: Final = _table(
 
 QUEUES: Final = _table("queues", "queue_id", _latest("data", _JSON), _latest("changed_ms", sa.BigInteger()))
 
+CHATS: Final = _table("chats", "chat_id", _latest("epoch", sa.BigInteger()), _latest("changed_ms", sa.BigInteger()))
+
+CHAT_TURNS: Final = _table(
+    "chat_turns",
+    "turn_id",
+    _first("chat_id", sa.Text()),
+    _first("seq", sa.BigInteger()),
+    _first("epoch", sa.BigInteger()),
+    _first("role", sa.Text()),
+    _first("message_id", sa.Text()),
+    _first("user_id", sa.Text()),
+    _first("text", sa.Text()),
+    _first("at_ms", sa.BigInteger()),
+    _first("status", sa.Text()),
+    _first("is_processed", sa.Boolean()),
+    _first("answered_by", sa.Text()),
+    _first("about", _JSON),
+    sa.Index("chat_turns_by_chat", "tenant", "chat_id", "seq"),
+)
+
+PERSONAS: Final = _table("personas", "name", _latest("data", _JSON), _latest("changed_ms", sa.BigInteger()))
+
 API_KEYS: Final = _table(
     "api_keys",
     "name",
@@ -188,7 +211,24 @@ class Event:
         event.row()
         if rows and not KINDS[kind].members:
             raise MalformedEntry(f"a {kind} names no list", code="not_an_event")
+        for member in event.inner():
+            member.row()
         return event
+
+    def inner(self) -> list[Self]:
+        """Return the events of members that stand in this one's own data, to be written with it.
+
+        Raises:
+            MalformedEntry: one of them cannot be written.
+        """
+        kind = KINDS[self.kind]
+        if not kind.inline:
+            return []
+        rows = self.data.get(kind.inline, [])
+        try:
+            return [replace(self, kind=kind.members, id=member, data=data, rank=0, rows="") for member, data in rows]
+        except (ValueError, TypeError) as error:
+            raise MalformedEntry(f"{kind.inline} holds no rows: {error}", code="not_an_event") from error
 
     def fields(self) -> dict[str, str]:
         """Return the names and values of the entry that tells this event."""
@@ -268,11 +308,13 @@ class Kind:
     Attributes:
         more: columns that are not called as in the event's data.
         members: the kind of the events in the list that an event may name.
+        inline: where such events stand in the event's own data instead; "" where they do not.
     """
 
     table: sa.Table
     more: Callable[[Event], Row]
     members: str = ""
+    inline: str = ""
 
 
 def _outcome(event: Event) -> Row:
@@ -296,6 +338,9 @@ KINDS: Final[dict[str, Kind]] = {
     "batch": Kind(BATCHES, _batch, members="message"),
     "webhook": Kind(WEBHOOKS, _webhook),
     "queue": Kind(QUEUES, lambda event: {"data": event.data, "changed_ms": event.at_ms}),
+    "chat": Kind(CHATS, lambda event: {"changed_ms": event.at_ms}, members="chat_turn", inline="rows"),
+    "chat_turn": Kind(CHAT_TURNS, lambda _: {}),
+    "persona": Kind(PERSONAS, lambda event: {"data": event.data, "changed_ms": event.at_ms}),
     "key": Kind(API_KEYS, lambda _: {}),
 }
 
@@ -344,7 +389,7 @@ class Records:
             Reject: it refuses one of the events for what stands in it (`refused_by_database`).
         """
         rows: dict[str, list[Row]] = {}
-        for event in events:
+        for event in chain.from_iterable([event, *event.inner()] for event in events):
             rows.setdefault(event.kind, []).append(event.row())
         async with self._connection(writes=True) as connection:
             # Tables in one order, and rows in one order: recorders that write at the same time wait, but never for
@@ -436,6 +481,23 @@ class Records:
         """Return a page of batches, the newest first, and the cursor of the next one; see `messages`."""
         wanted = {"queue_id": queue, "status": status}
         return await self._page(BATCHES, tenant, wanted, since_ms, until_ms, after, limit)
+
+    async def chat_turns(
+        self, tenant: str, chat_id: str, *, after: int = 0, limit: int = 50
+    ) -> tuple[list[Row], int | None]:
+        """Return what was said in a chat, oldest first, and the `seq` to go on from, None after the last.
+
+        Args:
+            after: `seq` of the turn before the first.
+        """
+        table = CHAT_TURNS
+        query = sa.select(table).where(table.c.tenant == tenant, table.c.chat_id == chat_id, table.c.seq > after)
+        query = query.order_by(table.c.seq).limit(max(1, min(limit, MOST)) + 1)
+        async with self._connection() as connection:
+            rows = [_shown(row) for row in (await connection.execute(query)).mappings()]
+        more = len(rows) > limit
+        del rows[limit:]
+        return rows, rows[-1]["seq"] if more else None
 
     async def _one(self, table: sa.Table, tenant: str, which: sa.ColumnElement[bool]) -> Row | None:
         query = sa.select(table).where(table.c.tenant == tenant, which)

@@ -280,6 +280,25 @@ class MessagesSettings(Section):
     max_schedule_s: float = Field(30 * 86_400, gt=0, le=366 * 86_400, description="how far ahead schedule_at may be")
 
 
+class ChatsSettings(Section):
+    """Chats: when their messages are answered, and what is kept of them."""
+
+    slots: int = Field(512, ge=1, le=4096, description="runs in hand of one chat process, most of them waiting")
+    max_batch: int = Field(20, ge=1, le=200, description="messages that one reply answers")
+    max_waiting: int = Field(200, ge=1, le=10_000, description="messages that may wait in one chat")
+    single_ms: int = Field(30, ge=0, le=1_000, description="a single message to an idle chat waits so long for company")
+    quiet_ms: int = Field(1_200, ge=0, le=60_000, description="else a reply begins so long after the last message")
+    max_wait_ms: int = Field(6_000, ge=0, le=60_000, description="and so long after the first one at the latest")
+    idle_s: float = Field(30.0, ge=0, le=86_400, description="without a word for so long a chat is idle")
+    interrupt_for_s: float = Field(30.0, ge=0, le=600, description="a message waits so long for replies interrupted")
+    turns: int = Field(50, ge=2, le=500, description="the last turns, which the brains are told")
+    prompt_chars: int = Field(24_000, ge=100, le=1_000_000, description="of the last turns and new messages together")
+    queue_ttl_s: float = Field(1_800.0, ge=1_200, le=86_400, description="messages that wait longer expire")
+    keep_s: float = Field(30 * 86_400, ge=3_600, le=366 * 86_400, description="a chat in Redis, after its last word")
+    message_id_s: float = Field(86_400.0, ge=60, le=30 * 86_400, description="a message id counts once for so long")
+    max_text_chars: int = Field(16_000, ge=1, le=1_000_000, description="of one message")
+
+
 class LogSettings(Section):
     """Log lines on standard output."""
 
@@ -302,6 +321,7 @@ class Lifetimes(Section):
     message_s: float = Field(86_400.0, gt=0)
     webhook_s: float = Field(345_600.0, gt=0)
     batch_s: float = Field(86_400.0, gt=0)
+    chat_s: float = Field(540.0, gt=0, le=1_200, description="one run of a chat; its lock lasts a minute longer")
 
 
 class Settings(Section):
@@ -323,6 +343,7 @@ class Settings(Section):
     metrics: MetricsSettings = MetricsSettings()
     lifetimes: Lifetimes = Lifetimes()
     messages: MessagesSettings = MessagesSettings()
+    chats: ChatsSettings = ChatsSettings()
 
     @property
     def renew_timeout_s(self) -> float:

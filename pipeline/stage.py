@@ -17,6 +17,7 @@ from pipeline.job import Done, Job
 
 if TYPE_CHECKING:
     from pipeline.batches import Batches
+    from pipeline.chats import Chats
     from pipeline.clock import Clock
     from pipeline.replicas import Replicas
     from pipeline.webhooks import Webhooks
@@ -31,6 +32,7 @@ class Context(Protocol):
         worker: name of this worker, as answers show it.
         replicas: the shared registry of LLM replicas.
         batches: the batches in Redis.
+        chats: the chats in Redis.
         clock: Redis' time.
         webhooks: results to be told to receivers outside, and the secrets to sign them with.
     """
@@ -43,6 +45,9 @@ class Context(Protocol):
 
     @property
     def batches(self) -> Batches: ...  # noqa: D102 - the class says it
+
+    @property
+    def chats(self) -> Chats: ...  # noqa: D102 - the class says it
 
     @property
     def clock(self) -> Clock: ...  # noqa: D102 - the class says it

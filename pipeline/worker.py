@@ -21,6 +21,7 @@ import structlog
 
 from pipeline import metrics
 from pipeline.batches import Batches
+from pipeline.chats import Chats
 from pipeline.clock import Clock
 from pipeline.connection import Backoff, GroupMissing, Link, Outage, OutOfMemory
 from pipeline.errors import BrokerUnavailable, NotReady, PenstockError
@@ -83,6 +84,7 @@ class Worker:
         self._taken_up: OrderedDict[tuple[str, bytes], None] = OrderedDict()
         self._following_up: asyncio.Task[None] | None = None
         self._results: Link | None = None
+        self._chats: Chats | None = None
         self._follow_up_outage = Outage(f"{stage.name} control")
         self.replicas = Replicas(self.streams, settings, clock, self._entry_of, self._rng)
         self.batches = Batches(Link(settings.redis, f"{stage.name}-batches"), settings, clock)
@@ -108,6 +110,13 @@ class Worker:
         if self._results is None:
             self._results = Link(self._settings.redis, f"{self.stage.name}-results")
         return Webhooks(self._results, self._clock)
+
+    @property
+    def chats(self) -> Chats:
+        """The chats in Redis; over a connection of their own."""
+        if self._chats is None:
+            self._chats = Chats(Link(self._settings.redis, f"{self.stage.name}-chats"), self._settings, self._clock)
+        return self._chats
 
     # --- feeding ---------------------------------------------------------------------------------
 
@@ -391,6 +400,8 @@ class Worker:
         await self.batches.close()
         if self._results is not None:
             await self._results.close()
+        if self._chats is not None:
+            await self._chats.close()
 
     def _abort(self, held: Held, reason: Reason) -> None:
         if held.settling or held.reason is not None:

@@ -77,6 +77,27 @@ local function check_type(key, wanted)
   if not right then error(key .. ' is a ' .. found .. ' and should be a ' .. wanted) end
 end
 
+-- Before the first write of a script that accepts jobs, besides the type of their streams.
+local function check_accept()
+  check_type(KEY.stamp, 'string')
+  check_type(KEY.live_index, 'zset')
+  check_type(KEY.delayed, 'zset')
+end
+
+-- Before the first write of a script that ends, or begins, a chat's run: whatever it leads to may be written.
+local function check_chat(key)
+  check_accept()
+  check_type(KEY.events, 'stream')
+  check_type(KEY.chat .. key, 'hash')
+  check_type(KEY.chat_queue .. key, 'list')
+  check_type(KEY.chat_lock .. key, 'string')
+  check_type(KEY.chat_open .. key, 'hash')
+  check_type(KEY.chat_turns .. key, 'list')
+  check_type(KEY.chat_events .. key, 'stream')
+  local stream = call('HGET', KEY.chat .. key, 'stream')
+  if stream then check_type(stream, 'stream') end
+end
+
 -- The live record, fields by name; nil when there is none. Every key it names is of the right type: `finish` may go on.
 local function read_live(id)
   local entry, stream, tenant, lease, cancel, reply, in_flight, idem, attempts, record, body =
@@ -97,6 +118,10 @@ local function read_live(id)
   if live.record then
     live.kind, live.batch = string.match(live.record, '^(%a+) ?(.*)$')
     if live.kind == 'batch' then live.batch = id end
+    if live.kind == 'chat' then
+      live.chat, live.batch = live.batch, ''
+      check_chat(live.chat)
+    end
     check_type(KEY.events, 'stream')
     if live.batch ~= '' then
       check_type(KEY.batch .. live.batch, 'hash')
@@ -218,12 +243,180 @@ local function close_batch(id, ttl_ms, now_us)
   for _, name in ipairs({key, KEY.batch_members .. id, KEY.batch_done .. id}) do call('PEXPIRE', name, ttl_ms) end
 end
 
+-- A stamp that rises with every accepted job, also when Redis' clock is set back: the larger of clock and last + 1.
+local function next_stamp(now_us)
+  last_stamp = last_stamp or tonumber(call('GET', KEY.stamp) or '0')
+  last_stamp = math.max(now_us, last_stamp + 1)
+  return last_stamp
+end
+
+local function envelope(id, tail, now_us)
+  return '{"v":1,"id":"' .. id .. '","accepted_us":' .. digits(next_stamp(now_us)) .. ',' .. tail
+end
+
+-- accept: the one place where a job begins: its live record and its entry, or its place among the delayed.
+-- tail: the envelope without `v`, `id` and `accepted_us`. more: further fields of the live record, flat.
+local function accept(id, tail, stream, tenant, deadline_ms, due_ms, now_us, more, vector)
+  local data = envelope(id, tail, now_us)
+  local key = KEY.live .. id
+  call('ZADD', KEY.live_index, deadline_ms, id)
+  if tonumber(due_ms) * 1000 > now_us then
+    call('HSET', key, 'stream', stream, 'entry', '', 'tenant', tenant, 'body', data, 'vector', vector or '', unpack(more))
+    call('ZADD', KEY.delayed, due_ms, id)
+  else
+    call('HSET', key, 'stream', stream, 'entry', add(stream, data, vector), 'tenant', tenant, unpack(more))
+  end
+end
+
+-- A chat: what scripts need of it; nil when nobody has spoken there, or all of it has gone in its time.
+local function read_chat(key)
+  local found = call('HMGET', KEY.chat .. key, 'epoch', 'id', 'tenant', 'keep_ms', 'tail', 'stream', 'life_ms',
+    'in_flight', 'taken', 'seq', 'queue_ms')
+  if not found[2] then return nil end
+  return {
+    epoch = found[1], id = found[2], tenant = found[3], keep_ms = found[4], tail = found[5], stream = found[6],
+    life_ms = found[7], in_flight = found[8], taken = tonumber(found[9] or '0'), seq = tonumber(found[10] or '0'),
+    queue_ms = tonumber(found[11] or '0'),
+  }
+end
+
+-- The id and the instant (ms) of what stands in a chat's queue; nil of what nobody of ours has put there.
+local function message_of(element)
+  return string.match(element, '^{"message_id":"([^"]+)",.*"at_ms":(%d+)}$')
+end
+
+-- The run that holds a chat's lock; nil when none does.
+local function holder_of(key)
+  local lock = call('GET', KEY.chat_lock .. key)
+  return lock and string.match(lock, '^(.+):%d+$')
+end
+
+-- A chat's event for those who watch it. `more`: what follows in its JSON.
+local function tell_chat(key, chat, kind, more, now_us)
+  local text = '{"type":"' .. kind .. '","chat_id":"' .. chat.id .. '","epoch":' .. chat.epoch .. ',' .. more
+    .. ',"at_ms":' .. digits(math.floor(now_us / 1000)) .. '}'
+  local stream = KEY.chat_events .. key
+  call('XADD', stream, 'MAXLEN', '~', 1000, '*', 'data', text)
+  call('PEXPIRE', stream, chat.keep_ms)
+  call('PUBLISH', KEY.chat_channel, key)
+end
+
+-- The next number among the turns of a chat: it rises also when the chat was forgotten in between.
+local function next_turn(key, chat, now_us)
+  chat.seq = math.max(now_us, chat.seq + 1)
+  call('HSET', KEY.chat .. key, 'seq', digits(chat.seq))
+  return chat.seq
+end
+
+-- A turn as history has it: an array of its id and its columns.
+local function turn_row(chat, seq, role, element, more)
+  return '["' .. chat.id .. '/' .. digits(seq) .. '",' .. string.sub(element, 1, -2) .. ',"role":"' .. role
+    .. '","chat_id":"' .. chat.id .. '","epoch":' .. chat.epoch .. ',"seq":' .. digits(seq) .. ',' .. more .. '}]'
+end
+
+-- history is told of a chat by one event: the chat, and in it what was said.
+local function remember_chat(chat, rows, now_us)
+  local data = '{"epoch":' .. chat.epoch .. ',"rows":[' .. table.concat(rows, ',') .. ']}'
+  remember('chat', chat.id, chat.tenant, digits(chat.seq), now_us, data)
+end
+
+-- These messages (as they stood in the queue) get another end than an answer.
+local function end_messages(key, chat, elements, kind, error_text, now_us)
+  local ids, rows = {}, {}
+  for _, element in ipairs(elements) do
+    local id = message_of(element)
+    if id then
+      ids[#ids + 1] = '"' .. id .. '"'
+      call('HDEL', KEY.chat_open .. key, id)
+      local more = '"status":"' .. kind .. '","is_processed":false'
+      rows[#rows + 1] = turn_row(chat, next_turn(key, chat, now_us), 'user', element, more)
+    end
+  end
+  if #ids == 0 then return 0 end
+  local more = '"message_ids":[' .. table.concat(ids, ',') .. '],"error":' .. error_text
+  tell_chat(key, chat, kind, more, now_us)
+  remember_chat(chat, rows, now_us)
+  return #ids
+end
+
+-- What was accepted and does not stand in the queue any more, which Redis, or a stranger, has dropped: it has expired.
+local function end_vanished(key, chat, now_us)
+  local open, queue = KEY.chat_open .. key, KEY.chat_queue .. key
+  if call('HLEN', open) <= call('LLEN', queue) then return 0 end
+  local waits, gone, fields = {}, {}, call('HGETALL', open)
+  for _, element in ipairs(call('LRANGE', queue, 0, -1)) do waits[message_of(element) or ''] = true end
+  for i = 1, #fields, 2 do
+    if not waits[fields[i]] then gone[#gone + 1] = fields[i + 1] end
+  end
+  table.sort(gone, function(a, b)
+    local _, at_a = message_of(a)
+    local _, at_b = message_of(b)
+    return tonumber(at_a or '0') < tonumber(at_b or '0')
+  end)
+  local text = '{"type":"expired","code":"queue_expired","message":"the message waited too long to be answered"}'
+  return end_messages(key, chat, gone, 'expired', text, now_us)
+end
+
+-- Begin a run of a chat, and with it take the lock, which outlives the run's deadline.
+local function start_run(key, chat, id, now_us)
+  local deadline_ms = digits(math.floor(now_us / 1000) + chat.life_ms)
+  local tail = string.gsub(chat.tail, '"deadline_ms":0,', '"deadline_ms":' .. deadline_ms .. ',', 1)
+  tail = string.gsub(tail, '"at_us":0,', '"at_us":' .. digits(now_us) .. ',', 1)
+  tail = string.gsub(tail, '"epoch":0}', '"epoch":' .. chat.epoch .. '}', 1)
+  call('SET', KEY.chat_lock .. key, id .. ':' .. chat.epoch, 'PX', digits(chat.life_ms + 60000))
+  call('PEXPIRE', KEY.chat_queue .. key, digits(chat.queue_ms))
+  call('HDEL', KEY.chat .. key, 'taken')
+  local more = {'deadline', deadline_ms, 'record', 'chat ' .. key}
+  if chat.in_flight ~= '' then
+    call('SADD', chat.in_flight, id)
+    more[#more + 1] = 'in_flight'
+    more[#more + 1] = chat.in_flight
+  end
+  accept(id, tail, chat.stream, chat.tenant, deadline_ms, 0, now_us, more)
+end
+
+-- A run has ended, however: it lets go of the lock, and what still waits gets the next run, or its outcome. A run that
+-- lost the lock to another changes nothing; one whose lock has lapsed leaves its messages to the next run.
+local function end_run(id, live, completion, now_us)
+  local key, holder = live.chat, holder_of(live.chat)
+  if holder and holder ~= id then return end
+  local chat, queue = read_chat(key), KEY.chat_queue .. key
+  call('DEL', KEY.chat_lock .. key)
+  if not chat then return end
+  local status = string.match(completion, '^{"id":"[^"]*","status":"(%a+)"')
+  if holder and status ~= 'completed' then
+    local text = string.match(completion, '"error":({.-}),"worker":') or 'null'
+    local kind = status == 'expired' and 'expired' or 'failed'
+    if chat.taken > 0 then
+      local taken = call('LRANGE', queue, 0, chat.taken - 1)
+      call('LTRIM', queue, chat.taken, -1)
+      end_messages(key, chat, taken, kind, text, now_us)
+    end
+    local old = {}
+    for _, element in ipairs(call('LRANGE', queue, 0, -1)) do
+      local _, at_ms = message_of(element)
+      if not at_ms or tonumber(at_ms) + chat.queue_ms >= now_us / 1000 then break end
+      old[#old + 1] = element
+    end
+    if #old > 0 then
+      call('LTRIM', queue, #old, -1)
+      end_messages(key, chat, old, 'expired', text, now_us)
+    end
+  end
+  end_vanished(key, chat, now_us)
+  if call('LLEN', queue) > 0 then
+    start_run(key, chat, string.sub(redis.sha1hex(id .. digits(now_us)), 1, 32), now_us)
+  end
+end
+
 -- What follows from the end of a job that is remembered.
 local function record_end(id, live, completion, ttl_ms)
   local now_us = clock_us()
   if live.kind == 'message' then count_member(id, live.batch, completion, ttl_ms, now_us) end
   if live.kind == 'batch' then
     close_batch(id, ttl_ms, now_us)
+  elseif live.kind == 'chat' then
+    end_run(id, live, completion, now_us)
   else
     remember(live.kind, id, live.tenant or 'default', 10, now_us, completion)
   end
@@ -246,36 +439,22 @@ local function finish(id, live, completion, ttl_ms)
   if live.record then record_end(id, live, completion, ttl_ms) end
 end
 
--- A stamp that rises with every accepted job, also when Redis' clock is set back: the larger of clock and last + 1.
-local function next_stamp(now_us)
-  last_stamp = last_stamp or tonumber(call('GET', KEY.stamp) or '0')
-  last_stamp = math.max(now_us, last_stamp + 1)
-  return last_stamp
-end
-
--- Before the first write of a script that accepts jobs, besides the type of their streams.
-local function check_accept()
-  check_type(KEY.stamp, 'string')
-  check_type(KEY.live_index, 'zset')
-  check_type(KEY.delayed, 'zset')
-end
-
-local function envelope(id, tail, now_us)
-  return '{"v":1,"id":"' .. id .. '","accepted_us":' .. digits(next_stamp(now_us)) .. ',' .. tail
-end
-
--- accept: the one place where a job begins: its live record and its entry, or its place among the delayed.
--- tail: the envelope without `v`, `id` and `accepted_us`. more: further fields of the live record, flat.
-local function accept(id, tail, stream, tenant, deadline_ms, due_ms, now_us, more, vector)
-  local data = envelope(id, tail, now_us)
-  local key = KEY.live .. id
-  call('ZADD', KEY.live_index, deadline_ms, id)
-  if tonumber(due_ms) * 1000 > now_us then
-    call('HSET', key, 'stream', stream, 'entry', '', 'tenant', tenant, 'body', data, 'vector', vector or '', unpack(more))
-    call('ZADD', KEY.delayed, due_ms, id)
-  else
-    call('HSET', key, 'stream', stream, 'entry', add(stream, data, vector), 'tenant', tenant, unpack(more))
+-- Cancel a live job: end it where it waits; mark it where somebody has it in hand, and tell.
+local function cancel_live(id, live, ttl_ms, now_us)
+  local text = ended(id, live, 'cancelled', 'cancelled', 'the job was cancelled', now_us)
+  if live.entry == '' then
+    call('ZREM', KEY.delayed, id)
+    finish(id, live, text, ttl_ms)
+    return 'cancelled'
   end
+  if pending(live.stream, group_of(live.stream), live.entry) then
+    call('HSET', KEY.live .. id, 'cancel', '1')
+    call('PUBLISH', KEY.cancel_channel, id)
+    return 'cancelling'
+  end
+  call('XDEL', live.stream, live.entry)
+  finish(id, live, text, ttl_ms)
+  return 'cancelled'
 end
 
 -- Whether a job that begins is remembered: `record` is '' or its kind, a blank, and what was asked for (JSON).

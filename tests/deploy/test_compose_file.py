@@ -27,6 +27,7 @@ WANTED = {
     "llm_generator_3",
     "aggregator",
     "webhook",
+    "chat",
     "mock_llm_1",
     "mock_llm_2",
     "mock_llm_3",
@@ -35,7 +36,7 @@ WANTED = {
     "apisix",
 }
 WRITES = {"apisix"}  # beside its own programs
-PLAIN_STAGES = {"encoder", "retriever", "aggregator", "webhook", "recorder"}
+PLAIN_STAGES = {"encoder", "retriever", "aggregator", "webhook", "chat", "recorder"}
 STAGES = {name for name in WANTED if name in PLAIN_STAGES or name.startswith("llm_")}
 SERVICES = compose.services()
 each_service = pytest.mark.parametrize("name", SERVICES)

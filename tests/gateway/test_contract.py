@@ -26,6 +26,8 @@ from tests.rig import Scripted, working
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
 PATIENCE_S = 100
+ENDLESS = ["/chat/{chat_id}/events"]
+"""Whoever waits for the end of such an answer waits for ever; `test_chats.py` reads from it."""
 
 
 async def pass_on(job: Job) -> Done:
@@ -56,6 +58,7 @@ async def test_every_answer_is_one_that_the_description_allows(
             serving = asyncio.create_task(server.serve(sockets=[listener]), name="gateway")
             url = f"http://127.0.0.1:{listener.getsockname()[1]}/openapi.json"
             command = ["-m", "schemathesis.cli", "--config-file", str(CONFIG), "run", url, "--no-color"]
+            command += [word for path in ENDLESS for word in ("--exclude-path", path)]
             tried = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *command,
@@ -75,6 +78,7 @@ async def test_every_answer_is_one_that_the_description_allows(
     text = said.decode()
     assert tried.returncode == 0, text
     described = [row for row in operations() if row.path not in {"/openapi.json", "/docs"}]
-    assert f"{len(described)} selected / {len(described)} total" in text, text
+    assert f"{len(described) - len(ENDLESS)} selected / {len(described)} total" in text, text
+    assert sorted(ENDLESS) == [row.path for row in described if row.streams]
     assert "Stateful" in text
     assert {"document", "document_deletion", "query"} <= {job.flow for stage in stages for job in stage.seen}

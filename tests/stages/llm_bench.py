@@ -189,6 +189,7 @@ class FakeContext:
     batches: Any = None
     clock: Any = None
     webhooks: Any = None
+    chats: Any = None
 
 
 @dataclass

@@ -80,6 +80,7 @@ class FakeContext:
     webhooks: Kept = field(default_factory=Kept)
     replicas: Any = None
     batches: Any = None
+    chats: Any = None
     clock: Any = None
     worker: str = "worker-1"
 

@@ -49,6 +49,7 @@ WORDS: Final = {
     "llm": "-m stages llm",
     "aggregator": "-m stages aggregator",
     "webhook": "-m stages webhook",
+    "chat": "-m stages chat",
     "recorder": "-m stages recorder",
     "gateway": "-m gateway",
     "redis": "redis.sock",

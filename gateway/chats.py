@@ -1,0 +1,422 @@
+"""The chats service: what people say, the events by which replies reach them, what was said, and who answers.
+
+A message is answered together with others of its chat, later; so it is accepted (202), and the reply comes as an event
+(`GET /chat/{chat_id}/events`, server-sent events) that any gateway can tell, from any point on. Every tenant has chats
+and personas of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, Literal, TypeVar
+from urllib.parse import parse_qs
+
+import orjson
+from pydantic import BaseModel, Field, StringConstraints, TypeAdapter
+
+from gateway.errors import BrokenKey, Problem
+from gateway.idempotency import read_key
+from gateway.metrics import CHAT_CLEARED, CHAT_MESSAGES
+from gateway.operation import Answer, Call, Operation, Parameter, answer
+from pipeline import keys
+from pipeline.chats import LOOK_EVERY_S, Message, Persona, Policy
+from pipeline.connection import CommandRefused
+from pipeline.errors import PenstockError
+from pipeline.flows import ModelName, Name, Payload
+from pipeline.job import Json, Priority, new_id
+
+T = TypeVar("T")
+
+ChatId = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._-]+$")]
+Prompt = Annotated[str, StringConstraints(min_length=1, max_length=32_000)]
+
+MOST_LISTED: Final = 200
+LISTED: Final = 50
+PING_S: Final = 15.0
+"""Proxies close a connection on which nothing is said for a while, a minute usually."""
+EVENT_STREAM: Final = b"text/event-stream"
+
+_CHAT_ID: Final[TypeAdapter[str]] = TypeAdapter(ChatId)
+_EVENT_ID: Final = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
+
+# --- What is asked and answered ----------------------------------------------------------------
+
+
+class ChatMessageRequest(Payload):
+    """One message of a person."""
+
+    user_id: Annotated[str, StringConstraints(min_length=1, max_length=128)]
+    text: Annotated[str, StringConstraints(min_length=1)]
+    message_id: Name | None = Field(None, description="counts once in its chat; made here when absent")
+    priority: Priority = Field("normal", description="chats of `high` go first")
+
+
+class ChatMessageAccepted(BaseModel):
+    """It will be answered, or its sender told why not."""
+
+    chat_id: str
+    message_id: str
+    queue_length: int = Field(description="messages that wait in this chat, this one included")
+    processing: bool = Field(description="whether a run was there already when the message came")
+
+
+class ChatTyping(BaseModel):
+    """Who types is waited for."""
+
+    chat_id: str
+    queue_length: int
+
+
+class ChatCleared(BaseModel):
+    """The chat begins anew."""
+
+    chat_id: str
+    epoch: int = Field(description="events of a lower one are from before")
+    cleared: int = Field(description="messages that waited and never will be answered")
+    reply_dropped: bool = Field(description="whether a reply was being made")
+
+
+class ChatPersonaRequest(Payload):
+    """Who is to answer in a chat."""
+
+    persona: ChatId | None = Field(description="name of a persona that was set up; null: the service's own words")
+
+
+class ChatPersonaSet(ChatCleared):
+    """The chat begins anew, with this persona."""
+
+    persona: str | None
+
+
+class ChatTurn(BaseModel):
+    """One thing that was said."""
+
+    role: Literal["user", "assistant"]
+    text: str
+    message_id: str
+    at: str = Field(description="RFC 3339")
+    status: Literal["answered", "sent", "failed", "expired", "cleared"]
+    user_id: str | None = None
+
+
+class ChatHistory(BaseModel):
+    """What was said in a chat, oldest first."""
+
+    messages: list[ChatTurn]
+    next: str | None = Field(description="`after` for the next page; null after the last one")
+
+
+class PersonaRequest(Payload):
+    """Who answers; where a field is absent the service's own words or settings are used."""
+
+    system_prompt: Prompt | None = Field(None, description="who it is, and how it speaks")
+    state_prompt: Prompt | None = Field(None, description="what to remember of a chat: asks for one JSON object")
+    model: ModelName | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    policy: Policy = Field("merge", description="a new message waits for the next reply, or interrupts this one")
+
+
+class PersonaShown(BaseModel):
+    """A persona."""
+
+    name: str
+    system_prompt: str | None
+    state_prompt: str | None
+    model: str | None
+    temperature: float | None
+    policy: Policy
+
+
+# --- Speaking ----------------------------------------------------------------------------------
+
+
+async def say(call: Call) -> Answer:
+    """Say something in a chat.
+
+    It is answered together with what else is said there in the next moments; the reply comes as an event.
+    """
+    request = await call.read(ChatMessageRequest)
+    chat_id = _chat_id(call)
+    most = call.gateway.settings.chats.max_text_chars
+    if len(request.text) > most:
+        raise _wrong("text", f"at most {most} characters")
+    message = Message(request.message_id or new_id(), request.user_id, request.text, request.priority)
+    key = read_key(call.headers, call.tenant, call.path, call.body)
+    said = await _from_redis(
+        call.front.say(call.tenant, chat_id, message, idempotency=key, in_flight_limit=call.in_flight_limit)
+    )
+    CHAT_MESSAGES.labels(said.what if said.is_new else "duplicate").inc()
+    body = {
+        "chat_id": chat_id,
+        "message_id": said.message_id,
+        "queue_length": said.waiting,
+        "processing": said.what not in {"", "started"},
+    }
+    return answer(body, 202, [] if said.is_new else [(b"idempotent-replayed", b"true")])
+
+
+async def typing(call: Call) -> Answer:
+    """Say that somebody is typing: what waits in the chat is answered a little later."""
+    chat_id = _chat_id(call)
+    waiting = await _from_redis(call.front.chats.typing(keys.of_tenant(call.tenant, chat_id)))
+    return answer({"chat_id": chat_id, "queue_length": waiting}, 202)
+
+
+async def clear(call: Call) -> Answer:
+    """Begin a chat anew: what waits, and what was said, is forgotten.
+
+    No reply to anything said before is sent from now on. History keeps what it has.
+    """
+    return answer(await _clear(call, _chat_id(call), None))
+
+
+async def set_chat_persona(call: Call) -> Answer:
+    """Choose who answers in a chat, which begins anew with that."""
+    request = await call.read(ChatPersonaRequest)
+    chat_id = _chat_id(call)
+    name = request.persona
+    if name is not None and await _from_redis(call.front.chats.persona(call.tenant, name)) is None:
+        raise _wrong("persona", "nobody has set up a persona of this name: PUT /persona/{name}", "unknown_persona")
+    return answer(await _clear(call, chat_id, name or "") | {"persona": name})
+
+
+async def _clear(call: Call, chat_id: str, persona: str | None) -> Json:
+    epoch, cleared, dropped = await _from_redis(call.front.chats.clear(call.tenant, chat_id, persona=persona))
+    CHAT_CLEARED.labels("messages").inc(cleared)
+    CHAT_CLEARED.labels("replies").inc(dropped)
+    return {"chat_id": chat_id, "epoch": epoch, "cleared": cleared, "reply_dropped": dropped}
+
+
+# --- Hearing -----------------------------------------------------------------------------------
+
+
+async def events(call: Call) -> Answer:
+    """Hear what happens in a chat, as server-sent events.
+
+    `reply`, `failed`, `expired` and `cleared` come with the chat's id and epoch and the ids of the messages they are
+    about. Each has an id; a client that names the last one it saw (`Last-Event-ID`, or `after`) misses nothing that is
+    kept, about a thousand events; one that names none hears what comes from now on.
+    """
+    chat = keys.of_tenant(call.tenant, _chat_id(call))
+    given = _parameters(call, {"after"})
+    sent = call.headers.get(b"last-event-id")
+    after = sent.decode("latin-1") if sent is not None else given.get("after")
+    if after is None:
+        after = await _from_redis(call.front.chats.last_event(chat))
+    elif _EVENT_ID.fullmatch(after) is None:
+        param = "Last-Event-ID" if sent is not None else "after"
+        raise _wrong(param, "the id of an event, as it came with it", "invalid_cursor")
+    headers = [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
+    return Answer(200, b": welcome\n\n", headers, EVENT_STREAM, stream=_events(call, chat, after))
+
+
+async def _events(call: Call, chat: str, after: str) -> AsyncGenerator[bytes, None]:
+    """Yield events as they come, and a word now and then, until the gateway stops or the client leaves."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.create_task(call.gateway.stop.wait(), name="chat events: stop")
+    silent_since_s = loop.time()
+    try:
+        async with call.front.chat_watch.of(chat) as news:
+            while not stop.done():
+                news.clear()
+                found = []
+                with suppress(PenstockError):  # Redis is away: the client keeps its connection, and its place
+                    found = await call.front.chats.events(chat, after)
+                for event_id, text in found:
+                    kind = orjson.loads(text)["type"]
+                    yield f"id: {event_id}\nevent: {kind}\ndata: ".encode() + text + b"\n\n"
+                    after, silent_since_s = event_id, loop.time()
+                if found:
+                    continue
+                if loop.time() - silent_since_s >= PING_S:
+                    yield b": still here\n\n"
+                    silent_since_s = loop.time()
+                await _wait(stop, news)
+    finally:
+        stop.cancel()
+
+
+async def _wait(stop: asyncio.Task[Any], news: asyncio.Event) -> None:
+    """Wait for news, or the end, or until it is time to look all the same."""
+    heard = asyncio.create_task(news.wait(), name="chat events: news")
+    try:
+        await asyncio.wait({stop, heard}, timeout=LOOK_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        heard.cancel()
+
+
+async def history(call: Call) -> Answer:
+    """Tell what was said in a chat, oldest first.
+
+    What history does not have yet, and Redis has, is told on the last page.
+    """
+    chat_id = _chat_id(call)
+    given = _parameters(call, {"after", "limit"})
+    after, limit = _number(given, "after", 0, 10**18), _number(given, "limit", LISTED, MOST_LISTED, least=1)
+    rows, following = await call.history.chat_turns(call.tenant, chat_id, after=after, limit=limit)
+    shown = [_turn(row) for row in rows]
+    if following is None:
+        last = rows[-1]["seq"] if rows else after
+        turns = await _from_redis(call.front.chats.turns(keys.of_tenant(call.tenant, chat_id)))
+        shown += [_turn(turn) for turn in turns if turn["seq"] > last]
+    return answer({"messages": shown, "next": None if following is None else str(following)})
+
+
+def _turn(row: Json) -> Json:
+    at = datetime.fromtimestamp(row["at_ms"] / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    status = row.get("status") or ("sent" if row["role"] == "assistant" else "answered")
+    shown = {"role": row["role"], "text": row["text"], "message_id": row["message_id"], "at": at, "status": status}
+    return shown | ({"user_id": row["user_id"]} if row.get("user_id") else {})
+
+
+# --- Personas ----------------------------------------------------------------------------------
+
+
+async def look_at_persona(call: Call) -> Answer:
+    """Tell how a persona is set up."""
+    name = _chat_id(call, "name")
+    persona = await _from_redis(call.front.chats.persona(call.tenant, name))
+    if persona is None:
+        raise Problem(404, "persona_not_found", f"there is no persona {name!r}")
+    return answer(_shown_persona(name, persona))
+
+
+async def set_persona(call: Call) -> Answer:
+    """Set a persona up, all of it: what is not named is the service's own.
+
+    Chats that have it follow at their next reply.
+    """
+    request = await call.read(PersonaRequest)
+    name = _chat_id(call, "name")
+    persona = Persona(
+        request.system_prompt, request.state_prompt, request.model, request.temperature, request.policy
+    )  # fmt: skip
+    await _from_redis(call.front.chats.set_persona(call.tenant, name, persona))
+    return answer(_shown_persona(name, persona))
+
+
+def _shown_persona(name: str, persona: Persona) -> Json:
+    return {"name": name} | {field: getattr(persona, field) for field in Persona.__slots__}
+
+
+# --- Small parts -------------------------------------------------------------------------------
+
+
+def _chat_id(call: Call, name: str = "chat_id") -> str:
+    try:
+        return _CHAT_ID.validate_python(call.path_id(name))
+    except ValueError:
+        raise _wrong(name, "1 to 128 characters out of A-Z a-z 0-9 . _ -") from None
+
+
+def _parameters(call: Call, known: set[str]) -> dict[str, str]:
+    """Return what stands behind the `?`, each name once."""
+    given = parse_qs(call.query_string, keep_blank_values=True)
+    for name, values in sorted(given.items()):
+        if name not in known:
+            raise _wrong(name[:128], "there is no such parameter")
+        if len(values) > 1:
+            raise _wrong(name, "given more than once")
+    return {name: values[0] for name, values in given.items()}
+
+
+def _number(given: dict[str, str], name: str, default: int, most: int, *, least: int = 0) -> int:
+    text = given.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) <= 19 and least <= int(text) <= most):
+        raise _wrong(name, f"a number from {least} to {most}")
+    return int(text)
+
+
+def _wrong(path: str, message: str, code: str = "invalid_field") -> Problem:
+    return Problem(422, code, f"{path}: {message}", param=path)
+
+
+async def _from_redis(question: Awaitable[T]) -> T:
+    """Ask Redis; a key that holds what Penstock never wrote is an operator's to mend."""
+    try:
+        return await question
+    except (ValueError, KeyError, CommandRefused) as error:
+        raise BrokenKey(str(error)) from error
+
+
+_IN_PATH: Final = Parameter("chat_id", "the chat, as clients name it", required=True, type=ChatId)
+_NAME: Final = Parameter("name", "the persona's name", required=True, type=ChatId)
+
+OPERATIONS: Final = (
+    Operation(
+        "POST",
+        "/chat/{chat_id}/messages",
+        say,
+        body=ChatMessageRequest,
+        answers={202: ChatMessageAccepted},
+        parameters=(_IN_PATH,),
+        idempotent=True,
+        example={"user_id": "ann", "text": "Hello!"},
+    ),
+    Operation(
+        "POST",
+        "/chat/{chat_id}/typing",
+        typing,
+        answers={202: ChatTyping},
+        errors=(422,),
+        parameters=(_IN_PATH,),
+    ),
+    Operation(
+        "POST",
+        "/chat/{chat_id}/clear",
+        clear,
+        answers={200: ChatCleared},
+        errors=(422,),
+        parameters=(_IN_PATH,),
+    ),
+    Operation(
+        "PUT",
+        "/chat/{chat_id}/persona",
+        set_chat_persona,
+        body=ChatPersonaRequest,
+        answers={200: ChatPersonaSet},
+        parameters=(_IN_PATH,),
+        example={"persona": "poet"},
+    ),
+    Operation(
+        "GET",
+        "/chat/{chat_id}/events",
+        events,
+        answers={200: None},
+        errors=(422,),
+        parameters=(_IN_PATH, Parameter("after", "the id of the last event seen, where no `Last-Event-ID` is sent")),
+        streams=True,
+    ),
+    Operation(
+        "GET",
+        "/chat/{chat_id}/history",
+        history,
+        answers={200: ChatHistory},
+        errors=(422,),
+        parameters=(
+            _IN_PATH,
+            Parameter("after", "`next` of the page before", type=Annotated[int, Field(ge=0, le=10**18)]),
+            Parameter(
+                "limit", f"turns in the page, {LISTED} unless said", type=Annotated[int, Field(ge=1, le=MOST_LISTED)]
+            ),
+        ),
+    ),
+    Operation(
+        "GET", "/persona/{name}", look_at_persona, answers={200: PersonaShown}, errors=(404, 422), parameters=(_NAME,)
+    ),
+    Operation(
+        "PUT",
+        "/persona/{name}",
+        set_persona,
+        body=PersonaRequest,
+        answers={200: PersonaShown},
+        parameters=(_NAME,),
+        example={"system_prompt": "You are a ship's cook, and speak like one.", "policy": "merge"},
+    ),
+)

@@ -1,0 +1,214 @@
+"""Chats through real processes: several messages, one reply, whoever dies, freezes or goes away meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from typing import Any, Final
+
+import orjson
+import pytest
+
+from pipeline import keys
+from tests.conftest import wait_until
+from tests.whole.system import END_S, LEASE_S, SLACK_S, Json, Outside, System, outside
+
+AT_ONCE: Final[dict[str, str]] = {f"PENSTOCK_CHATS__{name}": "0" for name in ("SINGLE_MS", "QUIET_MS", "MAX_WAIT_MS")}
+
+
+async def say(whole: Outside, chat: str, text: str, **more: Any) -> Json:
+    """Say something; a gateway that cannot reach Redis is asked again, as clients do."""
+    body = {"user_id": "ann", "text": text, "message_id": text.replace(" ", "_")} | more
+    found: Json = {}
+
+    async def is_accepted() -> bool:
+        nonlocal found
+        reply = await whole.send("POST", f"/chat/{chat}/messages", body)
+        assert reply.status in {0, 202, 503}, reply.body
+        found = reply.body
+        return reply.status == 202
+
+    await wait_until(is_accepted, timeout_s=END_S, every_s=0.05)
+    return found
+
+
+async def events(whole: Outside, chat: str, count: int) -> list[Json]:
+    """Return the first events of a chat, as its stream tells them."""
+    found: list[Json] = []
+    async with asyncio.timeout(2 * END_S):
+        async with whole.http.stream("GET", f"{whole.system.url}/chat/{chat}/events?after=0-0") as reply:
+            assert reply.status_code == 200
+            async for line in reply.aiter_lines():
+                if line.startswith("data: "):
+                    found.append(orjson.loads(line.removeprefix("data: ")))
+                    if len(found) == count:
+                        return found
+    raise EOFError
+
+
+async def replies(whole: Outside, chat: str, count: int) -> list[list[str]]:
+    """Return which messages the first events, all of them replies, answer."""
+    found = await events(whole, chat, count)
+    assert [event["type"] for event in found] == ["reply"] * count
+    return [event["message_ids"] for event in found]
+
+
+async def is_asked(whole: Outside) -> bool:
+    """Say whether a replica is working on something."""
+    return any(record["status"] == "running" for record in await whole.records())
+
+
+async def test_three_quick_messages_get_one_reply(whole: Outside) -> None:
+    """The replicas were asked twice: what to remember, and for the reply, with the three turns in order."""
+    texts = ["hello", "are you there", "what is a lease"]
+    for text in texts:
+        await say(whole, "quick", text)
+    assert await replies(whole, "quick", 1) == [[text.replace(" ", "_") for text in texts]]
+    state, reply = sorted(await whole.records(), key=lambda record: float(record["arrived_s"]))
+    assert "\n".join(f"user: {text}" for text in texts) in state["messages"][-1]["content"]
+    turns = [turn["content"] for turn in reply["messages"] if turn["role"] == "user"]
+    assert turns == texts
+
+
+async def test_messages_that_come_while_a_reply_is_made_get_the_next_one(whole: Outside) -> None:
+    """Together, and after it."""
+    await whole.behave(latency=0.5)
+    await say(whole, "during", "one")
+    await wait_until(lambda: is_asked(whole), timeout_s=END_S)
+    assert (await say(whole, "during", "two"))["processing"] is True
+    await say(whole, "during", "three")
+    assert await replies(whole, "during", 2) == [["one"], ["two", "three"]]
+    assert len(await whole.records()) == 4
+
+
+@pytest.mark.parametrize("victim", ["chat", "llm"])
+async def test_a_killed_run_goes_on_when_the_lease_is_over_not_the_lock(whole: Outside, victim: str) -> None:
+    """Whoever dies with it in hand: one reply, from the same run."""
+    chat = f"killed-{victim}"
+    if victim == "chat":  # it waits there, since somebody may say more
+        await say(whole, chat, "zero")
+        await replies(whole, chat, 1)
+        await whole.reset()
+    else:
+        await whole.behave(latency=2)
+    await say(whole, chat, "one")
+    await wait_until(lambda: whole.has_in_hand(victim, 1), timeout_s=END_S)
+    (run,) = await whole.pending(victim)
+    killed_s = time.monotonic()
+    whole.system.kill(victim, signal.SIGKILL)
+    await whole.behave(latency=0)
+    first = 1 if victim == "chat" else 0
+    found = (await events(whole, chat, first + 1))[first]
+    assert (found["type"], found["message_ids"], found["message_id"]) == ("reply", ["one"], run)
+    assert time.monotonic() - killed_s < LEASE_S + 2 + 2 * SLACK_S
+
+
+async def test_a_run_that_was_frozen_beyond_its_lock_sends_nothing(whole: Outside) -> None:
+    """Its messages are answered by the run that has the lock, once."""
+    await whole.behave(latency=2)
+    await say(whole, "frozen", "one")
+    await wait_until(lambda: is_asked(whole), timeout_s=END_S)
+    pid = whole.system.kill("chat", signal.SIGSTOP)
+    try:
+        (old,) = await whole.pending("llm")
+        await whole.redis.delete(keys.CHAT_LOCK + "frozen")
+        await say(whole, "frozen", "two")
+        await whole.behave(latency=0)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    (event,) = await events(whole, "frozen", 1)
+    assert (event["type"], event["message_ids"]) == ("reply", ["one", "two"])
+    assert event["message_id"] != old
+    await whole.until_idle()
+    assert await whole.redis.xlen(keys.CHAT_EVENTS + "frozen") == 1
+
+
+async def test_messages_outlive_redis_going_away_in_the_middle(whole: Outside) -> None:
+    """It is killed while a model thinks, and comes back with what it had."""
+    await whole.behave(latency=2)
+    await say(whole, "away", "one")
+    await wait_until(lambda: is_asked(whole), timeout_s=END_S)
+    await say(whole, "away", "two")
+    killed = whole.system.kill("redis", signal.SIGKILL)
+    await wait_until(lambda: whole.system.pid_of("redis") not in {None, killed}, timeout_s=END_S)
+    await whole.behave(latency=0)
+    await say(whole, "away", "three")
+    answered = [event["message_ids"] for event in await events(whole, "away", 2)]
+    assert answered == [["one"], ["two", "three"]]
+
+
+async def test_nothing_from_before_a_clear_is_sent_after_it(whole: Outside) -> None:
+    """The reply was being made; nobody sees it."""
+    await whole.behave(latency=2)
+    await say(whole, "cleared", "one")
+    await wait_until(lambda: is_asked(whole), timeout_s=END_S)
+    assert (await whole.send("POST", "/chat/cleared/clear")).body["reply_dropped"] is True
+    await whole.behave(latency=0)
+    await say(whole, "cleared", "two")
+    first, second = await events(whole, "cleared", 2)
+    assert [(one["type"], one["message_ids"]) for one in (first, second)] == [("cleared", ["one"]), ("reply", ["two"])]
+
+
+async def test_bursts_of_many_chats_survive_the_death_of_whoever_works_on_them(whole: Outside) -> None:
+    """Five hundred chats at once: no message is lost, none is answered twice, none before an earlier one."""
+    chats = [f"burst-{number}" for number in range(500)]
+    at_once = asyncio.Semaphore(50)
+    ends: list[list[Json]] = []
+
+    async def burst(chat: str) -> None:
+        async with at_once:
+            for number in range(3):
+                await say(whole, chat, f"{chat} says {number}")
+
+    async def all_ended() -> bool:
+        nonlocal ends
+        async with whole.redis.pipeline(transaction=False) as pipeline:
+            for chat in chats:
+                pipeline.xrange(keys.CHAT_EVENTS + chat)
+            found = await pipeline.execute()
+        ends = [[orjson.loads(fields[b"data"]) for _, fields in entries] for entries in found]
+        return all(sum(len(event["message_ids"]) for event in events) >= 3 for events in ends)
+
+    async def kill(name: str) -> None:
+        killed = whole.system.kill(name, signal.SIGKILL)
+        await wait_until(lambda: whole.system.pid_of(name) not in {None, killed}, timeout_s=END_S)
+        await wait_until(lambda: whole.works(whole.system.pid_of(name)), timeout_s=END_S)
+
+    async with asyncio.TaskGroup() as group:
+        bursts = [group.create_task(burst(chat)) for chat in chats]
+        for name in ("chat", "llm", "chat", "llm"):
+            await kill(name)
+        await asyncio.gather(*bursts)
+    await kill("chat")
+    await wait_until(all_ended, timeout_s=4 * END_S, every_s=0.2)
+    await whole.until_idle()
+    for chat, told in zip(chats, ends, strict=True):
+        assert {event["type"] for event in told} == {"reply"}, chat
+        answered = [message_id for event in told for message_id in event["message_ids"]]
+        assert answered == [f"{chat}_says_{number}" for number in range(3)]
+
+
+async def test_history_is_whole_after_everything_was_restarted() -> None:
+    """All turns, in order, from before and after."""
+    with System(**AT_ONCE) as system:
+        for half in range(2):
+            async with outside(system) as whole:
+                for number in range(3):
+                    await say(whole, "long", f"text {3 * half + number}")
+                    await events(whole, "long", 3 * half + number + 1)
+            if not half:
+                assert await system.end(signal.SIGTERM) == 0
+                system.start()
+        async with outside(system) as whole:
+            await wait_until(lambda: has_history(whole), timeout_s=END_S, every_s=0.1)  # the recorder makes its tables
+            turns = (await whole.send("GET", "/chat/long/history")).body["messages"]
+            assert [turn["role"] for turn in turns] == ["user", "assistant"] * 6
+            assert [turn["text"] for turn in turns[::2]] == [f"text {number}" for number in range(6)]
+            await whole.until_idle()
+
+
+async def has_history(whole: Outside) -> bool:
+    """Say whether history can be read."""
+    return (await whole.send("GET", "/chat/long/history")).status == 200
