@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 
 from pipeline import flows, keys, scripts
-from pipeline.clock import Clock, monotonic_us
-from pipeline.connection import Argument, Backoff, Link, OutOfMemory, within
+from pipeline.clock import Clock
+from pipeline.connection import Argument, Link, insist, within
 from pipeline.errors import BrokerUnavailable, IdempotencyMismatch, Overloaded
 from pipeline.job import Job, Json, Priority, new_id
 
@@ -220,26 +220,15 @@ class Batches:
         args: list[Argument] = [plan.batch_id, STAGED_FOR_MS, plan.stream, plan.order.tenant, plan.deadline_ms]
         for member in portion:
             args += member
-        await within(self._insist(scripts.STAGE, args))
+        await self._insist(scripts.STAGE, args)
 
     async def _commit(self, args: Sequence[Argument]) -> tuple[str, str]:
-        reply = await within(self._insist(scripts.BATCH, args))
+        reply = await self._insist(scripts.BATCH, args)
         return reply[1].decode(), reply[2].decode()
 
     async def _insist(self, script: scripts.Script, args: Sequence[Argument]) -> Any:
-        """Run a script that may be sent again, until it answers."""
-        backoff = Backoff(self._settings.redis.reconnect_cap_s)
-        while True:
-            try:
-                sent_us = monotonic_us()
-                reply = await self._link.run(script, (), args)
-            except BrokerUnavailable as error:
-                await backoff.failed(error)
-            except OutOfMemory as error:
-                raise Overloaded("Redis is out of memory; try again later") from error
-            else:
-                self._clock.observe(int(reply[0]), sent_us)
-                return reply
+        cap_s = self._settings.redis.reconnect_cap_s
+        return await within(insist(self._link, script, args, self._clock, cap_s))
 
     def _commit_arguments(
         self, plan: _Plan, key: str, body_hash: str, key_ttl_s: float, in_flight_limit: int | None

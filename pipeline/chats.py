@@ -21,7 +21,7 @@ import structlog
 
 from pipeline import flows, keys, scripts
 from pipeline.clock import Clock, monotonic_us
-from pipeline.connection import Argument, Backoff, Link, OutOfMemory
+from pipeline.connection import Argument, Backoff, Link, OutOfMemory, insist, within
 from pipeline.errors import BrokerUnavailable, IdempotencyMismatch, Overloaded, PenstockError, RetryLater
 from pipeline.job import Json, Priority, new_id
 
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-ANSWER_WITHIN_S: Final = 0.9
-"""With Redis away a client hears 503 within a second."""
 AGAIN_S: Final = 1.0
 EVENTS_AT_ONCE: Final = 100
 LOOK_EVERY_S: Final = 5.0
@@ -255,23 +253,23 @@ class Chats:
 
     async def last_event(self, chat: str) -> str:
         """Return the id of a chat's newest event, `0-0` where there is none."""
-        found = await self._within(self._link.call("XREVRANGE", keys.CHAT_EVENTS + chat, "+", "-", "COUNT", 1))
+        found = await within(self._link.call("XREVRANGE", keys.CHAT_EVENTS + chat, "+", "-", "COUNT", 1))
         return found[0][0].decode() if found else "0-0"
 
     async def events(self, chat: str, after: str) -> list[tuple[str, bytes]]:
         """Return the next events (id and JSON) after one of this id."""
         stream = keys.CHAT_EVENTS + chat
-        found = await self._within(self._link.call("XRANGE", stream, f"({after}", "+", "COUNT", EVENTS_AT_ONCE))
+        found = await within(self._link.call("XRANGE", stream, f"({after}", "+", "COUNT", EVENTS_AT_ONCE))
         return [(event.decode(), fields[1]) for event, fields in found]
 
     async def turns(self, chat: str) -> list[Json]:
         """Return the last turns of a chat, oldest first."""
-        found = await self._within(self._link.call("LRANGE", keys.CHAT_TURNS + chat, 0, -1))
+        found = await within(self._link.call("LRANGE", keys.CHAT_TURNS + chat, 0, -1))
         return [orjson.loads(turn) for turn in found]
 
     async def persona(self, tenant: str, name: str) -> Persona | None:
         """Return a persona; None where nobody has set it up."""
-        fields = await self._within(self._link.call("HGETALL", keys.PERSONA + keys.of_tenant(tenant, name)))
+        fields = await within(self._link.call("HGETALL", keys.PERSONA + keys.of_tenant(tenant, name)))
         return _persona(fields) if fields else None
 
     async def set_persona(self, tenant: str, name: str, persona: Persona) -> None:
@@ -280,37 +278,15 @@ class Chats:
         args: list[Argument] = [keys.of_tenant(tenant, name), name, tenant, orjson.dumps(given)]
         for field in Persona.__slots__:
             args += [field, str(given.get(field, ""))]
-        await self._within(self._link.run(scripts.PERSONA, (), args))
+        await within(self._link.run(scripts.PERSONA, (), args))
 
     @property
     def _completion_ttl_ms(self) -> int:
         return int(self._settings.worker.completion_ttl_s * 1000)
 
     async def _insist(self, script: scripts.Script, args: Sequence[Argument]) -> Any:
-        """Run a script that may be sent again, until it answers or a client would wait too long."""
-        backoff = Backoff(self._settings.redis.reconnect_cap_s)
-        try:
-            async with asyncio.timeout(ANSWER_WITHIN_S):
-                while True:
-                    try:
-                        sent_us = monotonic_us()
-                        reply = await self._link.run(script, (), args)
-                    except BrokerUnavailable as error:
-                        await backoff.failed(error)
-                    else:
-                        self.clock.observe(int(reply[0]), sent_us)
-                        return reply
-        except TimeoutError as error:
-            raise BrokerUnavailable("Redis does not answer", unknown=True) from error
-        except OutOfMemory as error:
-            raise Overloaded("Redis is out of memory; try again later") from error
-
-    async def _within(self, call: Any) -> Any:
-        try:
-            async with asyncio.timeout(ANSWER_WITHIN_S):
-                return await call
-        except TimeoutError as error:
-            raise BrokerUnavailable("Redis does not answer", unknown=True) from error
+        cap_s = self._settings.redis.reconnect_cap_s
+        return await within(insist(self._link, script, args, self.clock, cap_s))
 
 
 class ChatWatch:

@@ -20,13 +20,14 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from pipeline.clock import monotonic_us
-from pipeline.errors import BrokerUnavailable, ConfigError, PenstockError
+from pipeline.errors import BrokerUnavailable, ConfigError, Overloaded, PenstockError
 from pipeline.limit import Limit
 from pipeline.metrics import TURN_WAIT_S
 
 if TYPE_CHECKING:
     from redis.asyncio.connection import AbstractConnection
 
+    from pipeline.clock import Clock
     from pipeline.scripts import Script
     from pipeline.settings import RedisSettings
 
@@ -325,6 +326,29 @@ async def within(call: Awaitable[A]) -> A:
             return await call
     except TimeoutError as error:
         raise BrokerUnavailable("Redis does not answer", unknown=True) from error
+
+
+async def insist(link: Link, script: Script, args: Sequence[Argument], clock: Clock, cap_s: float) -> Any:
+    """Run a script that may be sent again, until it answers; its reply begins with Redis' time, for *clock*.
+
+    Args:
+        cap_s: the longest wait between two tries.
+
+    Raises:
+        Overloaded: Redis is out of memory.
+    """
+    backoff = Backoff(cap_s)
+    while True:
+        try:
+            sent_us = monotonic_us()
+            reply = await link.run(script, (), args)
+        except BrokerUnavailable as error:
+            await backoff.failed(error)
+        except OutOfMemory as error:
+            raise Overloaded("Redis is out of memory; try again later") from error
+        else:
+            clock.observe(int(reply[0]), sent_us)
+            return reply
 
 
 def parse_info(text: bytes) -> dict[str, str]:
