@@ -310,7 +310,7 @@ async def list_messages(call: Call) -> Answer:
 
     A page may hold fewer than `limit` where a status is asked for: what has changed since is left out.
     """
-    asked = _Asked(call, {"queue_id", "status", "batch_id", "since", "until", "after", "limit"})
+    asked = Asked(call, {"queue_id", "status", "batch_id", "since", "until", "after", "limit"})
     status = asked.one_of("status", MessageState)
     rows, after = await call.history.messages(
         call.tenant,
@@ -409,7 +409,7 @@ async def list_batches(call: Call) -> Answer:
 
     A page may hold fewer than `limit` where a status is asked for: what has changed since is left out.
     """
-    asked = _Asked(call, {"queue_id", "status", "since", "until", "after", "limit"})
+    asked = Asked(call, {"queue_id", "status", "since", "until", "after", "limit"})
     status = asked.one_of("status", BatchState)
     rows, after = await call.history.batches(
         call.tenant,
@@ -432,7 +432,7 @@ async def list_batches(call: Call) -> Answer:
 async def list_members(call: Call) -> Answer:
     """List the messages of a batch, in the order given."""
     batch_id = _own_id(call, "batch_id", "batch")
-    asked = _Asked(call, {"after", "limit"})
+    asked = Asked(call, {"after", "limit"})
     after, limit = asked.text("after"), asked.limit()
     standing = await _standing(call, batch_id)
     if standing is None:
@@ -619,7 +619,7 @@ async def _from_redis(question: Awaitable[T]) -> T:
         raise BrokenKey(str(error)) from error
 
 
-class _Asked:
+class Asked:
     """What stands behind the `?`, each name once."""
 
     def __init__(self, call: Call, known: set[str]) -> None:
@@ -631,10 +631,12 @@ class _Asked:
                 raise _wrong(name, "given more than once")
 
     def text(self, name: str) -> str | None:
+        """Return a value as it was given."""
         values = self._given.get(name)
         return values[0] if values else None
 
     def one_of(self, name: str, choices: Any) -> str | None:
+        """Return a value that is one of a literal's."""
         value = self.text(name)
         known: Sequence[str] = choices.__args__
         if value is not None and value not in known:
@@ -642,10 +644,12 @@ class _Asked:
         return value
 
     def instant_ms(self, name: str) -> int | None:
+        """Return an instant, in milliseconds since the epoch."""
         value = self.text(name)
         return None if value is None else _instant_ms(value, name)
 
     def limit(self) -> int:
+        """Return how many rows are wanted."""
         value = self.text("limit")
         if value is None:
             return LISTED

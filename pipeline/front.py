@@ -32,10 +32,11 @@ from pipeline.errors import (
     Overloaded,
     PenstockError,
 )
-from pipeline.job import Completion, Job, decode
+from pipeline.job import Completion, Job, Json, decode
 from pipeline.limit import Patience
 from pipeline.overview import Overview, look
 from pipeline.replicas import read_registry
+from pipeline.reports import Reports
 from pipeline.streams import number
 from pipeline.webhooks import Secrets, Webhooks
 
@@ -147,6 +148,7 @@ class Front:
         within_s = min(settings.redis.reply_timeout_s, ANSWER_WITHIN_S)
         self._looker = Link(settings.redis.model_copy(update={"reply_timeout_s": within_s}), "overview")
         self.batches = Batches(Link(settings.redis, "batches"), settings, self.clock)
+        self._reports = Reports(Link(settings.redis, "reports"), settings, self.clock)
         self._key_link = Link(settings.redis, "keys")
         self._overview: tuple[int, Overview] | None = None  # when it was made, on the monotonic clock
         self._looking = asyncio.Lock()
@@ -191,6 +193,7 @@ class Front:
         for link in (self._submitter, self._link, self._sweeper, self._reader, self._looker, self._key_link):
             await link.close()
         await self.batches.close()
+        await self._reports.close()
 
     # --- submitting ------------------------------------------------------------------------------
 
@@ -533,6 +536,26 @@ class Front:
         """Give a queue another secret; the present one signs too for a day. Not to be sent again blindly."""
         found: Secrets = await self._within(self._webhooks.rotate(queue))
         return found
+
+    async def report_job(self, body: Json, tenant: str) -> Job:
+        """Return the job that writes the report asked for with *body*; it is still to be submitted.
+
+        Raises:
+            WrongField: of the request, or of its inputs.
+            BrokerUnavailable: Redis does not answer within a second.
+        """
+        if not self.clock.is_set:
+            raise BrokerUnavailable("Redis has not been reached yet")
+        job: Job = await self._within(self._reports.job(body, tenant))
+        return job
+
+    async def erase(self, user_id: str, tenant: str) -> str:
+        """Forget a person in Redis, and have the history forget them: return the name under which it will have done so.
+
+        May be sent again.
+        """
+        erasure: str = await self._within(self._reports.erase(user_id, tenant))
+        return erasure
 
     async def idempotent_outcome(self, key: str) -> Completion | None:
         """Return the outcome kept with an Idempotency-Key, after the completion's own life has ended."""

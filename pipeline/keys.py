@@ -31,6 +31,15 @@ key                        type    life                         written by      
 `batch:done:<id>`          set     as its batch                 who ends a job          who ends a job
 `batch_results:<id>`       string  setting, 7 days              aggregator              gateways, webhook, anyone
 `queue:<queue>`            hash    for ever                     gateways, webhook       gateways, webhook
+`report_generation_requests` stream an entry until it is taken  any back end            report
+`report_generation_responses` stream setting, age and count     report, who ends a job  any back end
+`report_request:<id>`      string  as its response              report, who ends a job  report
+`report_counts`            hash    for ever, two numbers        report, who ends a job  gateways
+`report:<hash>`            string  setting, 24 h                who ends a job          report
+`report_making:<hash>`     string  as long as its job may live  report                  report
+`input:<user_id>`          string  setting, 1 h                 report, gateways        report, gateways
+`user:<user_id>`           hash    as the last response, longer report, gateways        report, who ends a job
+`user_data:<user_id>`      zset    as the last response         who begins or ends a job  gateways
 """
 
 from __future__ import annotations
@@ -66,6 +75,15 @@ BATCH_MEMBERS: Final = "batch:members:"
 BATCH_DONE: Final = "batch:done:"
 BATCH_RESULTS: Final = "batch_results:"
 QUEUE: Final = "queue:"
+REPORT_REQUESTS: Final = "report_generation_requests"
+REPORT_RESPONSES: Final = "report_generation_responses"
+REPORT_REQUEST: Final = "report_request:"
+REPORT_COUNTS: Final = "report_counts"
+REPORT: Final = "report:"
+REPORT_MAKING: Final = "report_making:"
+INPUT: Final = "input:"
+USER: Final = "user:"
+USER_DATA: Final = "user_data:"
 API_KEY_NAME: Final = "name:"
 """What a field of that hash begins with where it leads from a name to a digest."""
 
@@ -98,6 +116,15 @@ LUA_KEYS: Final = {
     "batch_done": BATCH_DONE,
     "queue": QUEUE,
     "api_key_name": API_KEY_NAME,
+    "report_requests": REPORT_REQUESTS,
+    "report_responses": REPORT_RESPONSES,
+    "report_request": REPORT_REQUEST,
+    "report_counts": REPORT_COUNTS,
+    "report": REPORT,
+    "report_making": REPORT_MAKING,
+    "input": INPUT,
+    "user": USER,
+    "user_data": USER_DATA,
     "cancel_channel": CANCEL_CHANNEL,
     "wake_channel": WAKE_CHANNEL,
     "placed": "job:llm_in",
@@ -127,6 +154,9 @@ BOUNDED: Final = {
     API_KEYS: "two fields per key that an operator made",
     BATCH + "*": "open batches, bounded by admission; a closed one has a TTL",
     QUEUE + "*": "one per queue that was set up, or that signs webhooks",
+    REPORT_REQUESTS: "what other back ends ask for and no worker has taken yet",
+    REPORT_RESPONSES: "capped by count and age",
+    REPORT_COUNTS: "two numbers",
 }
 """Keys without a TTL (as glob patterns), each with the reason why it is bounded."""
 

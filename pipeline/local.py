@@ -32,7 +32,7 @@ from pipeline.errors import ConfigError
 from pipeline.settings import RetrieverSettings, Settings
 from pipeline.supervisor import Program, Supervisor
 
-STAGES: Final = ("encoder", "retriever", "llm", "aggregator", "webhook")
+STAGES: Final = ("encoder", "retriever", "llm", "aggregator", "report", "webhook")
 MOCKS: Final = 3
 READY_POLL_S: Final = 0.02
 READY_HINT_S: Final = 10.0  # how often to say what `up` still waits for

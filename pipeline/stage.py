@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pipeline.batches import Batches
     from pipeline.clock import Clock
     from pipeline.replicas import Replicas
+    from pipeline.reports import Reports
     from pipeline.webhooks import Webhooks
 
 Outcome = Done | Exception
@@ -33,6 +34,7 @@ class Context(Protocol):
         batches: the batches in Redis.
         clock: Redis' time.
         webhooks: results to be told to receivers outside, and the secrets to sign them with.
+        reports: finished reports, and who is writing one.
     """
 
     @property
@@ -49,6 +51,9 @@ class Context(Protocol):
 
     @property
     def webhooks(self) -> Webhooks: ...  # noqa: D102 - the class says it
+
+    @property
+    def reports(self) -> Reports: ...  # noqa: D102 - the class says it
 
 
 class Stage:

@@ -27,6 +27,7 @@ from pipeline.errors import BrokerUnavailable, NotReady, PenstockError
 from pipeline.handling import Handling, Held, Reason
 from pipeline.quarantine import Quarantine
 from pipeline.replicas import Replicas
+from pipeline.reports import Reports
 from pipeline.streams import Entry, Streams
 from pipeline.webhooks import Webhooks
 
@@ -83,6 +84,7 @@ class Worker:
         self._taken_up: OrderedDict[tuple[str, bytes], None] = OrderedDict()
         self._following_up: asyncio.Task[None] | None = None
         self._results: Link | None = None
+        self._reports: Reports | None = None
         self._follow_up_outage = Outage(f"{stage.name} control")
         self.replicas = Replicas(self.streams, settings, clock, self._entry_of, self._rng)
         self.batches = Batches(Link(settings.redis, f"{stage.name}-batches"), settings, clock)
@@ -108,6 +110,15 @@ class Worker:
         if self._results is None:
             self._results = Link(self._settings.redis, f"{self.stage.name}-results")
         return Webhooks(self._results, self._clock)
+
+    @property
+    def reports(self) -> Reports:
+        """Finished reports; over a connection of their own, since they are long."""
+        if self._reports is None:
+            self._reports = Reports(
+                Link(self._settings.redis, f"{self.stage.name}-reports"), self._settings, self._clock
+            )
+        return self._reports
 
     # --- feeding ---------------------------------------------------------------------------------
 
@@ -391,6 +402,8 @@ class Worker:
         await self.batches.close()
         if self._results is not None:
             await self._results.close()
+        if self._reports is not None:
+            await self._reports.close()
 
     def _abort(self, held: Held, reason: Reason) -> None:
         if held.settling or held.reason is not None:

@@ -111,8 +111,9 @@ class Llm(Stage):
         body = encode_request(
             messages_of(job),
             model=model,
-            max_tokens=self._settings.max_tokens,
+            max_tokens=job.state.get("max_tokens") or self._settings.max_tokens,
             temperature=self._settings.temperature,
+            response_format=job.state.get("response_format"),
         )
         if job.replica is None:
             raise NoReplica("the job reached the llm stage without a place at a replica")
@@ -211,18 +212,22 @@ class Llm(Stage):
             duration_s=round(duration_s, 3),
         )
         (line.info if failure.is_healthy or failure.is_refused else line.warning)("llm call failed")
-        line.debug("llm call failed because", message=failure.message)
+        if not FLOWS[job.flow].private:
+            line.debug("llm call failed because", message=failure.message)
 
     def __repr__(self) -> str:
         return f"<Llm slots={self.slots} model={self._settings.model!r} max_retries={self._max_retries}>"
 
 
 def messages_of(job: Job) -> list[Json]:
-    """Return the turns to send: the question with the sources found for it, the sender's turns, or its prompt as one.
+    """Return the turns to send: those that an earlier stage wrote, the question with the sources found for it, the
+    sender's turns, or its prompt as one.
 
     Raises:
         Reject: the job has none of them.
     """
+    if "messages" in job.state:
+        return list(job.state["messages"])
     if "sources" in job.state:
         sources = [Source(one["title"], one["text"]) for one in job.state["sources"]]
         return augment(job.payload["query"], sources, job.payload.get("system_prompt"))

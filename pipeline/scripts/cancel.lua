@@ -18,19 +18,6 @@ if batch then
   call('ZADD', KEY.delayed, 'XX', digits(math.floor(clock_us() / 1000)), id)
   return 'cancelling'
 end
-local text = ended(id, live, 'cancelled', 'cancelled', 'the job was cancelled', clock_us())
-if live.entry == '' then
-  call('ZREM', KEY.delayed, id)
-  finish(id, live, text, ARGV[3])
-  conclude()
-  return 'cancelled'
-end
-if pending(live.stream, group_of(live.stream), live.entry) then
-  call('HSET', KEY.live .. id, 'cancel', '1')
-  call('PUBLISH', KEY.cancel_channel, id)
-  return 'cancelling'
-end
-call('XDEL', live.stream, live.entry)
-finish(id, live, text, ARGV[3])
+local word = stop_job(id, live, ARGV[3])
 conclude()
-return 'cancelled'
+return word

@@ -12,11 +12,20 @@ import pipeline.metrics
 import stages.aggregator
 import stages.embedders
 import stages.llm
+import stages.report
 import stages.webhook
 from tests.gateway.fake import NOTHING
 
 PAGE = Path(__file__).parents[2] / "docs" / "METRICS.md"
-MODULES = (gateway.metrics, pipeline.metrics, stages.aggregator, stages.embedders, stages.llm, stages.webhook)
+MODULES = (
+    gateway.metrics,
+    pipeline.metrics,
+    stages.aggregator,
+    stages.embedders,
+    stages.llm,
+    stages.report,
+    stages.webhook,
+)
 
 
 def test_every_metric_is_documented_and_every_documented_metric_exists() -> None:

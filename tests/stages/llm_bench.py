@@ -189,6 +189,7 @@ class FakeContext:
     batches: Any = None
     clock: Any = None
     webhooks: Any = None
+    reports: Any = None
 
 
 @dataclass
