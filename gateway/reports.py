@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from gateway.errors import Problem
 from gateway.jobs import JobError
-from gateway.messages import LISTED, MOST_LISTED, Asked
+from gateway.messages import LISTED, MOST_LISTED, Asked, from_redis
 from gateway.operation import Answer, Call, Operation, Parameter, answer
 from pipeline.errors import HistoryUnavailable
 from pipeline.flows import Name
@@ -101,7 +101,7 @@ async def look(call: Call) -> Answer:
 
 
 async def _find(call: Call, report_id: str) -> Json | None:
-    standing = await call.front.standing(report_id, call.tenant)
+    standing = await from_redis(call.front.standing(report_id, call.tenant))
     if standing is not None:
         if standing.job.flow != "report":
             return None
@@ -112,7 +112,7 @@ async def _find(call: Call, report_id: str) -> Json | None:
     row = await _remembered(call, report_id)
     if row is not None and row["status"] not in {"pending", None}:
         return _shown(row)
-    ended = await call.front.look(report_id, call.tenant)
+    ended = await from_redis(call.front.look(report_id, call.tenant))
     if isinstance(ended, Completion):
         return _of_completion(ended, row or {})
     if row is None and call.gateway.records is not None:

@@ -555,6 +555,7 @@ class Front:
         May be sent again.
         """
         erasure: str = await self._within(self._reports.erase(user_id, tenant))
+        await self._reports.discard_letters(user_id, tenant)  # there may be thousands: not within a second
         return erasure
 
     async def idempotent_outcome(self, key: str) -> Completion | None:

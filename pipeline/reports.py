@@ -161,16 +161,15 @@ class Reports:
     async def erase(self, user_id: str, tenant: str) -> str:
         """Forget a person in Redis, and have the history forget them; return the name under which it will have done so.
 
-        What is being written about them is stopped. May be sent again.
+        What is being written about them is stopped. Their dead letters are left to `discard_letters`. May be sent again.
         """
         owner = keys.of_tenant(tenant, user_id)
         ttl_ms = int(self._settings.worker.completion_ttl_s * 1000)
         _, epoch = await self._link.run(scripts.ERASE, (), (owner, user_id, tenant, ttl_ms, new_id()))
-        await self._discard_letters(user_id, tenant)
         return str(epoch.decode())
 
-    async def _discard_letters(self, user_id: str, tenant: str) -> None:
-        """Discard the dead letters of reports about a person."""
+    async def discard_letters(self, user_id: str, tenant: str) -> None:
+        """Discard the dead letters of reports about a person, who was erased before; looks at every letter there is."""
         last = "+"
         while rows := await self._link.call("XREVRANGE", keys.DEAD, last, "-", "COUNT", LETTERS_AT_ONCE):
             theirs = [letter_id for letter_id, fields in rows if _is_about(fields[1], user_id, tenant)]

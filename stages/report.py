@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 A = TypeVar("A")
 
-AGAIN_S: Final = 0.5
-"""Between looks for the report that another job is writing; each look costs three hops of a millisecond or so."""
+AGAIN_S: Final = (0.5, 5.0)
+"""Between looks for the report that another job is writing: a tenth of the time it has taken, within these bounds."""
 FULL_AGAIN_S: Final = 1.0
 """Between tries to accept a request while there is too much unfinished work."""
 
@@ -106,9 +106,10 @@ class Report(Stage):
                 return Done({"cached": True, "hash": what, "report": orjson.loads(found.report)}, route=())
             case "wait":
                 LOOKUPS.labels("shared").inc()
-                raise RetryLater(
-                    "another job is writing this report", code="report_shared", after_s=AGAIN_S, charged=False
-                )
+                waited_s = self._context.clock.now_us() / 1e6 - job.accepted_us / 1e6
+                after_s = min(max(AGAIN_S[0], waited_s / 10), AGAIN_S[1])
+                message = "another job is writing this report"
+                raise RetryLater(message, code="report_shared", after_s=after_s, charged=False)
         LOOKUPS.labels("miss").inc()
         named = [{"number": one.number, "title": one.title, "document": one.document} for one in sources]
         return Done(

@@ -98,7 +98,7 @@ class ReportType(Generic[In, Out]):
 
     def schema(self, sources: int) -> Json:
         """Return the JSON schema of the model's answer, where there are so many sources."""
-        return cast("Json", _bounded(self.report.model_json_schema(), sources))
+        return _schema(self.report, sources)
 
     def response_format(self, sources: int) -> Json:
         """Return the form of the answer, as OpenAI's protocol asks for it."""
@@ -150,6 +150,12 @@ class ReportType(Generic[In, Out]):
         if problem := self.check(content, sources):
             raise Reject(problem, code="invalid_output")
         return content
+
+
+@cache
+def _schema(report: type[BaseModel], sources: int) -> Json:
+    """Return the schema of *report*; it takes milliseconds to make, and is asked for with each look for a report."""
+    return cast("Json", _bounded(report.model_json_schema(), sources))
 
 
 def _bounded(schema: Any, sources: int) -> Any:

@@ -26,7 +26,6 @@ if ARGV[6] == 'accept' then
   check_accept()
   check_type(stream, 'stream')
   check_type(KEY.events, 'stream')
-  read_report(string.match(record, '^([^{]*) {'))
   if call('ZCARD', KEY.live_index) >= tonumber(ARGV[12]) then return answer('overloaded') end
   if call('XLEN', KEY.events) >= tonumber(ARGV[13]) then return answer('backlog') end
   local more = {'deadline', deadline_ms}

@@ -16,7 +16,7 @@ from pipeline.clock import Clock
 from pipeline.connection import CommandRefused, Link
 from pipeline.dead import DeadLetters
 from pipeline.errors import Reject
-from pipeline.front import Front
+from pipeline.front import Front, Idempotency
 from pipeline.job import Completion, Done, Job, error_body
 from pipeline.reports import Reports, RequestStream
 from pipeline.settings import Settings
@@ -600,6 +600,7 @@ async def test_what_is_kept_of_a_person_can_be_erased(link: Link, settings: Sett
         await ask(link, "r4", user="ben", inputs=PATIENT | {"age": 1})
         await answered(link, 4)
     await reports.erase("ann", "default")
+    await reports.discard_letters("ann", "default")
     assert {response["request_id"] for response in await responses(link)} == {"r3", "r4"}
     assert [orjson.loads(letter["original"])["payload"]["user_id"] for letter in await letters(link)] == ["ben"]
     await link.call("DEL", keys.EVENTS)  # what history is told is the recorder's to forget
@@ -649,8 +650,42 @@ async def test_a_settle_that_comes_after_the_erasure_stores_nothing(
             assert ended is not None
             assert ended.error is not None
             assert (ended.status, ended.result, ended.error["code"]) == ("failed", None, "user_deleted")
+            told = [_event(fields) for _, fields in await link.call("XRANGE", keys.EVENTS, "-", "+")]
+            assert ("report", job.id, "10") not in told
+            assert ("report", job.id, "0") in told
+            assert await link.call("EXISTS", keys.USER_DATA + "ann") == 0
             assert await link.call("KEYS", keys.REPORT + "*") == []
             assert await letters(link) == []
+
+
+def _event(fields: Sequence[bytes]) -> tuple[str, str, str]:
+    values = dict(zip(fields[::2], fields[1::2], strict=True))
+    return values[b"kind"].decode(), values[b"id"].decode(), values[b"rank"].decode()
+
+
+async def test_what_was_read_of_a_person_before_the_erasure_is_not_kept_after_it(link: Link, reports: Reports) -> None:
+    """Their last input would else come back with a request that was under way."""
+    person = await reports._person("ann")
+    await reports._keep_input(person, {"report_type": "medical", "inputs": PATIENT})
+    assert (await reports._person("ann")).last_input["inputs"] == PATIENT
+    await reports.erase("ann", "default")
+    await reports._keep_input(person, {"report_type": "medical", "inputs": PATIENT})
+    back = await reports._person("ann")
+    assert back.last_input == {}
+    assert back.epoch != person.epoch
+
+
+async def test_asking_over_http_checks_the_types_of_a_persons_keys_first(
+    link: Link, reports: Reports, front: Front
+) -> None:
+    """As for everything: a script that fails half-way would keep what it wrote."""
+    job = await reports.job({"user_id": "ann", "inputs": PATIENT})
+    await link.call("RPUSH", keys.USER_DATA + "ann", "wrong")
+    before = await everything(link)
+    with pytest.raises(CommandRefused, match="is a list"):
+        await front.submit(job, idempotency=Idempotency("k", "h"), in_flight_limit=5, wait=False)
+    assert await everything(link) == before
+    await link.call("DEL", keys.USER_DATA + "ann")
 
 
 def _settlement(entry: Entry, job: Job, verb: str) -> Settlement:
