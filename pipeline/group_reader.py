@@ -56,11 +56,12 @@ class GroupReader:
         self._reply_timeout_s = redis.reply_timeout_s
         self._has_group = False
         self._looked_us: int | None = None
+        self._after: str | bytes = "0"  # of what this consumer holds, how far the present look has come
 
     async def take(self) -> list[Entry]:
         """Return the next entries, up to a batch: what was left behind first; none when none come for a while.
 
-        What `take` returned before must have been let go of, or it comes again.
+        What `take` returned before should have been let go of: it comes again, now and then, between others.
 
         Raises:
             PenstockError: Redis is away, or the stream is of a wrong type.
@@ -80,7 +81,7 @@ class GroupReader:
 
     def look_again(self) -> None:
         """Look for what was left behind before anything new is taken."""
-        self._looked_us = None
+        self._looked_us, self._after = None, "0"
 
     async def _make_group(self) -> None:
         """Make the stream and its group where they are missing; from the beginning, so that nothing is passed over."""
@@ -92,9 +93,14 @@ class GroupReader:
         self._has_group = True
 
     async def _take_up(self) -> list[Entry]:
-        """Return what this consumer holds without knowing, else what one without a lease holds."""
-        if own := await self._read("0", None):
+        """Return what this consumer holds without knowing, else what one without a lease holds.
+
+        What it holds is gone through once: what cannot be let go of is found again at the next look.
+        """
+        if own := await self._read(self._after, None):
+            self._after = own[-1].id
             return own
+        self._after = "0"
         found = await self.link.run(scripts.LAPSED, (self._stream,), (self._group,))
         for name in found[2::2]:
             if name.decode() == self._consumer:  # at its start, or after an outage of Redis
@@ -106,7 +112,7 @@ class GroupReader:
                 return entries
         return []
 
-    async def _read(self, after: str, block_ms: int | None) -> list[Entry]:
+    async def _read(self, after: str | bytes, block_ms: int | None) -> list[Entry]:
         block: tuple[Argument, ...] = () if block_ms is None else ("BLOCK", block_ms)
         reply = await self.link.call(
             "XREADGROUP", "GROUP", self._group, self._consumer, "COUNT", self._most, *block,

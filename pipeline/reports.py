@@ -137,7 +137,7 @@ class Reports:
     async def _person(self, owner: str) -> Person:
         known_ms = int((self._settings.reports.keep_s + self._settings.lifetimes.report_s) * 1000)
         _, epoch, last = await self._link.run(scripts.PERSON, (), (owner, new_id(), known_ms))
-        return Person(owner, epoch.decode(), orjson.loads(last) if last else {})
+        return Person(owner, epoch.decode(), _read_last(last))
 
     async def _keep_input(self, person: Person, given: Json) -> None:
         ttl_ms = int(self._settings.reports.input_ttl_s * 1000)
@@ -159,9 +159,9 @@ class Reports:
     # --- forgetting ------------------------------------------------------------------------------
 
     async def erase(self, user_id: str, tenant: str) -> str:
-        """Forget a person in Redis, and have the history forget them; return the name under which it will have done so.
+        """Forget a person in Redis, and have the history do so; return the name under which it will have done so.
 
-        What is being written about them is stopped. Their dead letters are left to `discard_letters`. May be sent again.
+        What is being written about them is stopped; their dead letters are left to `discard_letters`. May be repeated.
         """
         owner = keys.of_tenant(tenant, user_id)
         ttl_ms = int(self._settings.worker.completion_ttl_s * 1000)
@@ -305,6 +305,15 @@ def hash_of(job: Job, messages: Sequence[Json], model: str) -> str:
     }
     digest = hashlib.sha256(orjson.dumps(what, option=orjson.OPT_SORT_KEYS)).hexdigest()
     return keys.of_tenant(job.tenant, digest)
+
+
+def _read_last(text: bytes) -> Json:
+    """Return a person's last input; nothing where there is none, or where somebody else has written under its key."""
+    try:
+        last = orjson.loads(text)
+        return last if isinstance(last["inputs"], dict) else {}
+    except (ValueError, TypeError, KeyError):
+        return {}
 
 
 def _is_about(letter: bytes, user_id: str, tenant: str) -> bool:

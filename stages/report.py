@@ -20,7 +20,7 @@ import structlog
 from prometheus_client import Counter
 
 from pipeline import metrics, report_types
-from pipeline.connection import Backoff, Link, Outage
+from pipeline.connection import Backoff, CommandRefused, Link, Outage
 from pipeline.errors import MalformedEntry, PenstockError, Reject, RetryLater, WrongField
 from pipeline.job import Done, Job, Json, is_valid_id
 from pipeline.report_types import ReportType, Source, Written
@@ -46,7 +46,7 @@ LOOKUPS = Counter(
     "penstock_report_cache_lookups_total", "Looks for a finished report: hit, shared (being written), miss", ["outcome"]
 )
 OUTPUTS = Counter("penstock_report_outputs_total", "Answers of the model: valid, asked again, invalid", ["outcome"])
-for _outcome in ("accepted", "refused", "repeated", "malformed", "poison", "lost"):
+for _outcome in ("accepted", "refused", "repeated", "malformed", "poison", "lost", "stuck"):
     REQUESTS.labels(_outcome)  # a counter that begins at 1 shows no increase
 for _outcome in ("hit", "shared", "miss"):
     LOOKUPS.labels(_outcome)
@@ -192,7 +192,7 @@ class Requests(Loop):
                     self.not_ready = None
                     ready.set(1)
                     for entry in entries:
-                        await self._unless_stopped(self._take(entry))
+                        await self._unless_stopped(self._take_or_leave(entry))
                 except PenstockError as error:  # Redis is away or full, or a key is of a wrong type: requests wait
                     self.not_ready = str(error)
                     ready.set(0)
@@ -206,6 +206,14 @@ class Requests(Loop):
             ready.set(0)
             await self._stream.close()
             await self._reports.close()
+
+    async def _take_or_leave(self, entry: Entry) -> None:
+        """Have a request accepted or refused; one that Redis refuses stays, and others pass."""
+        try:
+            await self._take(entry)
+        except CommandRefused as error:  # a key of a wrong type: an operator must act
+            log.error("redis refuses a request; it stays", stage=self.name, error=str(error))  # noqa: TRY400 - no stack is needed
+            REQUESTS.labels("stuck").inc()
 
     async def _take(self, entry: Entry) -> None:
         """Have a request accepted or refused."""
@@ -224,6 +232,11 @@ class Requests(Loop):
                 word = "poison" if error.code == "poison" else "malformed"
         except WrongField as error:
             word = await self._refuse(entry, request_id, "invalid_field", str(error), bury=False)
+        except PenstockError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a kind of report has broken; what it says may quote somebody
+            message = f"the request could not be read: {type(error).__name__}"
+            word = await self._refuse(entry, request_id, "handler_error", message, bury=True)
         else:
             word = await self._accept(entry, job)
         REQUESTS.labels(word).inc()

@@ -6,6 +6,7 @@ machine. What the patient data does not hold must not appear in it as a fact.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
@@ -228,8 +229,15 @@ def _source(source: Source) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return *text* on one line, so that it can begin no heading, table or quotation of its own; no HTML stays one."""
-    return " ".join(text.split()).replace("<", "&lt;")
+    """Return *text* on one line, as text: no heading, table, list, quotation, HTML, link or image of its own."""
+    line = " ".join(text.split()).replace("<", "&lt;").replace("](", "]\\(").replace("][", "]\\[")
+    if _MARK.match(line):
+        return "\\" + line
+    return _NUMBER.sub(r"\1\\\2", line, count=1)
+
+
+_MARK = re.compile(r"[#>+*|=~`_-]")
+_NUMBER = re.compile(r"^(\d+)([.)])")
 
 
 def _cell(text: str) -> str:

@@ -324,15 +324,21 @@ local function finish(id, live, completion, ttl_ms)
   if live.record then record_end(id, live, completion, ttl_ms) end
 end
 
--- End a job that waits; mark one that runs and tell its worker. Returns 'cancelled' or 'cancelling'.
-local function stop_job(id, live, ttl_ms)
-  if live.entry ~= '' and pending(live.stream, group_of(live.stream), live.entry) then
+-- Cancel a live job: end it where it waits; mark it where somebody has it in hand, and tell.
+local function cancel_live(id, live, ttl_ms, now_us)
+  local text = ended(id, live, 'cancelled', 'cancelled', 'the job was cancelled', now_us)
+  if live.entry == '' then
+    call('ZREM', KEY.delayed, id)
+    finish(id, live, text, ttl_ms)
+    return 'cancelled'
+  end
+  if pending(live.stream, group_of(live.stream), live.entry) then
     call('HSET', KEY.live .. id, 'cancel', '1')
     call('PUBLISH', KEY.cancel_channel, id)
     return 'cancelling'
   end
-  if live.entry == '' then call('ZREM', KEY.delayed, id) else call('XDEL', live.stream, live.entry) end
-  finish(id, live, ended(id, live, 'cancelled', 'cancelled', 'the job was cancelled', clock_us()), ttl_ms)
+  call('XDEL', live.stream, live.entry)
+  finish(id, live, text, ttl_ms)
   return 'cancelled'
 end
 

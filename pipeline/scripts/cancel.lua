@@ -18,6 +18,6 @@ if batch then
   call('ZADD', KEY.delayed, 'XX', digits(math.floor(clock_us() / 1000)), id)
   return 'cancelling'
 end
-local word = stop_job(id, live, ARGV[3])
+local word = cancel_live(id, live, ARGV[3], clock_us())
 conclude()
 return word

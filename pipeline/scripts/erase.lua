@@ -25,7 +25,7 @@ for _, row in ipairs(found) do
   if kind == 'report' then call('DEL', KEY.report .. name) end
   if kind == 'job' and not alive[name] then call('DEL', KEY.completion .. name) end
 end
-for id, live in pairs(alive) do stop_job(id, live, ARGV[4]) end
+for id, live in pairs(alive) do cancel_live(id, live, ARGV[4], now_us) end
 remember('erasure', epoch, ARGV[3], 0, now_us, '{"user_id":"' .. ARGV[2] .. '","before_ms":'
   .. digits(math.floor(now_us / 1000)) .. '}')
 conclude()

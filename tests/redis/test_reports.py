@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from pipeline.dead import DeadLetters
 from pipeline.errors import Reject
 from pipeline.front import Front, Idempotency
 from pipeline.job import Completion, Done, Job, error_body
+from pipeline.report_types import medical
 from pipeline.reports import Reports, RequestStream
 from pipeline.settings import Settings
 from pipeline.stage import Loop, Stage
@@ -336,6 +338,55 @@ async def test_a_key_of_a_wrong_type_stops_a_script_before_its_first_write(
             assert await everything(link) == before
             await link.call("DEL", key)
         assert await owner.accept(entry, job) == "accepted"
+
+
+async def test_a_request_that_redis_refuses_waits_and_others_pass(link: Link, settings: Settings) -> None:
+    """A key of a wrong type is one person's trouble; when it is mended, they are answered, too."""
+    await link.call("RPUSH", keys.USER + "ann", "wrong")
+    async with running(settings):
+        await ask(link, "r1")
+        for number in range(3):
+            await ask(link, f"b{number}", user="ben")
+        await wait_until(lambda: _has_responses(link, 3))
+        assert {response["request_id"] for response in await responses(link)} == {"b0", "b1", "b2"}
+        await link.call("DEL", keys.USER + "ann")
+        found = await answered(link, 4)
+    assert found[3]["request_id"] == "r1"
+
+
+async def _has_responses(link: Link, wanted: int) -> bool:
+    return len(await responses(link)) == wanted
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[]", "{}", '{"report_type": "medical", "inputs": 1}'])
+async def test_a_last_input_that_is_none_counts_as_missing(link: Link, settings: Settings, text: str) -> None:
+    """Its key is known to others."""
+    await link.call("SET", keys.INPUT + "ann", text, "EX", 100)
+    async with running(settings):
+        await ask(link, "r1", reuse_last_input=True)
+        [response] = await answered(link, 1)
+    assert response["status"] == "success"
+
+
+async def test_a_kind_that_breaks_refuses_its_request_and_others_pass(
+    link: Link, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it says of its fault may quote somebody, so its name is told only."""
+
+    def broken(inputs: Any) -> str:
+        if inputs.age == 1:
+            raise KeyError(inputs.notes)
+        return "headache"
+
+    kind = dataclasses.replace(medical.TYPE, query=broken)
+    monkeypatch.setattr("pipeline.report_types.find", lambda _: kind)
+    async with running(settings):
+        await ask(link, "r1", inputs=PATIENT | {"age": 1, "notes": "secret"})
+        await ask(link, "r2")
+        found = await answered(link, 2)
+    assert found[0]["error_message"] == "handler_error: the request could not be read: KeyError"
+    assert found[1]["status"] == "success"
+    assert [letter["reason"] for letter in await letters(link)] == ["handler_error"]
 
 
 async def test_a_report_whose_worker_dies_is_answered_once(link: Link, settings: Settings) -> None:
