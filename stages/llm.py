@@ -107,13 +107,14 @@ class Llm(Stage):
             RetryLater: every replica that could be asked now has failed; `job.attempt` and `job.avoid` are up to date.
             LeaseLost: the entry belongs to another consumer now.
         """
-        model = job.payload.get("model") or self._settings.model
+        ask = job.state.get("ask") or {}  # a stage's own prompt goes before the sender's
+        model = ask.get("model") or job.payload.get("model") or self._settings.model
         body = encode_request(
             messages_of(job),
             model=model,
-            max_tokens=job.state.get("max_tokens") or self._settings.max_tokens,
-            temperature=self._settings.temperature,
-            response_format=job.state.get("response_format"),
+            max_tokens=ask.get("max_tokens", self._settings.max_tokens),
+            temperature=ask.get("temperature", self._settings.temperature),
+            response_format=ask.get("response_format"),
         )
         if job.replica is None:
             raise NoReplica("the job reached the llm stage without a place at a replica")
@@ -220,14 +221,13 @@ class Llm(Stage):
 
 
 def messages_of(job: Job) -> list[Json]:
-    """Return the turns to send: those that an earlier stage wrote, the question with the sources found for it, the
-    sender's turns, or its prompt as one.
+    """Return the turns to send: a stage's own prompt (`ask`), the question with its sources, or what was sent.
 
     Raises:
         Reject: the job has none of them.
     """
-    if "messages" in job.state:
-        return list(job.state["messages"])
+    if ask := job.state.get("ask"):
+        return list(ask["messages"])
     if "sources" in job.state:
         sources = [Source(one["title"], one["text"]) for one in job.state["sources"]]
         return augment(job.payload["query"], sources, job.payload.get("system_prompt"))

@@ -114,10 +114,12 @@ class Report(Stage):
         named = [{"number": one.number, "title": one.title, "document": one.document} for one in sources]
         return Done(
             {
-                "messages": messages,
-                "response_format": kind.response_format(len(sources)),
-                "max_tokens": self._max_tokens,
-                "sources": named,  # their texts stand in the messages
+                "ask": {
+                    "messages": messages,
+                    "response_format": kind.response_format(len(sources)),
+                    "max_tokens": self._max_tokens,
+                },
+                "sources": named,  # their texts stand in the prompt
                 "hash": what,
             }
         )
@@ -132,10 +134,8 @@ class Report(Stage):
                 OUTPUTS.labels("invalid").inc()
                 raise Reject(f"the model gave no valid report: {problem}", code="invalid_output") from None
             OUTPUTS.labels("asked_again").inc()
-            return Done(
-                {"asked_again": True, "messages": [*state["messages"], *_once_more(state["answer"], str(problem))]},
-                route=("llm", self.name),
-            )
+            again = [*state["ask"]["messages"], *_once_more(state["answer"], str(problem))]
+            return Done({"asked_again": True, "ask": state["ask"] | {"messages": again}}, route=("llm", self.name))
         OUTPUTS.labels("valid").inc()
         written_at = datetime.fromtimestamp(self._context.clock.now_ms() // 1000, UTC)
         language = job.payload["language"]

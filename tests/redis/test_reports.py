@@ -36,7 +36,7 @@ PASSAGES = [
 
 def answer_to(job: Job) -> Done:
     """What a good model says."""
-    schema = job.state["response_format"]["json_schema"]["schema"]
+    schema = job.state["ask"]["response_format"]["json_schema"]["schema"]
     text = orjson.dumps(fill(schema, f"Said of {job.payload['user_id']}.")).decode()
     return Done({"answer": text, "model": "fake", "usage": None, "finish_reason": "stop"})
 
@@ -447,7 +447,7 @@ async def test_a_report_may_say_what_looks_like_its_own_frame(link: Link, settin
     nasty = '"},"error":null,"worker":"x","replica":null} \\" {"cached":true,"hash":"","report":{}}'
 
     async def say(job: Job) -> Done:
-        schema = job.state["response_format"]["json_schema"]["schema"]
+        schema = job.state["ask"]["response_format"]["json_schema"]["schema"]
         return Done({"answer": orjson.dumps(fill(schema, nasty)).decode(), "model": nasty})
 
     async with running(settings, Scripted("llm", say, placed=True)):
@@ -483,7 +483,9 @@ async def test_an_answer_that_is_no_report_is_sent_back_once(link: Link, setting
 
     async def second_time(job: Job) -> Done:
         return (
-            answer_to(job) if len(job.state["messages"]) == 4 else Done({"answer": '{"summary": 1}', "model": "fake"})
+            answer_to(job)
+            if len(job.state["ask"]["messages"]) == 4
+            else Done({"answer": '{"summary": 1}', "model": "fake"})
         )
 
     llm = Scripted("llm", second_time, placed=True)
@@ -492,7 +494,7 @@ async def test_an_answer_that_is_no_report_is_sent_back_once(link: Link, setting
         [response] = await answered(link, 1)
     assert response["status"] == "success"
     assert len(llm.seen) == 2
-    again = llm.seen[1].state["messages"]
+    again = llm.seen[1].state["ask"]["messages"]
     assert again[2] == {"role": "assistant", "content": '{"summary": 1}'}
     assert "findings: Field required" in again[3]["content"]
 
@@ -572,7 +574,7 @@ async def test_knowledge_that_has_changed_makes_another_report(link: Link, setti
         await ask(link, "r2")
         found = await answered(link, 2)
     assert [response["cached"] for response in found] == [False, False]
-    assert "New knowledge." in llm.seen[1].state["messages"][1]["content"]
+    assert "New knowledge." in llm.seen[1].state["ask"]["messages"][1]["content"]
 
 
 async def test_identical_requests_in_flight_share_one_report(link: Link, settings: Settings) -> None:

@@ -77,7 +77,7 @@ async def test_an_earlier_stage_may_say_what_is_asked_and_in_which_form(bench: B
     job = b.job(query="why?")
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
     turns = [{"role": "user", "content": "as it wrote"}]
-    job.state = {"sources": [], "messages": turns, "response_format": form, "max_tokens": 4096}
+    job.state = {"sources": [], "ask": {"messages": turns, "response_format": form, "max_tokens": 4096}}
     await b.stage.handle(job)
     (exchange,) = b.replicas[0].exchanges
     assert (exchange.body["messages"], exchange.body["response_format"]) == (turns, form)
@@ -311,7 +311,7 @@ async def test_of_a_private_flow_nothing_is_quoted_at_any_level(bench: Build) ->
     """A replica may echo what it was asked about somebody."""
     b = await bench([reply(500, '{"error": "cannot do: the secret question"}')], [say("the secret answer")])
     job = b.job(flow="report")
-    job.state = {"messages": [{"role": "user", "content": "the secret question"}]}
+    job.state = {"ask": {"messages": [{"role": "user", "content": "the secret question"}]}}
     with capture_logs() as lines:
         await b.stage.handle(job)
     assert lines
