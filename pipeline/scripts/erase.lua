@@ -26,7 +26,9 @@ for _, row in ipairs(found) do
   if kind == 'job' and not alive[name] then call('DEL', KEY.completion .. name) end
 end
 for id, live in pairs(alive) do cancel_live(id, live, ARGV[4], now_us) end
+-- What history has of earlier epochs of theirs is older than an epoch's life at least, of which a minute is the least; so
+-- nothing of one who comes back at once is taken for old, whatever the clock of who accepts it.
 remember('erasure', epoch, ARGV[3], 0, now_us, '{"user_id":"' .. ARGV[2] .. '","before_ms":'
-  .. digits(math.floor(now_us / 1000)) .. '}')
+  .. digits(math.floor(now_us / 1000) - 60000) .. '}')
 conclude()
 return {digits(now_us), epoch}
