@@ -126,7 +126,7 @@ def gateway(
 def stage(
     names: Annotated[
         list[str],
-        typer.Argument(metavar="NAME...", help="encoder, retriever, llm, aggregator, webhook, chat, recorder"),
+        typer.Argument(metavar="NAME...", help="encoder, retriever, llm, aggregator, webhook, chat, report, recorder"),
     ],
 ) -> None:
     """Run one or more stages in this process."""
@@ -168,6 +168,9 @@ def ingest(
     url: Annotated[str, typer.Option(help="The gateway.")] = GATEWAY_URL,
     api_key: Annotated[str | None, typer.Option(envvar="GATEWAY_API_KEY", help="Sent as bearer token.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Send also what the index holds unchanged.")] = False,
+    collection: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A knowledge base by itself, `medical` for medical reports.")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Index documents; what the index holds already is left alone, so it may be interrupted and started again.
@@ -188,7 +191,7 @@ def ingest(
         sys.stderr.write(f"penstock: {error.filename} {what}\n")
         raise typer.Exit(EXIT_USAGE) from None
     try:
-        report = asyncio.run(_ingest(url, api_key, found, again=again, quiet=json))
+        report = asyncio.run(_ingest(url, api_key, found, again=again, collection=collection, quiet=json))
     except Unusable as error:
         sys.stderr.write(f"penstock: {error}\n")
         raise typer.Exit(EXIT_USAGE) from None
@@ -205,7 +208,9 @@ def ingest(
     raise typer.Exit(report.exit_code)
 
 
-async def _ingest(url: str, api_key: str | None, found: list[Any], *, again: bool, quiet: bool) -> Any:
+async def _ingest(
+    url: str, api_key: str | None, found: list[Any], *, again: bool, collection: str | None, quiet: bool
+) -> Any:
     from gateway.client import Client
     from gateway.ingest import ingest as send
     from gateway.progress import watch
@@ -213,7 +218,7 @@ async def _ingest(url: str, api_key: str | None, found: list[Any], *, again: boo
     with watch(len(found), quiet=quiet) as watcher:
         async with Client(url, api_key, on_wait=watcher.waits) as client:
             await client.check()
-            report = await send(client, found, watcher.add, again=again)
+            report = await send(client, found, watcher.add, again=again, collection=collection)
         watcher.sum_up(report)
         return report
 

@@ -17,7 +17,7 @@ import structlog
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway import chats, discovery, documents, health, jobs, messages, openapi, page, query, webhooks
+from gateway import chats, discovery, documents, health, jobs, messages, openapi, page, query, reports, webhooks
 from gateway.auth import Callers, refuse_cross_site
 from gateway.errors import RETRY_SOON_S, BrokenKey, ClientGone, Problem, problem_of
 from gateway.metrics import REFUSALS
@@ -39,6 +39,7 @@ def operations() -> tuple[Operation, ...]:
         *documents.OPERATIONS,
         *messages.OPERATIONS,
         *chats.OPERATIONS,
+        *reports.OPERATIONS,
         *webhooks.OPERATIONS,
         *jobs.OPERATIONS,
         *health.OPERATIONS,

@@ -207,14 +207,19 @@ class Client:
                     ended.set_result(status)
                     idle_polls = 0
 
-    async def documents(self, ids: Sequence[str]) -> Json:
+    async def documents(self, ids: Sequence[str], collection: str | None = None) -> Json:
         """Return what the index holds of these documents: by id, `chunks` and `digest`, or None.
+
+        Args:
+            collection: where they are looked for; None: among what questions are answered from.
 
         Raises:
             GatewayUnreachable, GatewayRefused: see `send`.
         """
         try:
-            found: Json = (await self.send("GET", f"/documents?ids={','.join(ids)}", timeout_s=90)).json()["documents"]
+            where = f"&collection={collection}" if collection else ""
+            path = f"/documents?ids={','.join(ids)}{where}"
+            found: Json = (await self.send("GET", path, timeout_s=90)).json()["documents"]
         except GatewayRefused as error:
             if error.status not in {502, 504}:
                 raise

@@ -7,14 +7,15 @@ holds is asked of the index itself, through its stage: no copy of that knowledge
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 from urllib.parse import parse_qs
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from gateway.errors import Problem, problem_of_outcome
 from gateway.operation import Answer, Call, Operation, Parameter, answer, payload_of
-from pipeline.flows import MAX_LOOKUP, DocumentDeletion, DocumentLookup, DocumentPayload, Name
+from pipeline.flows import MAX_LOOKUP, Collection, DocumentDeletion, DocumentLookup, DocumentPayload, Name
 from pipeline.job import Priority
 
 
@@ -54,8 +55,9 @@ async def delete(call: Call) -> Answer:
     It is no error when there is none: the job then says that nothing was deleted.
     """
     document_id = call.path_id("id")
+    given = _read_query(call, {"collection"})
     try:
-        payload = DocumentDeletion(document_id=document_id)
+        payload = DocumentDeletion(document_id=document_id, collection=_collection(given))
     except ValidationError:
         message = "id: 1 to 128 characters out of A-Z a-z 0-9 . _ : -"
         raise Problem(422, "invalid_field", message, param="id") from None
@@ -82,12 +84,11 @@ async def look(call: Call) -> Answer:
 
     Asks the index, behind the writes that were accepted before.
     """
-    given = parse_qs(call.query_string, keep_blank_values=True)
-    if unknown := sorted(set(given) - {"ids"}):
-        raise Problem(422, "invalid_field", f"{unknown[0][:128]}: there is no such parameter", param=unknown[0][:128])
+    given = _read_query(call, {"ids", "collection"})
     ids = [part for text in given.get("ids", []) for part in text.split(",") if part]
+    collection = _collection(given)
     try:
-        payload = DocumentLookup(document_ids=ids)
+        payload = DocumentLookup(document_ids=ids, collection=collection)
     except ValidationError as error:
         where = "".join(f"[{part}]" for part in error.errors()[0]["loc"][1:])
         message = f"ids{where}: 1 to {MAX_LOOKUP} document ids, separated by commas"
@@ -100,6 +101,26 @@ async def look(call: Call) -> Answer:
     return answer({"documents": (completion.result or {}).get("documents", {})})
 
 
+def _read_query(call: Call, known: set[str]) -> dict[str, list[str]]:
+    given = parse_qs(call.query_string, keep_blank_values=True)
+    if unknown := sorted(set(given) - known):
+        raise Problem(422, "invalid_field", f"{unknown[0][:128]}: there is no such parameter", param=unknown[0][:128])
+    return given
+
+
+def _collection(given: dict[str, list[str]]) -> str | None:
+    values: Sequence[str | None] = given.get("collection") or [None]
+    try:
+        [name] = values
+        return _COLLECTION.validate_python(name)
+    except ValueError:
+        message = "collection: 1 to 64 characters out of A-Z a-z 0-9 . _ -"
+        raise Problem(422, "invalid_field", message, param="collection") from None
+
+
+_COLLECTION: Final[TypeAdapter[str | None]] = TypeAdapter(Collection | None)
+_IN_COLLECTION: Final = Parameter("collection", "the knowledge base it is in, where it is in one", type=Collection)
+
 OPERATIONS: Final = (
     Operation(
         "GET",
@@ -107,7 +128,10 @@ OPERATIONS: Final = (
         look,
         answers={200: Standings},
         errors=(409, 422, 502, 504),
-        parameters=(Parameter("ids", f"1 to {MAX_LOOKUP} document ids, separated by commas", required=True),),
+        parameters=(
+            Parameter("ids", f"1 to {MAX_LOOKUP} document ids, separated by commas", required=True),
+            _IN_COLLECTION,
+        ),
     ),
     Operation(
         "POST",
@@ -124,6 +148,6 @@ OPERATIONS: Final = (
         delete,
         answers={202: DocumentAccepted},
         errors=(422,),
-        parameters=(Parameter("id", "the document's id, as it was sent", required=True, type=Name),),
+        parameters=(Parameter("id", "the document's id, as it was sent", required=True, type=Name), _IN_COLLECTION),
     ),
 )

@@ -24,6 +24,7 @@ from pipeline.errors import (
     MalformedCursor,
     Overloaded,
     PenstockError,
+    WrongField,
 )
 from pipeline.flows import field_path, plain_message
 from pipeline.job import Completion, Json
@@ -138,6 +139,8 @@ def problem_of(error: PenstockError, job_id: str | None = None) -> Problem | Non
             return Problem(503, error.code, str(error), kind="overloaded", retry_after_s=error.after_s)
         case IdempotencyMismatch():
             return Problem(422, "idempotency_mismatch", str(error), param="Idempotency-Key")
+        case WrongField():
+            return Problem(422, "invalid_field", str(error), param=error.param[:_SHOWN_CHARS])
         case MalformedCursor():
             return Problem(422, "invalid_cursor", str(error), param="after")
         case HistoryUnavailable():

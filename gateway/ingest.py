@@ -273,7 +273,7 @@ def read_text(file: File) -> Text | Skipped:
     return Text(text, digest=hashlib.sha256(data).hexdigest())
 
 
-def document_of(found: Found, read: Text) -> dict[str, Any] | Skipped:
+def document_of(found: Found, read: Text, collection: str | None = None) -> dict[str, Any] | Skipped:
     """Return the body to send for a file that was read, or why there is none."""
     file = found.file
     body = {
@@ -284,6 +284,8 @@ def document_of(found: Found, read: Text) -> dict[str, Any] | Skipped:
         "metadata": {"path": file.name[:1_000]},
         "priority": "low",
     }
+    if collection is not None:
+        body["collection"] = collection
     if len(orjson.dumps(body)) > MAX_BODY_BYTES:
         return Skipped(file.name, "more than 1 MiB as JSON: split it")
     return body
@@ -329,13 +331,19 @@ def _leads_to_folder(link: Path) -> bool:
 
 
 async def ingest(
-    client: Client, found: Sequence[File | Skipped], on_result: Callable[[Result], None], *, again: bool = False
+    client: Client,
+    found: Sequence[File | Skipped],
+    on_result: Callable[[Result], None],
+    *,
+    again: bool = False,
+    collection: str | None = None,
 ) -> Report:
     """Send every file that the index does not hold, a few at a time, and wait until each is indexed.
 
     Args:
         on_result: called once for each file, as its end is known.
         again: send also what the index holds already.
+        collection: the knowledge base they go into; None: what questions are answered from.
 
     Raises:
         GatewayUnreachable: the gateway stayed away; what was accepted before goes on there.
@@ -350,7 +358,7 @@ async def ingest(
     to_do: asyncio.Queue[Found | None] = asyncio.Queue(LOOK_AT_ONCE)
 
     async def sort_out() -> None:
-        async for item in _missing(client, found, again=again):
+        async for item in _missing(client, found, again=again, collection=collection):
             if isinstance(item, Found):
                 await to_do.put(item)
             else:
@@ -360,7 +368,7 @@ async def ingest(
 
     async def take(extractor: Extractor) -> None:
         while item := await to_do.get():
-            note(await ingest_one(client, extractor, item))
+            note(await ingest_one(client, extractor, item, collection))
 
     try:
         async with Extractor() as extractor, asyncio.TaskGroup() as tasks:
@@ -376,14 +384,14 @@ async def ingest(
 
 
 async def _missing(
-    client: Client, found: Sequence[File | Skipped], *, again: bool
+    client: Client, found: Sequence[File | Skipped], *, again: bool, collection: str | None
 ) -> AsyncIterator[Found | Unchanged | Skipped]:
     """Examine the files in order; those that the index holds as they are come out as `Unchanged`."""
     rest = iter(found)
     while batch := list(islice(rest, LOOK_AT_ONCE)):
         examined = await asyncio.to_thread(_examine_all, batch)
         ids = [item.file.id for item in examined if isinstance(item, Found)]
-        held = {} if again or not ids else await client.documents(ids)
+        held = {} if again or not ids else await client.documents(ids, collection)
         for item in examined:
             standing = held.get(item.file.id) if isinstance(item, Found) else None
             if isinstance(item, Found) and standing and standing["digest"] == item.digest:
@@ -396,7 +404,7 @@ def _examine_all(batch: Sequence[File | Skipped]) -> list[Found | Skipped]:
     return [examine(item) if isinstance(item, File) else item for item in batch]
 
 
-async def ingest_one(client: Client, extractor: Extractor, found: Found) -> Result:
+async def ingest_one(client: Client, extractor: Extractor, found: Found, collection: str | None = None) -> Result:
     """Read one file, send it, and wait until it is indexed.
 
     Raises:
@@ -414,7 +422,7 @@ async def ingest_one(client: Client, extractor: Extractor, found: Found) -> Resu
         return read
     if found.kind == "pdf" and _digest(read.digest) != found.digest:  # nobody knows which of the two it was made from
         return Skipped(file.name, "changed while it was read: start again when it is whole")
-    document = await asyncio.to_thread(document_of, found, read)
+    document = await asyncio.to_thread(document_of, found, read, collection)
     if isinstance(document, Skipped):
         return document
     try:

@@ -24,6 +24,7 @@ from gateway.webhooks import check_url
 from pipeline import keys
 from pipeline.batches import AcceptedBatch, Message, Order, Queue, Standing, result_text, results_text
 from pipeline.connection import CommandRefused
+from pipeline.errors import MalformedEntry
 from pipeline.flows import MAX_QUERY_CHARS, ModelName, Payload
 from pipeline.job import Json
 
@@ -188,7 +189,7 @@ async def create(call: Call) -> Answer:
     due_ms = _due_ms(call, request.schedule_at)
     if request.webhook_url is not None:
         check_url(call, request.webhook_url, param="webhook_url")
-    queue = await _from_redis(call.front.batches.queue(call.tenant, request.queue_id))
+    queue = await from_redis(call.front.batches.queue(call.tenant, request.queue_id))
     webhook_url = request.webhook_url or queue.webhook_url
     order = Order(
         tenant=call.tenant,
@@ -310,7 +311,7 @@ async def list_messages(call: Call) -> Answer:
 
     A page may hold fewer than `limit` where a status is asked for: what has changed since is left out.
     """
-    asked = _Asked(call, {"queue_id", "status", "batch_id", "since", "until", "after", "limit"})
+    asked = Asked(call, {"queue_id", "status", "batch_id", "since", "until", "after", "limit"})
     status = asked.one_of("status", MessageState)
     rows, after = await call.history.messages(
         call.tenant,
@@ -374,7 +375,7 @@ _OPEN: Final = frozenset({"pending", "processing"})
 
 
 async def _find_message(call: Call, message_id: str) -> Json:
-    found = await _from_redis(call.front.batches.message(message_id, call.tenant))
+    found = await from_redis(call.front.batches.message(message_id, call.tenant))
     if found is not None:
         return found
     row = await call.history.message(call.tenant, message_id)
@@ -387,7 +388,7 @@ async def _up_to_date(call: Call, row: Json) -> Json:
     """Return a row of history with what has happened since it was written."""
     if row["status"] not in _OPEN:
         return row
-    found = await _from_redis(call.front.batches.message(row["message_id"], call.tenant))
+    found = await from_redis(call.front.batches.message(row["message_id"], call.tenant))
     return row if found is None else row | {name: value for name, value in found.items() if value is not None}
 
 
@@ -409,7 +410,7 @@ async def list_batches(call: Call) -> Answer:
 
     A page may hold fewer than `limit` where a status is asked for: what has changed since is left out.
     """
-    asked = _Asked(call, {"queue_id", "status", "since", "until", "after", "limit"})
+    asked = Asked(call, {"queue_id", "status", "since", "until", "after", "limit"})
     status = asked.one_of("status", BatchState)
     rows, after = await call.history.batches(
         call.tenant,
@@ -432,7 +433,7 @@ async def list_batches(call: Call) -> Answer:
 async def list_members(call: Call) -> Answer:
     """List the messages of a batch, in the order given."""
     batch_id = _own_id(call, "batch_id", "batch")
-    asked = _Asked(call, {"after", "limit"})
+    asked = Asked(call, {"after", "limit"})
     after, limit = asked.text("after"), asked.limit()
     standing = await _standing(call, batch_id)
     if standing is None:
@@ -446,7 +447,7 @@ async def list_members(call: Call) -> Answer:
     if after is not None and not (after.isdigit() and len(after) < 10):
         raise _wrong("after", "this is no `next` of this list", code="invalid_cursor")
     first = int(after or 0)
-    members = await _from_redis(call.front.batches.members(batch_id, first, limit)) or []
+    members = await from_redis(call.front.batches.members(batch_id, first, limit)) or []
     about = {"batch_id": batch_id, "queue_id": standing.queue_id, "created_ms": standing.created_ms}
     shown = [member.result() | about | {"position": first + number} for number, member in enumerate(members)]
     more = first + len(members) < standing.request_count and bool(members)
@@ -463,12 +464,12 @@ async def results(call: Call) -> Answer:
     if standing is None:
         return Answer(200, await _remembered_results(call, batch_id))
     if standing.is_closed:
-        text = await _from_redis(call.front.batches.results(batch_id))
+        text = await from_redis(call.front.batches.results(batch_id))
         if text is not None:
             return Answer(200, text)
     found: list[bytes] = []
     for first in range(0, standing.request_count, PORTION):
-        members = await _from_redis(call.front.batches.members(batch_id, first, PORTION)) or []
+        members = await from_redis(call.front.batches.members(batch_id, first, PORTION)) or []
         found += [result_text(member) for member in members]
     return Answer(200, results_text(batch_id, standing.status, found))
 
@@ -518,7 +519,7 @@ async def _find_batch(call: Call, batch_id: str) -> Json:
 
 
 async def _standing(call: Call, batch_id: str) -> Standing | None:
-    return await _from_redis(call.front.batches.standing(batch_id, call.tenant))
+    return await from_redis(call.front.batches.standing(batch_id, call.tenant))
 
 
 def _of_standing(standing: Standing) -> Json:
@@ -560,7 +561,7 @@ def _progress(ended: int, wanted: int) -> float:
 async def look_at_queue(call: Call) -> Answer:
     """Tell a queue's defaults, and the secret that signs its webhooks."""
     queue_id = _queue_id(call)
-    queue = await _from_redis(call.front.batches.queue(call.tenant, queue_id))
+    queue = await from_redis(call.front.batches.queue(call.tenant, queue_id))
     return answer(await _shown_queue(call, queue_id, queue))
 
 
@@ -571,19 +572,19 @@ async def set_queue(call: Call) -> Answer:
     if asked.webhook_url is not None:
         check_url(call, asked.webhook_url, param="webhook_url")
     queue = Queue(asked.model, asked.system_prompt, asked.webhook_url, asked.webhook_event)
-    await _from_redis(call.front.batches.set_queue(call.tenant, queue_id, queue))
+    await from_redis(call.front.batches.set_queue(call.tenant, queue_id, queue))
     return answer(await _shown_queue(call, queue_id, queue))
 
 
 async def rotate_secret(call: Call) -> Answer:
     """Give a queue another secret; the one before it signs too for a day."""
     queue_id = _queue_id(call)
-    await _from_redis(call.front.rotate_secret(keys.of_tenant(call.tenant, queue_id)))
+    await from_redis(call.front.rotate_secret(keys.of_tenant(call.tenant, queue_id)))
     return await look_at_queue(call)
 
 
 async def _shown_queue(call: Call, queue_id: str, queue: Queue) -> Json:
-    secrets = await _from_redis(call.front.secrets(keys.of_tenant(call.tenant, queue_id)))
+    secrets = await from_redis(call.front.secrets(keys.of_tenant(call.tenant, queue_id)))
     return {"queue_id": queue_id, "webhook_secret": secrets.current} | {
         name: getattr(queue, name) for name in Queue.__slots__
     }
@@ -611,15 +612,15 @@ def _not_found(what: str, given: str) -> Problem:
     return Problem(404, f"{what}_not_found", f"there is no {what} {given[:128]!r}")
 
 
-async def _from_redis(question: Awaitable[T]) -> T:
+async def from_redis(question: Awaitable[T]) -> T:
     """Ask Redis; a key that holds what Penstock never wrote is an operator's to mend."""
     try:
         return await question
-    except (ValueError, CommandRefused) as error:
+    except (ValueError, CommandRefused, MalformedEntry) as error:
         raise BrokenKey(str(error)) from error
 
 
-class _Asked:
+class Asked:
     """What stands behind the `?`, each name once."""
 
     def __init__(self, call: Call, known: set[str]) -> None:
@@ -631,10 +632,12 @@ class _Asked:
                 raise _wrong(name, "given more than once")
 
     def text(self, name: str) -> str | None:
+        """Return a value as it was given."""
         values = self._given.get(name)
         return values[0] if values else None
 
     def one_of(self, name: str, choices: Any) -> str | None:
+        """Return a value that is one of a literal's."""
         value = self.text(name)
         known: Sequence[str] = choices.__args__
         if value is not None and value not in known:
@@ -642,10 +645,12 @@ class _Asked:
         return value
 
     def instant_ms(self, name: str) -> int | None:
+        """Return an instant, in milliseconds since the epoch."""
         value = self.text(name)
         return None if value is None else _instant_ms(value, name)
 
     def limit(self) -> int:
+        """Return how many rows are wanted."""
         value = self.text("limit")
         if value is None:
             return LISTED

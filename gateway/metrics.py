@@ -92,6 +92,12 @@ def pipeline_metrics(overview: Overview | None, *, redis_up: bool, max_jobs: int
         _gauge("penstock_record_backlog_limit", "Events to be recorded from which no more are accepted", max_backlog),
         _gauge("penstock_record_oldest_seconds", "How long the oldest of these events has waited",
                overview.record_oldest_ms / 1000),
+        _gauge("penstock_report_requests_waiting", "Requests for reports that no worker has taken",
+               overview.report_requests),
+        CounterMetricFamily("penstock_report_requests_repeated", "Requests whose id was known already",
+                            overview.reports_repeated),
+        CounterMetricFamily("penstock_report_responses_dropped", "Responses dropped, since there were too many",
+                            overview.responses_dropped),
     ]  # fmt: skip
     replicas = [((view.url,), view) for view in overview.replicas]
     told += [

@@ -143,6 +143,17 @@ class Records(Protocol):
     ) -> tuple[list[Json], str | None]:
         """Return a page of batches, and the cursor of the next one."""
 
+    async def report(self, tenant: str, report_id: str) -> Json | None:
+        """Return what is remembered of a report, None where nothing is."""
+
+    async def reports(
+        self, tenant: str, user_id: str, *, after: str | None = None, limit: int = 50
+    ) -> tuple[list[Json], str | None]:
+        """Return a page of the reports about a person, and the cursor of the next one."""
+
+    async def has_erased(self, tenant: str, epoch: str) -> bool:
+        """Say whether an erasure was done."""
+
 
 @dataclass(frozen=True, slots=True)
 class Gateway:

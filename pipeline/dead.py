@@ -128,6 +128,9 @@ class DeadLetters:
                 return replace(foreign, id=new_id(), retry_of=foreign.id)
             old = decode(data)
             flow = flows.FLOWS[old.flow]
+            if old.flow == "report":
+                message = "a report is asked for again by a new request: its sender has an answer to the old one"
+                raise Reject(message, code="not_repeatable")
         except (MalformedEntry, KeyError) as error:
             message = f"letter {letter.id} holds no job that could run again: {error}"
             raise Reject(message, code="not_a_job") from error

@@ -54,6 +54,20 @@ class Reject(PenstockError):
         self.code = code
 
 
+class WrongField(PenstockError):
+    """A field of a request is missing, or holds what it cannot hold.
+
+    The message names every such field, and quotes nothing that was given.
+
+    Attributes:
+        param: the path of the first one, as people write it.
+    """
+
+    def __init__(self, message: str, *, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 class MalformedCursor(PenstockError):
     """This cursor was not given out by the list that it was sent to."""
 

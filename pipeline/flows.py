@@ -13,7 +13,7 @@ import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from pipeline.errors import MalformedEntry
-from pipeline.job import Job, Json, Priority
+from pipeline.job import DEFAULT_TENANT, Job, Json, Priority
 
 MAX_QUERY_CHARS: Final = 16_000
 MAX_LOOKUP: Final = 100  # ids of 128 characters that a request's head has room for
@@ -45,6 +45,11 @@ class QueryPayload(Payload):
     metadata: Metadata | None = Field(None, description="returned with the answer, unread", max_length=64)
 
 
+Collection = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
+"""A part of the index by itself, which is searched by who names it: a report's knowledge base. None: what questions are
+answered from."""
+
+
 class DocumentPayload(Payload):
     """A document to be indexed; the same id replaces what was there."""
 
@@ -55,16 +60,20 @@ class DocumentPayload(Payload):
         None, description="the sender's own name for this version, a hash say; `GET /documents` tells it"
     )
     metadata: Metadata = Field(default_factory=dict, max_length=64)
+    collection: Collection | None = Field(None, description="a knowledge base, say of reports; questions do not see it")
 
 
 class DocumentDeletion(Payload):
     """A document to be taken out of the index."""
 
     document_id: Name
+    collection: Collection | None = None
 
 
 class DocumentLookup(Payload):
     """Documents of which the index is to say whether it holds them."""
+
+    collection: Collection | None = None
 
     document_ids: Annotated[list[Name], Field(min_length=1, max_length=MAX_LOOKUP)]
 
@@ -140,6 +149,34 @@ class ChatPayload(Payload):
     epoch: int = Field(0, ge=0)
 
 
+class ReportPayload(Payload):
+    """A report to be written, its inputs checked by the report's type.
+
+    Attributes:
+        epoch: of the person it is about; nothing is stored under one that is theirs no more.
+        query: what the knowledge base is searched for.
+        collection: the part of the index that is searched; None: the type has no knowledge base.
+        request_id: of the request that waits on the stream of responses.
+        is_fresh: to be written even where a finished one would serve.
+        keep_ms: how long its response is kept, and then `keep_most`, how many there may be, and `cache_ms`, how long
+            the report may serve who asks the same.
+    """
+
+    report_type: Name
+    user_id: Name
+    epoch: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+    inputs: Json
+    language: str
+    query: Annotated[str, StringConstraints(min_length=1, max_length=MAX_QUERY_CHARS)]
+    collection: Collection | None = None
+    top_k: int | None = Field(None, ge=1, le=50)
+    request_id: Name | None = None
+    is_fresh: bool = False
+    keep_ms: int = Field(ge=1)
+    keep_most: int = Field(ge=1)
+    cache_ms: int = Field(ge=1)
+
+
 @dataclass(frozen=True, slots=True)
 class Flow:
     """One kind of job.
@@ -156,6 +193,8 @@ class Flow:
         record: the kind of record that history has of such a job by itself, from its acceptance on; "": none. Of
             messages and batches history is told by the scripts that accept and end batches.
         recorded: whether the history is to know of it; then none is accepted while too much waits to be recorded.
+        private: whether what it says of people is for its sender only: logs and listings of dead letters leave out what
+            an error quotes.
     """
 
     name: str
@@ -170,6 +209,7 @@ class Flow:
     leases: bool = False
     record: str = ""
     recorded: bool = False
+    private: bool = False
 
 
 _TOLD = ("url", "event", "webhook_id", "batch_id", "message_id", "queue", "at_ms", "attempts")
@@ -241,6 +281,17 @@ FLOWS: Final[dict[str, Flow]] = {
             recorded=True,
         ),
         Flow(
+            "report",
+            route=("encoder", "retriever", "report", "llm", "report"),
+            payload=ReportPayload,
+            lifetime="report_s",
+            result=("cached", "hash", "report"),  # in this order: the script that ends the job takes them apart
+            call_timeout_s=900.0,
+            record="report",
+            recorded=True,
+            private=True,
+        ),
+        Flow(
             "webhook",
             route=("webhook",),
             payload=WebhookPayload,
@@ -306,9 +357,22 @@ def new_job(
 
 
 def record_of(job: Job) -> bytes:
-    """Return what history is told of a job that begins: its kind and what was asked for; nothing of most."""
-    kind = FLOWS[job.flow].record
-    return kind.encode() + b" " + orjson.dumps(job.payload) if kind else b""
+    """Return what history is told of a job that begins: its kind and what was asked for; nothing of most.
+
+    Of a report, what its live record says stands in between; see `read_report` in the scripts' prelude.
+    """
+    kind, payload = FLOWS[job.flow].record, job.payload
+    if not kind:
+        return b""
+    if kind != "report":
+        return b"%b %b" % (kind.encode(), orjson.dumps(payload))
+    created_ms = job.at_us // 1000
+    owner = payload["user_id"] if job.tenant == DEFAULT_TENANT else f"{job.tenant}:{payload['user_id']}"
+    terms = (created_ms, payload["keep_ms"], payload["keep_most"], payload["cache_ms"], payload["epoch"], owner)
+    head = " ".join(map(str, (kind, *terms, payload.get("request_id", "-"))))
+    told = ("user_id", "epoch", "report_type", "inputs", "language", "request_id")
+    asked = {name: payload[name] for name in told if name in payload} | {"created_ms": created_ms}
+    return b"%b %b" % (head.encode(), orjson.dumps(asked))
 
 
 def adopt(stage: str, body: Json, *, now_ms: int, lifetimes: Mapping[str, float]) -> Job:

@@ -33,10 +33,11 @@ from pipeline.errors import (
     Overloaded,
     PenstockError,
 )
-from pipeline.job import Completion, Job, decode
+from pipeline.job import Completion, Job, Json, decode
 from pipeline.limit import Patience
 from pipeline.overview import Overview, look
 from pipeline.replicas import read_registry
+from pipeline.reports import Reports
 from pipeline.streams import number
 from pipeline.webhooks import Secrets, Webhooks
 
@@ -148,6 +149,7 @@ class Front:
         self.batches = Batches(Link(settings.redis, "batches"), settings, self.clock)
         self.chats = Chats(Link(settings.redis, "chats"), settings, self.clock)
         self.chat_watch = ChatWatch(Link(settings.redis, "chat-watch"), settings.redis.reconnect_cap_s)
+        self._reports = Reports(Link(settings.redis, "reports"), settings, self.clock)
         self._key_link = Link(settings.redis, "keys")
         self._overview: tuple[int, Overview] | None = None  # when it was made, on the monotonic clock
         self._looking = asyncio.Lock()
@@ -194,6 +196,7 @@ class Front:
         await self.batches.close()
         await self.chat_watch.close()
         await self.chats.close()
+        await self._reports.close()
 
     # --- submitting ------------------------------------------------------------------------------
 
@@ -549,6 +552,27 @@ class Front:
         """Give a queue another secret; the present one signs too for a day. Not to be sent again blindly."""
         found: Secrets = await within(self._webhooks.rotate(queue))
         return found
+
+    async def report_job(self, body: Json, tenant: str) -> Job:
+        """Return the job that writes the report asked for with *body*; it is still to be submitted.
+
+        Raises:
+            WrongField: of the request, or of its inputs.
+            BrokerUnavailable: Redis does not answer within a second.
+        """
+        if not self.clock.is_set:
+            raise BrokerUnavailable("Redis has not been reached yet")
+        job: Job = await within(self._reports.job(body, tenant))
+        return job
+
+    async def erase(self, user_id: str, tenant: str) -> str:
+        """Forget a person in Redis, and have the history forget them: return the name under which it will have done so.
+
+        May be sent again.
+        """
+        erasure: str = await within(self._reports.erase(user_id, tenant))
+        await self._reports.discard_letters(user_id, tenant)  # there may be thousands: not within a second
+        return erasure
 
     async def idempotent_outcome(self, key: str) -> Completion | None:
         """Return the outcome kept with an Idempotency-Key, after the completion's own life has ended."""

@@ -21,7 +21,7 @@ from pipeline.clock import Clock
 from pipeline.connection import Argument, Backoff, Outage
 from pipeline.deadlines import Deadlines
 from pipeline.errors import BrokerUnavailable, DeadlineExceeded, MalformedEntry, PenstockError, RetryLater
-from pipeline.job import OURS, Completion, Done, Job, decode, decode_foreign, error_body
+from pipeline.job import OURS, Completion, Done, Job, Json, decode, decode_foreign, error_body
 from pipeline.limit import Alarm
 from pipeline.outcomes import Bury, Complete, Forward, Retry, decide, ended
 from pipeline.replicas import Replicas
@@ -260,7 +260,7 @@ class Handling:
         decision = decide(job, outcome, worker=self.name, retry=self._settings.retry, rng=self._rng)
         match decision:
             case Forward(stage, done):
-                job.route = job.route[1:]
+                job.route = list(job.route if done.route is None else done.route)[1:]
                 job.state |= done.value
                 job.attempt, job.avoid = 1, []
                 target = keys.stream(stage, job.priority)
@@ -301,7 +301,7 @@ class Handling:
         letter = {
             "reason": reason,
             "job_id": completion.id or None,
-            "error": completion.error,
+            "error": _listed(completion.error, held.job),
             "attempts": completion.attempts,
             "deliveries": entry.deliveries,
             "stage": self.stage.name,
@@ -404,6 +404,13 @@ def _read(entry: Entry) -> Job | None:
         message = f"no flow is called {job.flow!r}: a newer version of Penstock may have made this job"
         raise MalformedEntry(message, code="unknown_flow", job_id=job.id)
     return job
+
+
+def _listed(error: Json | None, job: Job | None) -> Json | None:
+    """Return an error as a dead letter shows it to whoever lists them; its message may quote what is private."""
+    if error is None or job is None or job.flow not in flows.FLOWS or not flows.FLOWS[job.flow].private:
+        return error
+    return error | {"message": "withheld, since it may quote personal data"}
 
 
 def _overdue(held: Held) -> None:

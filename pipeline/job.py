@@ -182,11 +182,13 @@ class Done:
         value: merged into the job's state for the stages to come and for the result.
         vector: goes along to the next stage as the entry's binary field.
         start: further jobs that begin in the same instant as this one moves on.
+        route: the stages still to come, in place of those that the job carries; None: those.
     """
 
     value: Json
     vector: bytes | None = None
     start: tuple[Job, ...] = ()
+    route: tuple[str, ...] | None = None
 
 
 @dataclass(slots=True)

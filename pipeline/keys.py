@@ -39,6 +39,15 @@ key                        type    life                         written by      
 `chat_turns:<chat>`        list    as its chat, 50 turns        chat_save               chat stage, gateways
 `chat_events:<chat>`       stream  as its chat, about 1,000     chat scripts            gateways
 `persona:<name>`           hash    for ever                     gateways                chat stage, say
+`report_generation_requests` stream an entry until it is taken  any back end            report
+`report_generation_responses` stream setting, age and count     report, who ends a job  any back end
+`report_request:<id>`      string  as its response              report, who ends a job  report
+`report_counts`            hash    for ever, two numbers        report, who ends a job  gateways
+`report:<hash>`            string  setting, 24 h                who ends a job          report
+`report_making:<hash>`     string  as long as its job may live  report                  report
+`input:<user_id>`          string  setting, 1 h                 report, gateways        report, gateways
+`user:<user_id>`           hash    as the last response, longer report, gateways        report, who ends a job
+`user_data:<user_id>`      zset    as the last response         who begins or ends a job  gateways
 """
 
 from __future__ import annotations
@@ -82,6 +91,15 @@ CHAT_SEEN: Final = "chat_seen:"
 CHAT_TURNS: Final = "chat_turns:"
 CHAT_EVENTS: Final = "chat_events:"
 PERSONA: Final = "persona:"
+REPORT_REQUESTS: Final = "report_generation_requests"
+REPORT_RESPONSES: Final = "report_generation_responses"
+REPORT_REQUEST: Final = "report_request:"
+REPORT_COUNTS: Final = "report_counts"
+REPORT: Final = "report:"
+REPORT_MAKING: Final = "report_making:"
+INPUT: Final = "input:"
+USER: Final = "user:"
+USER_DATA: Final = "user_data:"
 API_KEY_NAME: Final = "name:"
 """What a field of that hash begins with where it leads from a name to a digest."""
 
@@ -125,6 +143,15 @@ LUA_KEYS: Final = {
     "chat_channel": CHAT_CHANNEL,
     "persona": PERSONA,
     "api_key_name": API_KEY_NAME,
+    "report_requests": REPORT_REQUESTS,
+    "report_responses": REPORT_RESPONSES,
+    "report_request": REPORT_REQUEST,
+    "report_counts": REPORT_COUNTS,
+    "report": REPORT,
+    "report_making": REPORT_MAKING,
+    "input": INPUT,
+    "user": USER,
+    "user_data": USER_DATA,
     "cancel_channel": CANCEL_CHANNEL,
     "wake_channel": WAKE_CHANNEL,
     "placed": "job:llm_in",
@@ -155,6 +182,9 @@ BOUNDED: Final = {
     BATCH + "*": "open batches, bounded by admission; a closed one has a TTL",
     QUEUE + "*": "one per queue that was set up, or that signs webhooks",
     PERSONA + "*": "one per persona that was set up",
+    REPORT_REQUESTS: "what other back ends ask for and no worker has taken yet",
+    REPORT_RESPONSES: "capped by count and age",
+    REPORT_COUNTS: "two numbers",
 }
 """Keys without a TTL (as glob patterns), each with the reason why it is bounded."""
 

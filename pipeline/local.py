@@ -33,6 +33,8 @@ from pipeline.settings import RetrieverSettings, Settings
 from pipeline.supervisor import Program, Supervisor
 
 STAGES: Final = ("encoder", "retriever", "llm", "aggregator", "webhook", "chat")
+LATER: Final = ("report",)
+"""Stages that nobody waits for when it all begins."""
 MOCKS: Final = 3
 READY_POLL_S: Final = 0.02
 READY_HINT_S: Final = 10.0  # how often to say what `up` still waits for
@@ -125,6 +127,8 @@ async def _run(plan: Plan, supervisor: Supervisor, port: int, mocks: Sequence[in
         supervisor.start(_program(stage, ["stages", stage], environ))
     supervisor.start(_program("gateway", ["gateway"], environ))
     await _until_ready(settings.gateway.host, port)
+    for stage in LATER:
+        supervisor.start(_program(stage, ["stages", stage], environ))
     # Nobody waits for the recorder, and its start would delay the others'.
     supervisor.start(_program("recorder", ["stages", "recorder"], environ | {"PENSTOCK_HISTORY__AUTO_UPGRADE": "true"}))
     url = f"http://{_authority(_reachable(settings.gateway.host), port)}"
@@ -264,7 +268,7 @@ async def _drain(supervisor: Supervisor, drain_s: float) -> None:
     _log.info("draining", at_most_s=drain_s)
     mocks = [name for name in supervisor.children if name.startswith("mock")]
     await supervisor.stop(["gateway"], drain_s + STOP_MARGIN_S)
-    await supervisor.stop(STAGES, drain_s + STOP_MARGIN_S)
+    await supervisor.stop([*STAGES, *LATER], drain_s + STOP_MARGIN_S)
     await supervisor.stop(["recorder"], RECORDER_STOP_S)
     await supervisor.stop(mocks, MOCK_STOP_S)
     await supervisor.stop(["redis"], REDIS_STOP_S)

@@ -53,8 +53,8 @@ Decision = Forward | Complete | Retry | Bury
 def decide(job: Job, outcome: Done | BaseException, *, worker: str, retry: RetrySettings, rng: Random) -> Decision:
     """Decide what follows a handler's answer or exception."""
     match outcome:
-        case Done() if job.route:
-            return Forward(job.route[0], outcome)
+        case Done() if route := job.route if outcome.route is None else outcome.route:
+            return Forward(route[0], outcome)
         case Done():
             return Complete(completed(job, outcome, worker), outcome)
         case DeadlineExceeded():

@@ -101,6 +101,9 @@ class Overview:
         memory_limit_bytes: 0 where Redis has none.
         record_backlog: events of the history that the database does not have yet.
         record_oldest_ms: how long the oldest of them has waited, 0 where there is none.
+        report_requests: requests of other back ends that no worker has turned into jobs.
+        reports_repeated: requests that were known already, ever.
+        responses_dropped: responses that had to go since there were too many, ever.
     """
 
     streams: list[StreamView]
@@ -116,6 +119,9 @@ class Overview:
     memory_limit_bytes: int
     record_backlog: int
     record_oldest_ms: int
+    report_requests: int = 0
+    reports_repeated: int = 0
+    responses_dropped: int = 0
 
 
 async def look(link: Link, *, thorough: bool = True) -> Overview:
@@ -136,6 +142,7 @@ async def look(link: Link, *, thorough: bool = True) -> Overview:
     if thorough:
         stages |= await _stages_with_streams(link)
     streams = [await _stream(link, stage, priority) for stage in sorted(stages) for priority in PRIORITIES]
+    repeated, dropped = await link.call("HMGET", keys.REPORT_COUNTS, "repeated", "dropped")
     memory = parse_info(await link.call("INFO", "memory"))
     return Overview(
         streams=streams,
@@ -151,6 +158,9 @@ async def look(link: Link, *, thorough: bool = True) -> Overview:
         memory_limit_bytes=int(memory.get("maxmemory", "0")),
         record_backlog=int(await link.call("XLEN", keys.EVENTS)),
         record_oldest_ms=await _oldest_event_ms(link, now_ms),
+        report_requests=int(await link.call("XLEN", keys.REPORT_REQUESTS)),
+        reports_repeated=int(repeated or 0),
+        responses_dropped=int(dropped or 0),
     )
 
 

@@ -5,10 +5,14 @@ Redis holds work in flight. Its scripts append an event for each thing that is t
 of one table, named by tenant and id. It has a rank, and the columns of a table obey one of two rules:
 
 - `first`: filled by the event of rank 0, never changed afterwards (what was asked for);
-- `latest`: replaced by an event whose rank is higher than that of the row (how it stands with it).
+- `latest`: replaced by an event whose rank is higher than that of the row (how it stands with it);
+- `earliest`: the least of what events of the row's own epoch said.
 
 So the order in which events come does not matter, repeating them changes nothing, and any number of recorders may write
 at the same time. Two events of one rank about one record must say the same.
+
+A report is about a person, and carries their epoch. An erasure forgets an epoch: what is there of it goes, and what
+comes of it later is not written. Both happen in transactions that run one after another, so neither misses the other.
 
 A kind of record is a table and a row of `KINDS`. SQLite and PostgreSQL run the same statements. Errors of SQLAlchemy
 and the drivers end in this file.
@@ -166,6 +170,38 @@ API_KEYS: Final = _table(
     _first("created_ms", sa.BigInteger()),
     _latest("revoked_ms", sa.BigInteger()),
 )
+
+REPORTS: Final = _table(
+    "reports",
+    "report_id",
+    _first("report_type", sa.Text()),
+    _first("inputs", _JSON),
+    _first("language", sa.Text()),
+    _first("request_id", sa.Text()),
+    _latest("user_id", sa.Text()),
+    _latest("epoch", sa.Text()),
+    _latest("created_ms", sa.BigInteger()),
+    _latest("status", sa.Text()),
+    _latest("cached", sa.Boolean()),
+    _latest("report", _JSON),
+    _latest("error", _JSON),
+    _latest("worker", sa.Text()),
+    _latest("replica", sa.Text()),
+    _latest("attempts", sa.BigInteger()),
+    _latest("timings_ms", _JSON),
+    _latest("finished_ms", sa.BigInteger()),
+    sa.Index("reports_by_user", "tenant", "user_id", "created_ms", "report_id"),
+)
+
+USERS: Final = _table(
+    "users",
+    "user_id",
+    _latest("epoch", sa.Text()),
+    sa.Column("created_ms", sa.BigInteger(), info={"rule": "earliest"}),
+    _latest("updated_ms", sa.BigInteger()),
+)
+
+ERASURES: Final = _table("erasures", "epoch", _latest("erased_ms", sa.BigInteger()))
 
 # --- Events ------------------------------------------------------------------------------------
 
@@ -333,6 +369,30 @@ def _webhook(event: Event) -> Row:
     return _outcome(event) | ({"created_ms": event.at_ms} if event.rank == 0 else {})
 
 
+def _report(event: Event) -> Row:
+    result = event.data.get("result")
+    found = {name: result.get(name) for name in ("cached", "report")} if isinstance(result, dict) else {}
+    return _outcome(event) | found
+
+
+def _user(event: Event) -> Row:
+    """Return the row of the person that a report's event is about."""
+    return {
+        "tenant": event.tenant,
+        "user_id": event.data.get("user_id"),
+        "rank": event.at_ms,
+        "epoch": event.data.get("epoch"),
+        "created_ms": event.data.get("created_ms"),
+        "updated_ms": event.at_ms,
+    }
+
+
+def _erasure(event: Event) -> Row:
+    if not isinstance(event.data.get("user_id"), str) or type(event.data.get("before_ms")) is not int:
+        raise MalformedEntry("an erasure needs user_id and before_ms", code="unfit_value")
+    return {"erased_ms": event.at_ms}
+
+
 KINDS: Final[dict[str, Kind]] = {
     "message": Kind(MESSAGES, _outcome),
     "batch": Kind(BATCHES, _batch, members="message"),
@@ -342,7 +402,12 @@ KINDS: Final[dict[str, Kind]] = {
     "chat_turn": Kind(CHAT_TURNS, lambda _: {}),
     "persona": Kind(PERSONAS, lambda event: {"data": event.data, "changed_ms": event.at_ms}),
     "key": Kind(API_KEYS, lambda _: {}),
+    "report": Kind(REPORTS, _report),
+    "erasure": Kind(ERASURES, _erasure),
 }
+
+PRIVATE: Final = frozenset({"report"})
+"""Kinds that tell of people: what an error quotes of them is for nobody's log."""
 
 # --- The database ------------------------------------------------------------------------------
 
@@ -388,17 +453,38 @@ class Records:
             HistoryUnavailable: the database is away, or its tables are not up to date.
             Reject: it refuses one of the events for what stands in it (`refused_by_database`).
         """
-        rows: dict[str, list[Row]] = {}
-        for event in chain.from_iterable([event, *event.inner()] for event in events):
-            rows.setdefault(event.kind, []).append(event.row())
         async with self._connection(writes=True) as connection:
+            if any(event.kind in {"report", "erasure"} for event in events):
+                await connection.exec_driver_sql(_ALONE[self.engine.dialect.name])
+                events = await self._unforgotten(connection, events)
+            rows: dict[sa.Table, list[Row]] = {}
+            for event in chain.from_iterable([event, *event.inner()] for event in events):
+                rows.setdefault(KINDS[event.kind].table, []).append(event.row())
+                if event.kind == "report" and event.data.get("user_id"):
+                    rows.setdefault(USERS, []).append(_user(event))
             # Tables in one order, and rows in one order: recorders that write at the same time wait, but never for
             # each other.
-            for kind in sorted(rows):
-                table = KINDS[kind].table
+            for table in sorted(rows, key=lambda table: table.name):
                 names = [column.name for column in table.primary_key.columns]
-                ordered = sorted(rows[kind], key=lambda row: [row[name] for name in names])
+                ordered = sorted(rows[table], key=lambda row: [row[name] for name in names])
                 await connection.execute(self._upsert(table), ordered)
+
+    async def _unforgotten(self, connection: AsyncConnection, events: Sequence[Event]) -> list[Event]:
+        """Do the erasures among *events*, and return what is to be written: nothing of an epoch that is forgotten."""
+        erasures = [event for event in events if event.kind == "erasure"]
+        for event in erasures:
+            before_ms = event.data["before_ms"]
+            for table, at in ((REPORTS, REPORTS.c.created_ms), (USERS, USERS.c.updated_ms)):
+                theirs = sa.and_(table.c.tenant == event.tenant, table.c.user_id == event.data["user_id"])
+                await connection.execute(
+                    sa.delete(table).where(theirs, sa.or_(table.c.epoch == event.id, at <= before_ms))
+                )
+        forgotten = {event.id for event in erasures}
+        epochs = {str(event.data.get("epoch")) for event in events if event.kind == "report"} - forgotten
+        if epochs:
+            found = await connection.execute(sa.select(ERASURES.c.epoch).where(ERASURES.c.epoch.in_(sorted(epochs))))
+            forgotten |= set(found.scalars())
+        return [event for event in events if event.kind != "report" or event.data.get("epoch") not in forgotten]
 
     def _upsert(self, table: sa.Table) -> sa.Executable:
         """Return the statement that writes one row of *table* by the rules of its columns."""
@@ -415,6 +501,10 @@ class Records:
                 changes[column.name] = sa.func.coalesce(column, new[column.name])
             elif rule == "latest":
                 changes[column.name] = sa.case((newer, new[column.name]), else_=column)
+            elif rule == "earliest":
+                is_same = sa.and_(old["epoch"] == new["epoch"], column <= new[column.name])
+                keeps = sa.or_(is_same, sa.and_(old["epoch"] != new["epoch"], sa.not_(newer)))
+                changes[column.name] = sa.case((keeps, column), else_=new[column.name])
         names = [column.name for column in table.primary_key.columns]
         statement = self._upserts[table.name] = insert.on_conflict_do_update(index_elements=names, set_=changes)
         return statement
@@ -437,6 +527,20 @@ class Records:
         """Return one webhook by its job's id, or the newest job of a webhook id."""
         which = sa.or_(WEBHOOKS.c.job_id == webhook_id, WEBHOOKS.c.webhook_id == webhook_id)
         return await self._one(WEBHOOKS, tenant, which)
+
+    async def report(self, tenant: str, report_id: str) -> Row | None:
+        """Return one report."""
+        return await self._one(REPORTS, tenant, REPORTS.c.report_id == report_id)
+
+    async def reports(
+        self, tenant: str, user_id: str, *, after: str | None = None, limit: int = 50
+    ) -> tuple[list[Row], str | None]:
+        """Return a page of the reports about a person, the newest first, and the cursor of the next one."""
+        return await self._page(REPORTS, tenant, {"user_id": user_id}, None, None, after, limit)
+
+    async def has_erased(self, tenant: str, epoch: str) -> bool:
+        """Say whether an erasure was done under this name."""
+        return await self._one(ERASURES, tenant, ERASURES.c.epoch == epoch) is not None
 
     async def messages(
         self,

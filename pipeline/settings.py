@@ -299,6 +299,18 @@ class ChatsSettings(Section):
     max_text_chars: int = Field(16_000, ge=1, le=1_000_000, description="of one message")
 
 
+class ReportsSettings(Section):
+    """Reports, for other back ends: the streams, the caches, the model's answer."""
+
+    prefetch: int = Field(1, ge=1, le=256, description="requests, and steps of reports, in one worker's hands at once")
+    keep_s: float = Field(7 * 86_400, ge=60, le=366 * 86_400, description="responses, and the ids of their requests")
+    max_responses: int = Field(100_000, ge=1, description="responses kept; the oldest go")
+    input_ttl_s: float = Field(3_600.0, ge=1, le=31 * 86_400, description="a person's last input")
+    cache_ttl_s: float = Field(86_400.0, ge=1, le=31 * 86_400, description="a finished report, for who asks the same")
+    max_request_bytes: int = Field(1 << 20, ge=1024, description="a larger request is refused")
+    max_tokens: int = Field(4096, ge=256, le=131_072, description="of the model's answer")
+
+
 class LogSettings(Section):
     """Log lines on standard output."""
 
@@ -322,6 +334,7 @@ class Lifetimes(Section):
     webhook_s: float = Field(345_600.0, gt=0)
     batch_s: float = Field(86_400.0, gt=0)
     chat_s: float = Field(540.0, gt=0, le=1_200, description="one run of a chat; its lock lasts a minute longer")
+    report_s: float = Field(3_600.0, gt=0, le=86_400)
 
 
 class Settings(Section):
@@ -344,6 +357,7 @@ class Settings(Section):
     lifetimes: Lifetimes = Lifetimes()
     messages: MessagesSettings = MessagesSettings()
     chats: ChatsSettings = ChatsSettings()
+    reports: ReportsSettings = ReportsSettings()
 
     @property
     def renew_timeout_s(self) -> float:
@@ -373,6 +387,7 @@ ALIASES: Final[dict[str, tuple[str, str]]] = {
     "WORKER_NAME": ("worker", "name"),
     "MAX_RETRIES": ("retry", "max_retries"),
     "DATABASE_URL": ("history", "url"),
+    "REDIS_CACHE_TTL": ("reports", "input_ttl_s"),
     "PENSTOCK_API_KEYS": ("gateway", "api_keys"),
 }
 """Names from elsewhere; a later row wins over an earlier one, and `PENSTOCK_<SECTION>__<NAME>` over all."""

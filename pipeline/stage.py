@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pipeline.chats import Chats
     from pipeline.clock import Clock
     from pipeline.replicas import Replicas
+    from pipeline.reports import Reports
     from pipeline.webhooks import Webhooks
 
 Outcome = Done | Exception
@@ -35,6 +36,7 @@ class Context(Protocol):
         chats: the chats in Redis.
         clock: Redis' time.
         webhooks: results to be told to receivers outside, and the secrets to sign them with.
+        reports: finished reports, and who is writing one.
     """
 
     @property
@@ -54,6 +56,9 @@ class Context(Protocol):
 
     @property
     def webhooks(self) -> Webhooks: ...  # noqa: D102 - the class says it
+
+    @property
+    def reports(self) -> Reports: ...  # noqa: D102 - the class says it
 
 
 class Stage:

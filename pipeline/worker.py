@@ -28,6 +28,7 @@ from pipeline.errors import BrokerUnavailable, NotReady, PenstockError
 from pipeline.handling import Handling, Held, Reason
 from pipeline.quarantine import Quarantine
 from pipeline.replicas import Replicas
+from pipeline.reports import Reports
 from pipeline.streams import Entry, Streams
 from pipeline.webhooks import Webhooks
 
@@ -85,6 +86,7 @@ class Worker:
         self._following_up: asyncio.Task[None] | None = None
         self._results: Link | None = None
         self._chats: Chats | None = None
+        self._reports: Reports | None = None
         self._follow_up_outage = Outage(f"{stage.name} control")
         self.replicas = Replicas(self.streams, settings, clock, self._entry_of, self._rng)
         self.batches = Batches(Link(settings.redis, f"{stage.name}-batches"), settings, clock)
@@ -117,6 +119,14 @@ class Worker:
         if self._chats is None:
             self._chats = Chats(Link(self._settings.redis, f"{self.stage.name}-chats"), self._settings, self._clock)
         return self._chats
+
+    def reports(self) -> Reports:
+        """Finished reports; over a connection of their own, since they are long."""
+        if self._reports is None:
+            self._reports = Reports(
+                Link(self._settings.redis, f"{self.stage.name}-reports"), self._settings, self._clock
+            )
+        return self._reports
 
     # --- feeding ---------------------------------------------------------------------------------
 
@@ -402,6 +412,8 @@ class Worker:
             await self._results.close()
         if self._chats is not None:
             await self._chats.close()
+        if self._reports is not None:
+            await self._reports.close()
 
     def _abort(self, held: Held, reason: Reason) -> None:
         if held.settling or held.reason is not None:

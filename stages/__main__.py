@@ -26,8 +26,8 @@ times in each stage, and Python's default of 5 ms was waited for at each of them
 log = structlog.get_logger(__name__)
 
 
-def build(name: str, settings: Settings) -> Stage | Loop:
-    """Return the stage of that name, or the loop: `build(settings)` of the module `stages.<name>`.
+def build(name: str, settings: Settings) -> Sequence[Stage | Loop]:
+    """Return the stage of that name, or the loop, or both: `build(settings)` of the module `stages.<name>`.
 
     Raises:
         ConfigError: there is no such stage.
@@ -40,13 +40,13 @@ def build(name: str, settings: Settings) -> Stage | Loop:
         if error.name != f"stages.{name}":
             raise
         raise ConfigError(f"there is no stage called {name!r}: stages/{name}.py does not exist") from error
-    stage: Stage | Loop = module.build(settings)
-    return stage
+    built: Stage | Loop | Sequence[Stage | Loop] = module.build(settings)
+    return [built] if isinstance(built, Stage | Loop) else built
 
 
 async def work(names: Sequence[str], settings: Settings) -> None:
     """Run the stages until a signal stops them."""
-    parts = [build(name, settings) for name in dict.fromkeys(names)]
+    parts = [part for name in dict.fromkeys(names) for part in build(name, settings)]
     stages = [part for part in parts if isinstance(part, Stage)]
     loops = [part for part in parts if isinstance(part, Loop)]
     try:

@@ -112,8 +112,9 @@ class Llm(Stage):
         body = encode_request(
             messages_of(job),
             model=model,
-            max_tokens=self._settings.max_tokens,
+            max_tokens=ask.get("max_tokens", self._settings.max_tokens),
             temperature=ask.get("temperature", self._settings.temperature),
+            response_format=ask.get("response_format"),
         )
         if job.replica is None:
             raise NoReplica("the job reached the llm stage without a place at a replica")
@@ -212,7 +213,8 @@ class Llm(Stage):
             duration_s=round(duration_s, 3),
         )
         (line.info if failure.is_healthy or failure.is_refused else line.warning)("llm call failed")
-        line.debug("llm call failed because", message=failure.message)
+        if not FLOWS[job.flow].private:
+            line.debug("llm call failed because", message=failure.message)
 
     def __repr__(self) -> str:
         return f"<Llm slots={self.slots} model={self._settings.model!r} max_retries={self._max_retries}>"

@@ -138,17 +138,22 @@ def endpoint(base: str, path: str = "/chat/completions") -> str:
     return base + (path if has_version else f"/v1{path}")
 
 
-def encode_request(messages: Sequence[Json], *, model: str, max_tokens: int, temperature: float) -> bytes:
-    """Return the body of a call that wants its answer in one piece."""
-    return orjson.dumps(
-        {
-            "model": model,
-            "messages": messages,
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "stream": False,
-        }
-    )
+def encode_request(
+    messages: Sequence[Json], *, model: str, max_tokens: int, temperature: float, response_format: Json | None = None
+) -> bytes:
+    """Return the body of a call that wants its answer in one piece.
+
+    Args:
+        response_format: the form that the answer must have, as the protocol spells it; None: any.
+    """
+    body = {
+        "model": model,
+        "messages": messages,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "stream": False,
+    }
+    return orjson.dumps(body if response_format is None else body | {"response_format": response_format})
 
 
 # --- What comes back -----------------------------------------------------------------------------

@@ -17,8 +17,9 @@ import structlog
 from pipeline import metrics
 from pipeline.connection import Backoff, Outage
 from pipeline.errors import HistoryUnavailable, MalformedEntry, PenstockError, Reject
-from pipeline.events import Entry, EventStream
-from pipeline.records import KINDS, Event, Records
+from pipeline.events import EventStream
+from pipeline.group_reader import Entry
+from pipeline.records import KINDS, PRIVATE, Event, Records
 from pipeline.stage import Loop
 
 if TYPE_CHECKING:
@@ -149,8 +150,9 @@ class Recorder(Loop):
         for burial in burials:
             kind = burial.fields.get("kind", "")
             code = burial.reason.code
-            log.error("an event cannot be written; it goes to the dead letters", code=code, reason=str(burial.reason))
-            letter = self._stream.letter(burial.entry, burial.fields, code, burial.reason, self._worker)
+            reason = "withheld, since it may quote personal data" if kind in PRIVATE else str(burial.reason)
+            log.error("an event cannot be written; it goes to the dead letters", code=code, reason=reason)
+            letter = self._stream.letter(burial.entry, burial.fields, code, reason, self._worker)
             letters[burial.entry.id].append(letter)
             metrics.EVENTS.labels(kind if kind in KINDS else "unknown", "buried").inc()
             metrics.DEAD_LETTERS.labels(self.name, code).inc()

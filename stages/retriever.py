@@ -119,7 +119,7 @@ class Retriever(Stage):
         if count != 1:
             raise Reject(f"a question came with {count} vectors", code="bad_vector")
         limit = _FETCH * self._top_k(job)
-        return Search(job.tenant, words[0] if words else None, limit, meaning[0] if meaning else None)
+        return Search(_owner(job), words[0] if words else None, limit, meaning[0] if meaning else None)
 
     def _top_k(self, job: Job) -> int:
         return job.payload.get("top_k") or self._settings.top_k
@@ -149,10 +149,10 @@ class Retriever(Stage):
 
     def _operation(self, job: Job) -> Operation:
         if job.flow == "document_lookup":
-            return Look(job.tenant, job.payload["document_ids"])
+            return Look(_owner(job), job.payload["document_ids"])
         document = job.payload["document_id"]
         if job.flow == "document_deletion":
-            return Delete(job.tenant, document, job.accepted_us)
+            return Delete(_owner(job), document, job.accepted_us)
         chunks = job.state["chunks"]
         words, meaning = self._vectors(job, self._store.dimensions)
         for vectors in (words, meaning):
@@ -168,7 +168,7 @@ class Retriever(Stage):
             )
             for number, chunk in enumerate(chunks)
         ]
-        return Put(job.tenant, document, job.accepted_us, passages, job.payload.get("digest") or "")
+        return Put(_owner(job), document, job.accepted_us, passages, job.payload.get("digest") or "")
 
     async def _forget_old_deletions(self, now_us: int) -> None:
         if now_us - self._forgot_us >= _FORGET_EVERY_US:
@@ -231,6 +231,15 @@ def spread(hits: Sequence[Hit], top_k: int) -> list[Hit]:
         seen[hit.document] += 1
     weighed.sort(key=lambda pair: -pair[0])
     return [hit for _, hit in weighed[:top_k]]
+
+
+def _owner(job: Job) -> str:
+    """Return whose chunks a job is about, as the index divides them: a tenant's, or those of one collection of theirs.
+
+    No tenant's name holds a slash.
+    """
+    collection = job.payload.get("collection")
+    return f"{job.tenant}/{collection}" if collection else job.tenant
 
 
 def _attempt(call: Callable[..., T], *args: Any) -> T | Exception:

@@ -98,6 +98,22 @@ local function check_chat(key)
   if stream then check_type(stream, 'stream') end
 end
 
+-- What the live record of a report says besides its kind: when it was accepted, for how long its response is kept and how
+-- many there may be, for how long the report may serve others, the epoch of the person it is about, that person as keys
+-- name them, and the request that waits for a response ('-' none).
+local REPORT = '^report (%d+) (%d+) (%d+) (%d+) (%x+) (%S+) (%S+)$'
+local function read_report(text)
+  local at_ms, keep_ms, most, cache_ms, epoch, owner, request = string.match(text, REPORT)
+  if not at_ms then return nil end
+  for key, wanted in pairs({
+    [KEY.report_responses] = 'stream', [KEY.report_counts] = 'hash', [KEY.user .. owner] = 'hash',
+    [KEY.user_data .. owner] = 'zset',
+  }) do check_type(key, wanted) end
+  return {
+    at_ms = at_ms, keep_ms = keep_ms, most = most, cache_ms = cache_ms, epoch = epoch, owner = owner, request = request,
+  }
+end
+
 -- The live record, fields by name; nil when there is none. Every key it names is of the right type: `finish` may go on.
 local function read_live(id)
   local entry, stream, tenant, lease, cancel, reply, in_flight, idem, attempts, record, body =
@@ -123,7 +139,9 @@ local function read_live(id)
       check_chat(live.chat)
     end
     check_type(KEY.events, 'stream')
-    if live.batch ~= '' then
+    if live.kind == 'report' then
+      live.report, live.batch = read_report(live.record), ''
+    elseif live.batch ~= '' then
       check_type(KEY.batch .. live.batch, 'hash')
       check_type(KEY.batch_done .. live.batch, 'set')
       check_type(KEY.delayed, 'zset')
@@ -409,8 +427,63 @@ local function end_run(id, live, completion, now_us)
   end
 end
 
+-- Answer a report's request, once: an entry of the responses, those that are too old or too many go, and the request's
+-- id is known for as long as the response is kept. `text`: the response without its braces and its request.
+local function respond(request, text, keep_ms, most, now_us)
+  local entry = call('XADD', KEY.report_responses, '*', 'data', '{"request_id":"' .. request .. '",' .. text .. '}')
+  call('SET', KEY.report_request .. request, entry, 'PX', keep_ms)
+  call('XTRIM', KEY.report_responses, 'MINID', digits(math.floor(now_us / 1000) - tonumber(keep_ms)))
+  local dropped = call('XTRIM', KEY.report_responses, 'MAXLEN', most)
+  if dropped > 0 then call('HINCRBY', KEY.report_counts, 'dropped', dropped) end
+  return entry
+end
+
+-- What is kept of a person, by kind and name, so that it can be found when it is to be erased.
+local function keep_of_person(report, kind, name, now_us)
+  local key, now_ms = KEY.user_data .. report.owner, math.floor(now_us / 1000)
+  call('ZADD', key, digits(now_ms), kind .. ' ' .. name)
+  call('ZREMRANGEBYSCORE', key, '-inf', '(' .. digits(now_ms - tonumber(report.keep_ms)))
+  if call('PTTL', key) < tonumber(report.keep_ms) then call('PEXPIRE', key, report.keep_ms) end
+end
+
+-- Whether a person's data were erased after this report about them was asked for.
+local function is_forgotten(live)
+  return live.report ~= nil and call('HGET', KEY.user .. live.report.owner, 'epoch') ~= live.report.epoch
+end
+
+-- What a report's outcome says when its person was erased meanwhile: nothing of them.
+local function forgotten(id, live)
+  return ended(id, live, 'failed', 'user_deleted', 'the data of this user were deleted before the report was finished',
+    clock_us())
+end
+
+-- A report has ended: it is kept for who asks the same, its request is answered, and history is told.
+local function end_report(id, live, completion)
+  local report, now_us = live.report, clock_us()
+  local result = string.match(completion,
+    '^{"id":"[^"]*","status":"completed","tenant":"[^"]*","result":({.*}),"error":null,"worker":')
+  local cached, hash, text = string.match(result or '', '^{"cached":(%a+),"hash":"([^"]*)","report":({.*})}$')
+  local code, message = string.match(completion, '"error":{"type":"[^"]*","code":"([^"]*)","message":"(.*)"},"worker":')
+  local worker = string.match(completion, '^.*,"worker":("[^"]*"),"replica":') or 'null'
+  local said = text and '"status":"success"' or '"status":"error"'
+  said = said .. ',"report_id":"' .. id .. '","report":' .. (text or 'null') .. ',"cached":' .. (cached or 'false')
+    .. ',"error_message":' .. (text and 'null' or '"' .. (code or 'failed') .. ': ' .. (message or '') .. '"')
+    .. ',"worker":' .. worker .. ',"duration_ms":'
+    .. digits(math.max(0, math.floor(now_us / 1000) - tonumber(report.at_ms)))
+  local entry = report.request ~= '-' and respond(report.request, said, report.keep_ms, report.most, now_us)
+  if is_forgotten(live) then return end
+  if entry then keep_of_person(report, 'response', entry, now_us) end
+  if cached == 'false' then call('SET', KEY.report .. hash, text, 'PX', report.cache_ms) end
+  if cached then keep_of_person(report, 'report', hash, now_us) end
+  local tenant = live.tenant or 'default'
+  local user = tenant == 'default' and report.owner or string.sub(report.owner, #tenant + 2)
+  remember('report', id, tenant, 10, now_us, '{"user_id":"' .. user .. '","epoch":"' .. report.epoch
+    .. '","created_ms":' .. report.at_ms .. ',' .. string.sub(completion, 2))
+end
+
 -- What follows from the end of a job that is remembered.
 local function record_end(id, live, completion, ttl_ms)
+  if live.report then return end_report(id, live, completion) end
   local now_us = clock_us()
   if live.kind == 'message' then count_member(id, live.batch, completion, ttl_ms, now_us) end
   if live.kind == 'batch' then
@@ -423,13 +496,18 @@ local function record_end(id, live, completion, ttl_ms)
 end
 
 -- finish: the one place where a job ends. The caller has just removed its entry, in this same script.
+local REPORT_SHOWN_MS = 3600000 -- the life of its completion: nobody waits for a report with an open connection
 local function finish(id, live, completion, ttl_ms)
+  if live.report then
+    if is_forgotten(live) then completion = forgotten(id, live) end
+    ttl_ms = REPORT_SHOWN_MS
+  end
   call('SET', KEY.completion .. id, completion, 'PX', ttl_ms)
   call('DEL', KEY.live .. id)
   call('ZREM', KEY.live_index, id)
   unlease(id, live.lease)
   if live.in_flight then call('SREM', live.in_flight, id) end
-  if live.idem and call('EXISTS', live.idem) == 1 then call('HSET', live.idem, 'outcome', completion) end
+  if live.idem and not live.report and call('EXISTS', live.idem) == 1 then call('HSET', live.idem, 'outcome', completion) end
   if live.reply then
     local jobs = told[live.reply] or {}
     jobs[#jobs + 1] = id
@@ -457,13 +535,16 @@ local function cancel_live(id, live, ttl_ms, now_us)
   return 'cancelled'
 end
 
--- Whether a job that begins is remembered: `record` is '' or its kind, a blank, and what was asked for (JSON).
+-- Whether a job that begins is remembered: `record` is '' or what its live record says of that, its kind first, then a
+-- blank and what was asked for (JSON).
 local function note_record(more, id, tenant, record, now_us)
   if record == '' then return end
-  local kind, data = string.match(record, '^(%a+) (.*)$')
+  local head, data = string.match(record, '^([^{]*) ({.*)$')
   more[#more + 1] = 'record'
-  more[#more + 1] = kind
-  remember(kind, id, tenant, 0, now_us, data)
+  more[#more + 1] = head
+  local report = read_report(head)
+  if report then keep_of_person(report, 'job', id, now_us) end
+  remember(string.match(head, '^%a+'), id, tenant, 0, now_us, data)
 end
 
 -- bury: write the story of an entry; returns how many old letters had to go.

@@ -72,7 +72,9 @@ local function settle(record)
   local id, live, key = record.id, record.live, KEY.live .. record.id
   lets_go(record)
   if record.verb == 'bury' then
-    answers[2] = answers[2] + bury(record.b, ARGV[3], tonumber(ARGV[4]), now_us)
+    if not (record.named and is_forgotten(live)) then -- else the letter would tell of somebody who was erased
+      answers[2] = answers[2] + bury(record.b, ARGV[3], tonumber(ARGV[4]), now_us)
+    end
     if record.named and record.a ~= '' then
       finish(id, live, record.a, ttl_ms)
     elseif id ~= '' and record.a ~= '' and call('EXISTS', key) == 0 then -- now: a batch mate may have begun it

@@ -72,7 +72,10 @@ for i = 3 + #candidates, #ARGV, SIZE do
   check_type(ARGV[i + 2], 'stream')
   if ARGV[i + 7] ~= '' then check_type(ARGV[i + 7], 'set') end
   if ARGV[i + 9] ~= '' then check_type(ARGV[i + 9], 'hash') end
-  if ARGV[i + 13] ~= '' then check_type(KEY.events, 'stream') end
+  if ARGV[i + 13] ~= '' then
+    check_type(KEY.events, 'stream')
+    read_report(string.match(ARGV[i + 13], '^([^{]*) {'))
+  end
 end
 for i = 3 + #candidates, #ARGV, SIZE do
   local word, id = submit(unpack(ARGV, i, i + SIZE - 1))

@@ -26,6 +26,7 @@ WANTED = {
     "llm_generator_2",
     "llm_generator_3",
     "aggregator",
+    "report",
     "webhook",
     "chat",
     "mock_llm_1",
@@ -36,7 +37,7 @@ WANTED = {
     "apisix",
 }
 WRITES = {"apisix"}  # beside its own programs
-PLAIN_STAGES = {"encoder", "retriever", "aggregator", "webhook", "chat", "recorder"}
+PLAIN_STAGES = {"encoder", "retriever", "aggregator", "webhook", "chat", "report", "recorder"}
 STAGES = {name for name in WANTED if name in PLAIN_STAGES or name.startswith("llm_")}
 SERVICES = compose.services()
 each_service = pytest.mark.parametrize("name", SERVICES)

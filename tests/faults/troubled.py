@@ -76,9 +76,8 @@ def main() -> int:
     """Run as `python -m stages` does."""
     build = program.build
 
-    def build_troubled(name: str, settings: Settings) -> Stage | Loop:
-        built = build(name, settings)
-        return Troubled(built) if isinstance(built, Stage) else built
+    def build_troubled(name: str, settings: Settings) -> Sequence[Stage | Loop]:
+        return [Troubled(built) if isinstance(built, Stage) else built for built in build(name, settings)]
 
     program.build = build_troubled
     return program.main()

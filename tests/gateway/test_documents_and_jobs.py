@@ -60,6 +60,23 @@ async def test_a_lookup_that_expires_is_told_as_such(gateway: Running) -> None:
     assert (reply.status_code, reply.json()["error"]["code"]) == (504, "expired")
 
 
+async def test_a_documents_collection_travels_with_every_operation(gateway: Running) -> None:
+    """In the body, or behind the `?`; one that cannot be a name is refused."""
+    await gateway.http.post("/documents", json={"id": "d", "text": "t", "collection": "medical"})
+    await gateway.http.delete("/documents/d?collection=medical")
+    gateway.front.answer = lambda job: completed(job, result={"documents": {"d": None}})
+    await gateway.http.get("/documents?ids=d&collection=medical")
+    assert [live.job.payload["collection"] for live in gateway.front.jobs.values()] == ["medical"] * 3
+    for request in (
+        gateway.http.post("/documents", json={"id": "d", "text": "t", "collection": "a/b"}),
+        gateway.http.delete("/documents/d?collection=a%2Fb"),
+        gateway.http.get("/documents?ids=d&collection="),
+        gateway.http.get("/documents?ids=d&collection=a&collection=b"),
+    ):
+        reply = await request
+        assert (reply.status_code, reply.json()["error"]["param"]) == (422, "collection")
+
+
 @pytest.mark.parametrize(
     ("query", "message"),
     [

@@ -11,7 +11,7 @@ import orjson
 import pytest
 from structlog.testing import capture_logs
 
-from pipeline import events, keys, metrics
+from pipeline import group_reader, keys, metrics
 from pipeline.clock import Clock
 from pipeline.connection import Link
 from pipeline.consumer import Consumer
@@ -32,8 +32,8 @@ from tests.wire import Wire
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A recorder that is told to stop waits for its blocked read to end."""
-    monkeypatch.setattr(events, "BLOCK_MS", 20)
-    monkeypatch.setattr(events, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(group_reader, "BLOCK_MS", 20)
+    monkeypatch.setattr(group_reader, "LOOK_EVERY_S", 0.02)
 
 
 @pytest.fixture
@@ -248,7 +248,7 @@ async def test_an_entry_whose_reply_was_lost_is_taken_up(
     link: Link, here: Settings, redis_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Redis may serve a blocked read to a connection that is dead; the entry is then a living recorder's own."""
-    monkeypatch.setattr(events, "BLOCK_MS", 500)
+    monkeypatch.setattr(group_reader, "BLOCK_MS", 500)
     async with Wire(redis_server) as wire:
         there = changed(here, redis={"url": wire.url, "reply_timeout_s": 0.2})
         async with recording(there):

@@ -343,7 +343,7 @@ def test_every_column_has_a_rule() -> None:
     """A column without one would never change after its row was made."""
     for kind in KINDS.values():
         for column in kind.table.columns:
-            assert column.primary_key or column.info["rule"] in {"first", "latest"}, column
+            assert column.primary_key or column.info["rule"] in {"first", "latest", "earliest"}, column
 
 
 async def test_closing_waits_for_the_thread_of_somebody_who_was_cancelled(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import stages.aggregator
 import stages.chat
 import stages.embedders
 import stages.llm
+import stages.report
 import stages.webhook
 from tests.gateway.fake import NOTHING
 
@@ -24,6 +25,7 @@ MODULES = (
     stages.chat,
     stages.embedders,
     stages.llm,
+    stages.report,
     stages.webhook,
 )
 

@@ -99,6 +99,7 @@ def test_misspelt_name_is_refused_with_the_right_one(wrong: str, meant: str) -> 
         ("WORKER_NAME", "w1", "w1"),
         ("MAX_RETRIES", "7", 7),
         ("DATABASE_URL", "postgres://me@there/history", "postgres://me@there/history"),
+        ("REDIS_CACHE_TTL", "60", 60.0),
         ("PENSTOCK_API_KEYS", "a:1,b:2", ("a:1", "b:2")),
     ],
 )
@@ -107,7 +108,7 @@ def test_names_from_elsewhere_are_honoured(name: str, text: str, value: object) 
     section, field = ALIASES[name]
     assert getattr(getattr(load({name: text}), section), field) == value
     assert load({name: ""}) == Settings()
-    if field not in {"slots", "max_retries"}:
+    if field not in {"slots", "max_retries", "input_ttl_s"}:
         ours = f"{PREFIX}{section.upper()}__{field.upper()}"
         chosen = load({name: text, ours: DATABASES.get(ours, "http://other" if field in ADDRESSES else "other")})
         assert getattr(getattr(chosen, section), field) != value

@@ -190,6 +190,7 @@ class FakeContext:
     clock: Any = None
     webhooks: Any = None
     chats: Any = None
+    reports: Any = None
 
 
 @dataclass

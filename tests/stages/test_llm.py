@@ -71,6 +71,19 @@ async def test_a_request_carries_id_key_model_and_limits(bench: Build) -> None:
     }
 
 
+async def test_an_earlier_stage_may_say_what_is_asked_and_in_which_form(bench: Build) -> None:
+    """Its turns, form and length go before everything else."""
+    b = await bench([])
+    job = b.job(query="why?")
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
+    turns = [{"role": "user", "content": "as it wrote"}]
+    job.state = {"sources": [], "ask": {"messages": turns, "response_format": form, "max_tokens": 4096}}
+    await b.stage.handle(job)
+    (exchange,) = b.replicas[0].exchanges
+    assert (exchange.body["messages"], exchange.body["response_format"]) == (turns, form)
+    assert exchange.body["max_tokens"] == 4096
+
+
 async def test_the_model_setting_stands_in_and_no_key_is_made_up(bench: Build) -> None:
     """What the job leaves open, the settings say."""
     b = await bench([])
@@ -292,6 +305,17 @@ async def test_neither_prompts_nor_answers_are_logged(bench: Build) -> None:
     assert [(line["job_id"], line["attempt"], line["code"], line["worker"]) for line in shown] == [
         ("job-1", 1, "replica_error", "worker-1")
     ]
+
+
+async def test_of_a_private_flow_nothing_is_quoted_at_any_level(bench: Build) -> None:
+    """A replica may echo what it was asked about somebody."""
+    b = await bench([reply(500, '{"error": "cannot do: the secret question"}')], [say("the secret answer")])
+    job = b.job(flow="report")
+    job.state = {"ask": {"messages": [{"role": "user", "content": "the secret question"}]}}
+    with capture_logs() as lines:
+        await b.stage.handle(job)
+    assert lines
+    assert "secret" not in json.dumps(lines)
 
 
 def test_a_key_that_no_header_can_carry_is_a_wrong_setting() -> None:

@@ -197,6 +197,30 @@ async def test_tenants_see_their_own_documents_only(pipe: Pipe, new_job: NewJob)
     assert [source["text"] for source in blue["sources"]] == ["The blue boat."]
 
 
+async def test_a_collection_is_searched_by_who_names_it(pipe: Pipe, new_job: NewJob) -> None:
+    """The same id in a collection and outside is two documents; no other tenant's collection is that one."""
+    await pipe.run(
+        new_job("document", document_id="d", text="The plain boat."),
+        new_job("document", document_id="d", text="The medical boat.", collection="medical", digest="1"),
+        new_job("document", "red", document_id="d", text="The red boat.", collection="medical"),
+    )
+    outside, inside, other = await pipe.run(
+        new_job("query", query="boat"),
+        new_job("query", query="boat", collection="medical"),
+        new_job("query", query="boat", collection="legal"),
+    )
+    assert [source["text"] for source in outside["sources"]] == ["The plain boat."]
+    assert [source["text"] for source in inside["sources"]] == ["The medical boat."]
+    assert other["sources"] == []
+    [held] = await pipe.run(new_job("document_lookup", document_ids=["d"], collection="medical"))
+    assert held["documents"]["d"]["digest"] == "1"
+    await pipe.run(new_job("document_deletion", document_id="d", collection="medical"))
+    outside, inside = await pipe.run(
+        new_job("query", query="boat"), new_job("query", query="boat", collection="medical")
+    )
+    assert (len(outside["sources"]), inside["sources"]) == (1, [])
+
+
 async def test_question_does_not_wait_for_a_document_being_written(pipe: Pipe, new_job: NewJob) -> None:
     """A document is written in a thread of its own, and questions are answered meanwhile."""
     await pipe.run(new_job("document", document_id="d", text=LOCKS))

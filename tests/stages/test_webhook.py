@@ -78,6 +78,7 @@ class Kept(Webhooks):
 @dataclass
 class FakeContext:
     webhooks: Kept = field(default_factory=Kept)
+    reports: Any = None
     replicas: Any = None
     batches: Any = None
     chats: Any = None

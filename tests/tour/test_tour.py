@@ -229,7 +229,7 @@ def build(settings):
 """
     )
     monkeypatch.setattr(stages, "__path__", [*stages.__path__, str(tmp_path)])
-    stage = build("shout", settings)
+    [stage] = build("shout", settings)
     assert isinstance(stage, Stage)
     async with running(settings, stage):
         completion = await ask(front, question(front, "hello", "shout"))

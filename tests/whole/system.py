@@ -48,6 +48,7 @@ WORDS: Final = {
     "retriever": "-m stages retriever",
     "llm": "-m stages llm",
     "aggregator": "-m stages aggregator",
+    "report": "-m stages report",
     "webhook": "-m stages webhook",
     "chat": "-m stages chat",
     "recorder": "-m stages recorder",

@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import wait_until
 from tests.whole.system import END_S, Outside, System, penstock
 
-WORKERS = ("encoder", "retriever", "llm", "aggregator", "webhook", "chat", "recorder")
+WORKERS = ("encoder", "retriever", "llm", "aggregator", "webhook", "chat", "report", "recorder")
 
 
 async def test_one_command_answers_the_first_question() -> None:
@@ -41,7 +41,7 @@ async def test_status_shows_workers_streams_and_replicas(whole: Outside) -> None
         return len(found["workers"]) == len(WORKERS)
 
     await wait_until(all_are_shown, timeout_s=END_S)
-    assert {stage for worker in found["workers"] for stage in worker["stages"]} == set(WORKERS)
+    assert {stage for worker in found["workers"] for stage in worker["stages"]} == {*WORKERS, "requests"}
     assert {worker["pid"] for worker in found["workers"]} == {whole.system.pid_of(stage) for stage in WORKERS}
     assert {stream["stream"] for stream in found["streams"]} >= {"job:encoder_in", "job:retriever_in", "job:llm_in"}
     assert {replica["url"] for replica in found["replicas"]} == set(whole.system.replicas)
