@@ -31,6 +31,7 @@ key                        type    life                         written by      
 `batch:done:<id>`          set     as its batch                 who ends a job          who ends a job
 `batch_results:<id>`       string  setting, 7 days              aggregator              gateways, webhook, anyone
 `queue:<queue>`            hash    for ever                     gateways, webhook       gateways, webhook
+`queues:<tenant>`          set     for ever, a setting bounds it gateways, webhook      gateways
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ BATCH_MEMBERS: Final = "batch:members:"
 BATCH_DONE: Final = "batch:done:"
 BATCH_RESULTS: Final = "batch_results:"
 QUEUE: Final = "queue:"
+QUEUES: Final = "queues:"
 API_KEY_NAME: Final = "name:"
 """What a field of that hash begins with where it leads from a name to a digest."""
 
@@ -97,6 +99,7 @@ LUA_KEYS: Final = {
     "batch_members": BATCH_MEMBERS,
     "batch_done": BATCH_DONE,
     "queue": QUEUE,
+    "queues": QUEUES,
     "api_key_name": API_KEY_NAME,
     "cancel_channel": CANCEL_CHANNEL,
     "wake_channel": WAKE_CHANNEL,
@@ -126,7 +129,8 @@ BOUNDED: Final = {
     ROWS + "*": "one per event that names it",
     API_KEYS: "two fields per key that an operator made",
     BATCH + "*": "open batches, bounded by admission; a closed one has a TTL",
-    QUEUE + "*": "one per queue that was set up, or that signs webhooks",
+    QUEUE + "*": "one per queue that was set up, or that signs webhooks, bounded by a setting",
+    QUEUES + "*": "one member per queue",
 }
 """Keys without a TTL (as glob patterns), each with the reason why it is bounded."""
 
