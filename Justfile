@@ -36,7 +36,7 @@ loadtest *arguments:
 faults *arguments:
     {{ python }} -m tests.faults {{ arguments }}
 
-# measure what a job costs and how long it takes: hops, query, backlog, tail, start or ingest; see docs/PERFORMANCE.md
+# measure what a job costs and how long it takes: hops, query, backlog, tail, start, ingest or batch; see docs/PERFORMANCE.md
 bench *arguments:
     {{ python }} -m tests.bench {{ arguments }}
 

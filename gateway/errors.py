@@ -24,6 +24,7 @@ from pipeline.errors import (
     MalformedCursor,
     Overloaded,
     PenstockError,
+    TooManyQueues,
     WrongField,
 )
 from pipeline.flows import field_path, plain_message
@@ -141,6 +142,8 @@ def problem_of(error: PenstockError, job_id: str | None = None) -> Problem | Non
             return Problem(422, "idempotency_mismatch", str(error), param="Idempotency-Key")
         case WrongField():
             return Problem(422, "invalid_field", str(error), param=error.param[:_SHOWN_CHARS])
+        case TooManyQueues():
+            return Problem(409, "too_many_queues", str(error), param="queue_id")
         case MalformedCursor():
             return Problem(422, "invalid_cursor", str(error), param="after")
         case HistoryUnavailable():
@@ -174,11 +177,15 @@ def problem_of_outcome(completion: Completion) -> Problem:
     )
 
 
-def invalid(error: ValidationError, body: Json) -> Problem:
-    """Return the 422 that names every wrong field of *body*, the first of them in `param`."""
+def invalid(error: ValidationError, body: Json, *, first: int = 0) -> Problem:
+    """Return the 422 that names every wrong field of *body*, the first of them in `param`.
+
+    Args:
+        first: number of the element that the list in *body* begins with, where only a part of it was checked.
+    """
     found: dict[str, list[str]] = {}
     for item in error.errors(include_url=False, include_context=False, include_input=False):
-        path = _path_in(item["loc"], body, missing=item["type"] == "missing")
+        path = _path_in(item["loc"], body, first, missing=item["type"] == "missing")
         if path not in found and len(found) == _SHOWN_FIELDS:
             continue
         messages = found.setdefault(path, [])
@@ -189,10 +196,8 @@ def invalid(error: ValidationError, body: Json) -> Problem:
     return Problem(422, "invalid_field", text, param=next(iter(found)) or None)
 
 
-def _path_in(location: tuple[int | str, ...], body: Json, *, missing: bool) -> str:
+def _path_in(location: tuple[int | str, ...], body: Json, first: int, *, missing: bool) -> str:
     """Return *location* as people write it, without the parts that pydantic adds and the body does not have."""
-    if missing:
-        return field_path(location)[:_SHOWN_CHARS]
     value: Any = body
     known: list[int | str] = []
     for part in location:
@@ -201,4 +206,8 @@ def _path_in(location: tuple[int | str, ...], body: Json, *, missing: bool) -> s
         except (KeyError, IndexError, TypeError):
             break
         known.append(part)
+    if missing:
+        known = list(location)
+    if len(known) > 1 and isinstance(known[1], int):
+        known[1] += first
     return field_path(tuple(known))[:_SHOWN_CHARS]

@@ -7,6 +7,7 @@ messages that have not ended is looked up in Redis.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Awaitable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -19,7 +20,7 @@ from pydantic import BaseModel, Field, StringConstraints, TypeAdapter
 from gateway.errors import RETRY_SOON_S, BrokenKey, Problem
 from gateway.idempotency import read_key
 from gateway.jobs import JobError
-from gateway.operation import Answer, Call, Operation, Parameter, answer
+from gateway.operation import AT_ONCE, Answer, Call, Operation, Parameter, answer
 from gateway.webhooks import check_url
 from pipeline import keys
 from pipeline.batches import AcceptedBatch, Message, Order, Queue, Standing, result_text, results_text
@@ -27,6 +28,7 @@ from pipeline.connection import CommandRefused
 from pipeline.errors import MalformedEntry
 from pipeline.flows import MAX_QUERY_CHARS, ModelName, Payload
 from pipeline.job import Json
+from pipeline.webhooks import Secrets
 
 T = TypeVar("T")
 
@@ -184,17 +186,19 @@ async def create(call: Call) -> Answer:
     `webhook_url` somebody is told when all has ended.
     """
     settings = call.gateway.settings
-    request = await call.read(MessageRequest, settings.messages.max_body_bytes)
+    request = await call.read(MessageRequest, settings.messages.max_body_bytes, long="messages")
     items = _items(request, settings.messages.max_batch)
     due_ms = _due_ms(call, request.schedule_at)
     if request.webhook_url is not None:
         check_url(call, request.webhook_url, param="webhook_url")
     queue = await from_redis(call.front.batches.queue(call.tenant, request.queue_id))
     webhook_url = request.webhook_url or queue.webhook_url
+    if webhook_url is not None:  # its queue signs; one that the tenant may not have is refused now
+        await from_redis(_secrets(call, request.queue_id))
     order = Order(
         tenant=call.tenant,
         queue_id=request.queue_id,
-        messages=[_message(item, path, queue.system_prompt, retrieve=request.retrieve) for path, item in items],
+        messages=await fill_in(items, queue.system_prompt, retrieve=request.retrieve),
         single=request.messages is None,
         model=request.model or queue.model,
         retrieve=request.retrieve,
@@ -241,6 +245,20 @@ def _items(request: MessageRequest, most: int) -> list[tuple[str, MessageItem]]:
     if len(request.messages) > most:
         raise _wrong("messages", f"at most {most} in one batch")
     return [(f"messages[{number}].", item) for number, item in enumerate(request.messages)]
+
+
+async def fill_in(
+    items: Sequence[tuple[str, MessageItem]], system_default: str | None, *, retrieve: bool
+) -> list[Message]:
+    """Return the messages as they go to the model; of a long list portion by portion: others have their turn."""
+    found: list[Message] = []
+    for first in range(0, len(items), AT_ONCE):
+        if first:
+            await asyncio.sleep(0)
+        found += [
+            _message(item, path, system_default, retrieve=retrieve) for path, item in items[first : first + AT_ONCE]
+        ]
+    return found
 
 
 def _message(item: MessageItem, path: str, system_default: str | None, *, retrieve: bool) -> Message:
@@ -572,22 +590,29 @@ async def set_queue(call: Call) -> Answer:
     if asked.webhook_url is not None:
         check_url(call, asked.webhook_url, param="webhook_url")
     queue = Queue(asked.model, asked.system_prompt, asked.webhook_url, asked.webhook_event)
-    await from_redis(call.front.batches.set_queue(call.tenant, queue_id, queue))
+    most = call.gateway.settings.messages.max_queues
+    await from_redis(call.front.batches.set_queue(call.tenant, queue_id, queue, most=most))
     return answer(await _shown_queue(call, queue_id, queue))
 
 
 async def rotate_secret(call: Call) -> Answer:
     """Give a queue another secret; the one before it signs too for a day."""
     queue_id = _queue_id(call)
-    await from_redis(call.front.rotate_secret(keys.of_tenant(call.tenant, queue_id)))
+    most = call.gateway.settings.messages.max_queues
+    await from_redis(call.front.rotate_secret(keys.of_tenant(call.tenant, queue_id), most=most))
     return await look_at_queue(call)
 
 
 async def _shown_queue(call: Call, queue_id: str, queue: Queue) -> Json:
-    secrets = await from_redis(call.front.secrets(keys.of_tenant(call.tenant, queue_id)))
+    secrets = await from_redis(_secrets(call, queue_id))
     return {"queue_id": queue_id, "webhook_secret": secrets.current} | {
         name: getattr(queue, name) for name in Queue.__slots__
     }
+
+
+async def _secrets(call: Call, queue_id: str) -> Secrets:
+    most = call.gateway.settings.messages.max_queues
+    return await call.front.secrets(keys.of_tenant(call.tenant, queue_id), most=most)
 
 
 def _queue_id(call: Call) -> str:
@@ -679,6 +704,7 @@ OPERATIONS: Final = (
         create,
         body=MessageRequest,
         answers={200: MessageCreated},
+        errors=(409,),
         idempotent=True,
         example={"queue_id": "letters", "prompt": "Write a line to {{name}}.", "supportive_variable": {"name": "Ann"}},
     ),
@@ -764,7 +790,7 @@ OPERATIONS: Final = (
         parameters=(_id("batch_id"),),
     ),
     Operation(
-        "GET", "/queue/{queue_id}", look_at_queue, answers={200: QueueShown}, errors=(422,), parameters=(_IN_PATH,)
+        "GET", "/queue/{queue_id}", look_at_queue, answers={200: QueueShown}, errors=(409, 422), parameters=(_IN_PATH,)
     ),
     Operation(
         "PUT",
@@ -772,6 +798,7 @@ OPERATIONS: Final = (
         set_queue,
         body=QueueDefaults,
         answers={200: QueueShown},
+        errors=(409,),
         parameters=(_IN_PATH,),
         example={"system_prompt": "Answer in one sentence.", "webhook_url": "https://example.com/hook"},
     ),
@@ -780,7 +807,7 @@ OPERATIONS: Final = (
         "/queue/{queue_id}/rotate",
         rotate_secret,
         answers={200: QueueShown},
-        errors=(422,),
+        errors=(409, 422),
         parameters=(_IN_PATH,),
     ),
 )

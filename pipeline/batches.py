@@ -21,7 +21,7 @@ import orjson
 from pipeline import flows, keys, scripts
 from pipeline.clock import Clock
 from pipeline.connection import Argument, Link, insist, within
-from pipeline.errors import BrokerUnavailable, IdempotencyMismatch, Overloaded
+from pipeline.errors import BrokerUnavailable, IdempotencyMismatch, Overloaded, TooManyQueues
 from pipeline.job import Job, Json, Priority, new_id
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ AT_ONCE: Final = 100
 """Members that one script takes: about 2 ms during which Redis serves nobody else."""
 AT_ONCE_BYTES: Final = 1 << 20
 STAGED_FOR_MS: Final = 60_000
+MESSAGE_FLOWS: Final = ("message", "message_retrieve")
+"""What members of a batch may be; the second answers from the documents."""
 GRACE_MS: Final = 5_000
 """After the members' deadline: whoever holds one, or the next tick, has ended it by then."""
 
@@ -325,18 +327,50 @@ class Batches:
         found = await within(self._link.call("HMGET", key, *names))
         return Queue(*(value.decode() if value is not None else None for value in found))
 
-    async def set_queue(self, tenant: str, queue_id: str, queue: Queue) -> None:
-        """Put defaults in the place of those that a queue had; its secret stays."""
+    async def set_queue(self, tenant: str, queue_id: str, queue: Queue, *, most: int) -> None:
+        """Put defaults in the place of those that a queue had; its secret stays.
+
+        Args:
+            most: queues that its tenant may have.
+
+        Raises:
+            TooManyQueues: it would be one more.
+        """
         args: list[Argument] = [keys.of_tenant(tenant, queue_id), queue_id, tenant, orjson.dumps(_given(queue))]
+        args.append(most)
         for name in Queue.__slots__:
             args += [name, getattr(queue, name) or ""]
-        await within(self._link.run(scripts.QUEUE, (), args))
+        if await within(self._link.run(scripts.QUEUE, (), args)) == b"full":
+            raise TooManyQueues
 
     def __repr__(self) -> str:
         return f"<Batches over {self._link.name}>"
 
 
 # --- values ------------------------------------------------------------------------------------
+
+
+def order_again(job: Job, queue_id: str, told: Json) -> Order:
+    """Return what repeats a message by hand: by itself, and with what its batch was asked for.
+
+    Args:
+        job: the message as a job, with `retry_of`.
+        told: what history was told of its batch.
+    """
+    payload = job.payload
+    turns = [turn["content"] for turn in payload.get("messages") or ()]
+    prompt = turns[-1] if turns else payload.get("prompt") or payload["query"]
+    return Order(
+        tenant=job.tenant,
+        queue_id=queue_id,
+        messages=[Message(prompt, turns[0] if len(turns) > 1 else payload.get("system_prompt"))],
+        single=True,
+        model=payload.get("model"),
+        retrieve=job.flow == MESSAGE_FLOWS[True],
+        webhook_url=told.get("webhook_url"),
+        webhook_event=told.get("webhook_event"),
+        retry_of=job.retry_of,
+    )
 
 
 def result_of(text: bytes) -> Json:
@@ -376,7 +410,7 @@ class _Plan:
         self.closes_ms = self.deadline_ms + GRACE_MS
         low = len(order.messages) > settings.messages.low_priority_from
         self.priority: Priority = "low" if low else "normal"
-        self.flow = "message_retrieve" if order.retrieve else "message"
+        self.flow = MESSAGE_FLOWS[order.retrieve]
         self.stream = keys.stream(flows.FLOWS[self.flow].route[0], self.priority)
         payload = flows.BatchPayload(
             batch_id=self.batch_id,

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 
 from pipeline import flows, keys, scripts
+from pipeline.batches import MESSAGE_FLOWS, Batches, Order, order_again
+from pipeline.clock import Clock, monotonic_us
 from pipeline.errors import MalformedEntry, Reject
 from pipeline.job import OURS, Job, decode, decode_foreign, new_id
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from pipeline.settings import Settings
 
 _LETTER_ID: Final = re.compile(r"\d+-\d+")
+RETRIED_FOR_S: Final = 86_400.0
+"""A message of a dead letter is sent once in this time: longer than anybody tries again who was interrupted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,22 +88,49 @@ class DeadLetters:
     async def retry(self, letter_id: str, now_ms: int) -> str:
         """Start the letter's job again from the beginning of its route, under a new id; return that id.
 
-        The old outcome stands. The new job names the old one in `retry_of`. An event of the history is put back to be
-        written, and keeps its record's id.
+        The old outcome stands. The new job names the old one in `retry_of`. A message becomes a message again, in a
+        batch of its own, as when its sender repeats it. An event of the history is put back to be written, and keeps
+        its record's id.
 
         Raises:
             Reject: no such letter (`unknown_letter`), or nothing in it that could be run (`not_a_job`).
+            Overloaded: it is a message, and too much is unfinished.
         """
         letter = await self.show(letter_id)
         if letter.stream == keys.EVENTS:
             return await self._recall(letter)
         job = self._again(letter, now_ms)
+        if (order := await self._order(job)) is not None:
+            return await self._send(letter, order, now_ms)
         stage, tail = job.launch()
         stream = keys.stream(stage, job.priority)
         args = (letter_id, job.id, tail, stream, job.tenant, job.deadline_ms, flows.record_of(job))
         if await self._link.run(scripts.REVIVE, (), args) != b"revived":
             raise _unknown(letter_id)
         return job.id
+
+    async def _order(self, job: Job) -> Order | None:
+        """Return what its sender would send to repeat a message; None of any other job, and where its batch is gone."""
+        if job.flow not in MESSAGE_FLOWS:
+            return None
+        text = await self._link.call("GET", f"{keys.MESSAGE}{job.retry_of}")
+        batch_key = f"{keys.BATCH}{orjson.loads(text).get('batch_id') if text else ''}"
+        tenant, queue_id, told = await self._link.call("HMGET", batch_key, "tenant", "queue", "asked")
+        if tenant is None or tenant.decode() != job.tenant:
+            return None
+        return order_again(job, queue_id.decode(), orjson.loads(told or b"{}"))
+
+    async def _send(self, letter: Letter, order: Order, now_ms: int) -> str:
+        """Accept the message, once however often it is tried, and only then take the letter away; return its id."""
+        clock = Clock()
+        clock.observe(now_ms * 1000, monotonic_us())
+        key = f"dead:{letter.id}"
+        accepted = await Batches(self._link, self._settings, clock).accept(
+            order, idempotency_key=key, body_hash=key, key_ttl_s=RETRIED_FOR_S
+        )
+        if not await self._link.call("XDEL", keys.DEAD, letter.id) and accepted.repeated:
+            raise _unknown(letter.id)  # another retry was quicker
+        return accepted.message_ids[0]
 
     async def _recall(self, letter: Letter) -> str:
         fields: dict[str, str] = orjson.loads(letter.original or "{}")

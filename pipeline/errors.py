@@ -123,6 +123,10 @@ class NoReplica(PenstockError):
     """No LLM replica can take the call now."""
 
 
+class TooManyQueues(PenstockError):
+    """This tenant has as many queues as it may: use one of them, or raise PENSTOCK_MESSAGES__MAX_QUEUES."""
+
+
 class IdempotencyMismatch(PenstockError):
     """This Idempotency-Key was used before with another body."""
 

@@ -539,18 +539,25 @@ class Front:
         where: Literal["queued", "running"] = reply[0].decode()
         return Standing(decode(reply[2]), where, int(reply[3]) if reply[3] else None)
 
-    async def secrets(self, queue: str) -> Secrets:
+    async def secrets(self, queue: str, *, most: int | None = None) -> Secrets:
         """Return the secrets that sign a queue's webhooks; the first to ask makes one.
 
         Args:
             queue: what follows `queue:` in its key.
+            most: queues that its tenant may have.
+
+        Raises:
+            TooManyQueues: it would be one more.
         """
-        found: Secrets = await within(self._webhooks.secrets(queue))
+        found: Secrets = await within(self._webhooks.secrets(queue, most=most))
         return found
 
-    async def rotate_secret(self, queue: str) -> Secrets:
-        """Give a queue another secret; the present one signs too for a day. Not to be sent again blindly."""
-        found: Secrets = await within(self._webhooks.rotate(queue))
+    async def rotate_secret(self, queue: str, *, most: int | None = None) -> Secrets:
+        """Give a queue another secret; the present one signs too for a day. Not to be sent again blindly.
+
+        Arguments and errors as for `secrets`.
+        """
+        found: Secrets = await within(self._webhooks.rotate(queue, most=most))
         return found
 
     async def report_job(self, body: Json, tenant: str) -> Job:

@@ -64,11 +64,16 @@ class Held:
 
 
 class Parting(NamedTuple):
-    """An entry that is let go of: what becomes of it, and the word that metrics have for it."""
+    """An entry that is let go of: what becomes of it, and the word that metrics have for it.
+
+    Attributes:
+        done: the outcome, where the handler's answer ends the job.
+    """
 
     held: Held
     settlement: Settlement
     word: str
+    done: Completion | None = None
 
 
 class Handling:
@@ -247,16 +252,16 @@ class Handling:
             completion = ended(job, self.name, "cancelled", "cancelled", "the job was cancelled")
             return Parting(held, self._end(held, completion), "cancelled")
         try:
-            return Parting(held, *self._decide(held, job, outcome))
+            return self._decide(held, job, outcome)
         except (TypeError, ValueError) as error:
             # The handler's answer is no JSON object: a failed attempt of the job as it came, and its mates go on.
             self._log(held).warning("the handler's answer cannot be written", error=str(error))
             job = decode(held.entry.data or b"", held.entry.vector)
             self._stamp(held, job, now_us)
-            return Parting(held, *self._decide(held, job, error))
+            return self._decide(held, job, error)
 
-    def _decide(self, held: Held, job: Job, outcome: Outcome) -> tuple[Settlement, str]:
-        """Return what is to become of the entry, and the word that metrics have for it."""
+    def _decide(self, held: Held, job: Job, outcome: Outcome) -> Parting:
+        """Return what is to become of the entry."""
         decision = decide(job, outcome, worker=self.name, retry=self._settings.retry, rng=self._rng)
         match decision:
             case Forward(stage, done):
@@ -267,20 +272,21 @@ class Handling:
                 vector = done.vector or b""
                 start = [start_arguments(new) for new in done.start]
                 forward = Settlement(held.entry, job.id, "forward", target, job.encode(), vector, start=start)
-                return forward, "forwarded"
+                return Parting(held, forward, "forwarded")
             case Complete(completion, done):
                 start = [start_arguments(new) for new in done.start] if done else []
-                return self._end(held, completion, start), completion.status
+                return Parting(held, self._end(held, completion, start), completion.status, completion)
             case Retry(delay_s, attempt, error):
                 # The message may quote what a replica said of a prompt: it stands in the outcome, not in the log.
                 self._log(held).info("retrying", in_s=round(delay_s, 3), code=error["code"])
                 job.attempt = attempt
                 job.replica = None
                 vector = held.entry.vector or b""
-                return Settlement(held.entry, job.id, "retry", int(delay_s * 1000), job.encode(), vector), "retried"
+                again = Settlement(held.entry, job.id, "retry", int(delay_s * 1000), job.encode(), vector)
+                return Parting(held, again, "retried")
             case Bury(completion, reason):
                 self._log(held).warning("burying", reason=reason, code=(completion.error or {}).get("code"))
-                return self._burial(held, completion, reason), "failed"
+                return Parting(held, self._burial(held, completion, reason), "failed")
 
     # --- settling --------------------------------------------------------------------------------
 
@@ -347,8 +353,10 @@ class Handling:
 
     def _note(self, parting: Parting, answer: Answer, now_us: int) -> str:
         """Note what became of an entry, and return the word that metrics have for it."""
-        held, settlement, word = parting
+        held, settlement, word, done = parting
         held.is_settled = True
+        if answer == "settled" and done is not None and held.job is not None:
+            self.stage.ended(held.job, done)
         if answer == "settled" and settlement.verb == "bury":
             metrics.DEAD_LETTERS.labels(self.stage.name, settlement.c).inc()
         if answer == "lost":

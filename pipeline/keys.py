@@ -48,6 +48,7 @@ key                        type    life                         written by      
 `input:<user_id>`          string  setting, 1 h                 report, gateways        report, gateways
 `user:<user_id>`           hash    as the last response, longer report, gateways        report, who ends a job
 `user_data:<user_id>`      zset    as the last response         who begins or ends a job  gateways
+`queues:<tenant>`          set     for ever, a setting bounds it gateways, webhook      gateways
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ REPORT_MAKING: Final = "report_making:"
 INPUT: Final = "input:"
 USER: Final = "user:"
 USER_DATA: Final = "user_data:"
+QUEUES: Final = "queues:"
 API_KEY_NAME: Final = "name:"
 """What a field of that hash begins with where it leads from a name to a digest."""
 
@@ -142,6 +144,7 @@ LUA_KEYS: Final = {
     "chat_events": CHAT_EVENTS,
     "chat_channel": CHAT_CHANNEL,
     "persona": PERSONA,
+    "queues": QUEUES,
     "api_key_name": API_KEY_NAME,
     "report_requests": REPORT_REQUESTS,
     "report_responses": REPORT_RESPONSES,
@@ -185,6 +188,8 @@ BOUNDED: Final = {
     REPORT_REQUESTS: "what other back ends ask for and no worker has taken yet",
     REPORT_RESPONSES: "capped by count and age",
     REPORT_COUNTS: "two numbers",
+    QUEUE + "*": "one per queue that was set up, or that signs webhooks, bounded by a setting",
+    QUEUES + "*": "one member per queue",
 }
 """Keys without a TTL (as glob patterns), each with the reason why it is bounded."""
 

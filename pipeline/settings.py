@@ -229,6 +229,7 @@ class WebhookSettings(Section):
     """The webhook stage: calls receivers outside. When it tries again stands in `pipeline.flows`."""
 
     concurrency: int = Field(32, ge=1, le=4096, description="calls in hand of one webhook process")
+    per_receiver: int = Field(8, ge=1, le=4096, description="of these, calls to one host and port")
     timeout_s: float = Field(15.0, gt=0, le=120, description="for one call, from the name to the head of its answer")
     allow_private: bool = Field(False, description="call any address and port, for development only")
 
@@ -277,6 +278,7 @@ class MessagesSettings(Section):
     low_priority_from: int = Field(10, ge=0, description="batches above this size wait behind everything else")
     aggregator_slots: int = Field(4, ge=1, le=256, description="batches that one aggregator gathers at once")
     keep_s: float = Field(7 * 86_400, ge=60, le=366 * 86_400, description="results, once their batch has closed")
+    max_queues: int = Field(1_000, ge=1, description="queues of one tenant that have defaults or a webhook secret")
     max_schedule_s: float = Field(30 * 86_400, gt=0, le=366 * 86_400, description="how far ahead schedule_at may be")
 
 

@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from pipeline.job import Done, Job
+from pipeline.job import Completion, Done, Job
 
 if TYPE_CHECKING:
     from pipeline.batches import Batches
@@ -94,6 +94,12 @@ class Stage:
         When the call as a whole raises, each job is tried again by itself.
         """
         raise NotImplementedError
+
+    def ended(self, job: Job, completion: Completion) -> None:
+        """Hear that the answer of `handle` has ended a job, once it is written: what is counted here is counted once.
+
+        A process that dies meanwhile has counted nothing; one that had lost the job does not hear of it.
+        """
 
     async def stop(self) -> None:
         """Close what `start` opened."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from pipeline import keys, scripts
+from pipeline.errors import TooManyQueues
 
 if TYPE_CHECKING:
     from pipeline.clock import Clock
@@ -56,21 +57,28 @@ class Webhooks:
         found: bytes | None = await self._link.call("GET", keys.BATCH_RESULTS + batch_id)
         return found
 
-    async def secrets(self, queue: str) -> Secrets:
+    async def secrets(self, queue: str, *, most: int | None = None) -> Secrets:
         """Return a queue's secrets; the first to ask makes one.
 
         Args:
             queue: what follows `queue:` in its key.
+            most: queues that its tenant may have.
+
+        Raises:
+            TooManyQueues: it would be one more.
         """
-        return await self._ask(queue, "")
+        return await self._ask(queue, "", most)
 
-    async def rotate(self, queue: str) -> Secrets:
-        """Give a queue another secret; the present one signs too for a day."""
-        return await self._ask(queue, "rotate")
+    async def rotate(self, queue: str, *, most: int | None = None) -> Secrets:
+        """Give a queue another secret; the present one signs too for a day. Arguments and errors as for `secrets`."""
+        return await self._ask(queue, "rotate", most)
 
-    async def _ask(self, queue: str, verb: str) -> Secrets:
-        args = (queue, new_secret(), verb, OVERLAP_S * 1000)
-        current, before = await self._link.run(scripts.SECRET, (), args)
+    async def _ask(self, queue: str, verb: str, most: int | None) -> Secrets:
+        args = (queue, new_secret(), verb, OVERLAP_S * 1000, "" if most is None else most)
+        reply = await self._link.run(scripts.SECRET, (), args)
+        if not reply:
+            raise TooManyQueues
+        current, before = reply
         return Secrets(current.decode(), before.decode() or None)
 
 

@@ -17,7 +17,7 @@ from pipeline.batches import result_text, results_text
 from pipeline.connection import OutOfMemory
 from pipeline.errors import Reject, RetryLater
 from pipeline.histogram import Histogram
-from pipeline.job import Done, Job, new_id
+from pipeline.job import Completion, Done, Job, new_id
 from pipeline.stage import Context, Stage
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ AGAIN_S: Final = 1.0
 """Members still run: the last one to end makes this job due at once, so this is for those that never will."""
 CLOSED_AS: Final = ("completed", "completed_with_errors", "cancelled")
 
-BATCHES = Counter("penstock_batches_closed_total", "Batches gathered, by how they were closed", ["status"])
+BATCHES = Counter("penstock_batches_closed_total", "Batches, by how they were closed", ["status"])
 LOST = Counter("penstock_batch_members_lost_total", "Members of which neither a result nor a job was left")
 TIME_S = Histogram(
     "penstock_batch_seconds",
@@ -91,8 +91,6 @@ class Aggregator(Stage):
         except OutOfMemory as error:
             raise RetryLater(str(error), code="out_of_memory", after_s=AGAIN_S, charged=False) from error
         now_ms = self._context.clock.now_ms()
-        BATCHES.labels(verdict).inc()
-        TIME_S.labels(verdict).observe(max(0, now_ms - payload.created_ms) / 1000)
         found = {
             "batch_id": batch_id,
             "batch_status": verdict,
@@ -100,6 +98,13 @@ class Aggregator(Stage):
             "response_count": len(results),
         }
         return Done(found, start=self._webhook(job, payload, now_ms))
+
+    def ended(self, job: Job, completion: Completion) -> None:
+        """Count a batch that is closed."""
+        verdict = (completion.result or {}).get("batch_status")
+        if verdict is not None:
+            BATCHES.labels(verdict).inc()
+            TIME_S.labels(verdict).observe(max(0, completion.finished_us // 1000 - job.payload["created_ms"]) / 1000)
 
     def _webhook(self, job: Job, batch: flows.BatchPayload, now_ms: int) -> tuple[Job, ...]:
         """Return the job that tells somebody outside, where somebody wants to know."""

@@ -8,6 +8,10 @@ it travels with the job and stands in the outcome at last, whatever that is.
 **At least once.** The receiver's answer and our note of it cannot be one step. A process that dies between them leaves
 the job to another, which tells the receiver again under the same `webhook-id`. Once an outcome is settled, never again.
 
+**Shares.** A receiver that takes its time must not have all slots of a process. One that has its share in hand already
+is told no more for now: the job gives its slot back and comes again when the others may be done, and is charged
+nothing.
+
 **Memory.** Results are read when they are sent. Those of a large batch may take megabytes, so only a few of these are
 under way at once, however many slots there are.
 """
@@ -17,10 +21,11 @@ from __future__ import annotations
 import asyncio
 import io
 import ssl
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from random import Random
 from typing import TYPE_CHECKING, Final
 
 import aiohttp
@@ -42,7 +47,7 @@ from pipeline.webhooks import Secrets
 from stages.addresses import NotPublic, System, open_session
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from aiohttp.abc import AbstractResolver
 
@@ -56,6 +61,8 @@ SKIM_S: Final = 1.0
 """How much of an answer's body is read, and for how long: a server that still writes takes our closing for an error."""
 LONGEST_AFTER_S: Final = 86_400.0
 """Retry-After is obeyed up to the longest wait of the schedule: a slip of a receiver must not end a delivery."""
+AGAIN_S: Final = (1.0, 60.0)
+"""The shortest and the longest wait of a job whose receiver has its share."""
 ATTEMPTS_KEPT: Final = 50
 """Above what a schedule holds; jobs whose process dies, again and again, may come to more."""
 
@@ -93,6 +100,53 @@ class Failure:
     after_s: float | None = None
 
 
+@dataclass(slots=True)
+class _Busy:
+    """One receiver: calls in hand, jobs that were sent away meanwhile, and how long its last call took."""
+
+    calls: int = 0
+    waiting: int = 0
+    took_s: float = 0.0
+
+
+class Shares:
+    """How many calls each receiver has in hand: *share* of them at most."""
+
+    def __init__(self, share: int, rng: Random) -> None:
+        self._share = share
+        self._rng = rng
+        self._busy: dict[str, _Busy] = {}
+
+    @contextmanager
+    def one_of(self, receiver: str) -> Iterator[None]:
+        """Have one place of a receiver's share.
+
+        Raises:
+            RetryLater: all are taken. The wait is long enough for those who were sent away before: otherwise a backlog
+                for one receiver would be read again and again.
+        """
+        busy = self._busy.setdefault(receiver, _Busy())
+        if busy.calls >= self._share:
+            busy.waiting += 1
+            least_s, most_s = AGAIN_S
+            after_s = min(max(least_s, busy.waiting * busy.took_s / self._share), most_s) * self._rng.uniform(0.5, 1.0)
+            message = f"{busy.calls} calls of this receiver are under way, its share of this process"
+            raise RetryLater(message, code="receiver_busy", after_s=after_s, charged=False)
+        busy.calls += 1
+        began_us = monotonic_us()
+        try:
+            yield
+        finally:
+            busy.took_s = (monotonic_us() - began_us) / 1e6
+            busy.calls -= 1
+            busy.waiting = max(0, busy.waiting - 1)
+            if not busy.calls:
+                del self._busy[receiver]
+
+    def __repr__(self) -> str:
+        return f"<Shares {self._share} { ({name: busy.calls for name, busy in self._busy.items()}) }>"
+
+
 class Webhook(Stage):
     """Tells receivers."""
 
@@ -111,6 +165,7 @@ class Webhook(Stage):
         self._settings = settings
         self._tls = tls
         self._resolver = resolver or System(settings.concurrency)
+        self._shares = Shares(settings.per_receiver, Random())
         self._large = asyncio.Semaphore(LARGE_AT_ONCE)
         self._context: Context
         self._session: aiohttp.ClientSession | None = None
@@ -132,7 +187,7 @@ class Webhook(Stage):
 
         Raises:
             Reject: there is no use in telling it again, or nothing to tell any more.
-            RetryLater: this attempt failed.
+            RetryLater: this attempt failed; or none was made, since the receiver has its share (nothing is charged).
         """
         payload = _payload(job)
         happened_ms = payload.at_ms or job.accepted_us // 1000
@@ -142,8 +197,9 @@ class Webhook(Stage):
             url = read_url(payload.url, allow_private=self._settings.allow_private)
         except BadUrl as error:
             raise Reject(str(error), code="bad_url") from error
-        webhooks = self._context.webhooks
+        webhooks, target = self._context.webhooks, yarl.URL(url.text, encoded=True)
         async with AsyncExitStack() as stack:
+            stack.enter_context(self._shares.one_of(f"{target.host}:{target.port}"))
             if await webhooks.size(payload.batch_id) > LARGE_BYTES:
                 await stack.enter_async_context(self._large)
             results = await webhooks.results(payload.batch_id)
@@ -151,7 +207,7 @@ class Webhook(Stage):
                 raise Reject("the results to be told are no longer kept", code="data_gone")
             body = encode_body(payload, results, happened_ms)
             secrets = await webhooks.secrets(payload.queue)
-            return await self._attempt(job, payload, yarl.URL(url.text, encoded=True), body, secrets)
+            return await self._attempt(job, payload, target, body, secrets)
 
     async def _attempt(self, job: Job, payload: WebhookPayload, url: yarl.URL, body: bytes, secrets: Secrets) -> Done:
         """Make one attempt and note how it went."""

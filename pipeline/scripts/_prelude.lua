@@ -547,6 +547,17 @@ local function note_record(more, id, tenant, record, now_us)
   remember(string.match(head, '^%a+'), id, tenant, 0, now_us, data)
 end
 
+-- A queue that is to have a record: whether its tenant may have it. A queue that is there already always may.
+-- most: queues of one tenant, '' for any number.
+local function enrol_queue(queue, most)
+  local names = KEY.queues .. (string.match(queue, '^(.+):[^:]*$') or 'default')
+  check_type(names, 'set')
+  if call('SISMEMBER', names, queue) == 1 then return true end
+  if most ~= '' and call('SCARD', names) >= tonumber(most) then return false end
+  call('SADD', names, queue)
+  return true
+end
+
 -- bury: write the story of an entry; returns how many old letters had to go.
 local function bury(letter, most, max_age_ms, now_us)
   call('XADD', KEY.dead, '*', 'data', letter)

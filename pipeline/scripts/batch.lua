@@ -5,7 +5,8 @@
 -- ARGV[9] in-flight limit (a batch counts as one)  ARGV[10] idempotency key ('' none)  ARGV[11] body hash
 -- ARGV[12] key life (ms)  ARGV[13] tail of the batch's own job  ARGV[14] its stream  ARGV[15] its deadline_ms
 -- ARGV[16] its due_ms, when the batch closes in any case  ARGV[17] how long results are kept (ms)  ARGV[18] queue
--- ARGV[19] what the recorder is told of the batch (JSON)  ARGV[20] when it was asked for (ms)  ARGV[21] 'staged' | 'here'
+-- ARGV[19] what the recorder is told of the batch, kept as `asked` (JSON)  ARGV[20] when it was asked for (ms)
+-- ARGV[21] 'staged' | 'here'
 -- then per member its id, and when it is 'here' its tail and its row for the recorder (JSON)
 -- Returns: time (us), 'accepted' | 'repeated' | 'mismatch' | 'overloaded' | 'backlog' | 'in_flight' | 'unstaged' (some
 --   members are gone again: begin anew), the id of the batch that answers.
@@ -67,7 +68,7 @@ if idem ~= '' then
 end
 call('HSET', key, 'req.count', #ids, 'res.count', 0, 'failed.count', 0, 'cancelled.count', 0, 'status', 'pending',
   'tenant', tenant, 'queue', ARGV[18], 'created_ms', ARGV[20], 'closes_ms', closes_ms, 'keep_ms', ARGV[17],
-  'deadline_ms', ARGV[15])
+  'deadline_ms', ARGV[15], 'asked', ARGV[19])
 in_portions(function(first, last) call('RPUSH', members, unpack(ids, first, last)) end)
 if staged then
   local due = digits(math.max(due_ms, now_ms))

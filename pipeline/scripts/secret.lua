@@ -1,10 +1,13 @@
 #!lua flags=allow-oom
 -- secret: a queue's secrets; makes one where there is none, or replaces it.
 -- ARGV[1] queue  ARGV[2] a fresh secret  ARGV[3] 'rotate', or ''  ARGV[4] how long a replaced secret goes on signing (ms)
--- Returns: the present secret, and the one before it while that still signs, else ''.
+-- ARGV[5] queues that its tenant may have, '' for any number
+-- Returns: the present secret, and the one before it while that still signs, else ''; {} where the queue would be one too
+--   many.
 -- Invariant: whoever asks at the same time gets the same secret.
 local key = KEY.queue .. ARGV[1]
 check_type(key, 'hash')
+if not enrol_queue(ARGV[1], ARGV[5]) then return {} end
 local now_ms = math.floor(clock_us() / 1000)
 local found = call('HMGET', key, 'secret', 'secret_before', 'secret_before_until_ms')
 local secret, before = found[1], found[2]

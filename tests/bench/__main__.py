@@ -11,7 +11,7 @@ import platform
 import sys
 from typing import Final
 
-BENCHES: Final = ("hops", "query", "backlog", "tail", "start", "ingest")
+BENCHES: Final = ("hops", "query", "backlog", "tail", "start", "ingest", "batch")
 
 
 def main(arguments: list[str]) -> int:

@@ -134,6 +134,20 @@ class Report:
         named = {column.replace("_", " "): value for column, value in columns.items()}
         self.tables.setdefault(table, {})[name] = named
 
+    def beside(self, table: str, other: str, alone: Sequence[Window], beside: Sequence[Window]) -> None:
+        """Add rows that compare the same calls alone and beside something else, round by round."""
+        for name, windows in (("alone", alone), (f"beside {other}", beside)):
+            self.row(
+                table,
+                name,
+                P50_ms=spread([window.quantile_ms(500) for window in windows]),
+                P99_ms=spread([window.quantile_ms(990) for window in windows]),
+                lag_P99_ms=spread([window.lag_ms(990) for window in windows]),
+                errors=errors_of(windows),
+            )
+        times = [ratios([b.quantile_ms(p) for b in beside], [a.quantile_ms(p) for a in alone]) for p in (500, 990)]
+        self.row(table, "times", P50_ms=times[0], P99_ms=times[1])
+
     def as_json(self) -> str:
         """Return everything for programs."""
         body = {"bench": self.name, **self.about, "tables": self.tables, "notes": self.notes}

@@ -13,7 +13,7 @@ from loadtest.questions import BUILT_IN
 from stages.index import EmbeddedIndex
 from stages.vectors import KeywordModel
 from tests.bench import loads
-from tests.bench.figures import Report, Window, errors_of, ratios, spread
+from tests.bench.figures import Report, Window
 from tests.bench.processes import Broken, Child, Processes
 from tests.bench.query import pieces, start
 from tests.servers import RedisServer
@@ -65,7 +65,7 @@ def run(
                 report.notes.append(f"round {number + 1}: the ingest ended before its window did")
             p99 = [window.quantile_ms(990) for window in (alone[-1], beside[-1])]
             sys.stderr.write(f"round {number + 1}: P99 {p99[0]:.0f} -> {p99[1]:.0f}\n")
-        _fill(report, alone, beside)
+        report.beside("questions, latency from the planned start", "an ingest", alone, beside)
         report.notes.append(f"{documents} documents are {chunks} chunks; alone they take {took_s:.1f} s")
         report.notes.append(_killed(processes, url, folders[1], documents, before=chunks))
     return report
@@ -128,20 +128,3 @@ def _killed(processes: Processes, url: str, folder: Path, documents: int, before
         f"killed at {documents // 2} documents: started again, it left {left} alone and sent {sent}; "
         f"a third start sent {more}; {expected} chunks expected in the index, {found} found"
     )
-
-
-def _fill(report: Report, alone: list[Window], beside: list[Window]) -> None:
-    title = "questions, latency from the planned start"
-    for name, windows in (("alone", alone), ("beside an ingest", beside)):
-        report.row(
-            title,
-            name,
-            P50_ms=spread([window.quantile_ms(500) for window in windows]),
-            P99_ms=spread([window.quantile_ms(990) for window in windows]),
-            lag_P99_ms=spread([window.lag_ms(990) for window in windows]),
-            errors=errors_of(windows),
-        )
-    times = {
-        f"P{p // 10}": ratios([b.quantile_ms(p) for b in beside], [a.quantile_ms(p) for a in alone]) for p in (500, 990)
-    }
-    report.row(title, "times", P50_ms=times["P50"], P99_ms=times["P99"])

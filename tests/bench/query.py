@@ -73,23 +73,37 @@ def run(
     return report
 
 
-def start(processes: Processes, redis: RedisServer, mock_s: float, replicas: int) -> tuple[str, list[str]]:
-    """Start replicas, stages and gateway; return the gateway's address and the replicas', when all are ready."""
+def start(
+    processes: Processes,
+    redis: RedisServer,
+    mock_s: float,
+    replicas: int,
+    *,
+    slots: int = SLOTS,
+    more: tuple[str, ...] = (),
+) -> tuple[str, list[str]]:
+    """Start replicas, stages and gateway; return the gateway's address and the replicas', when all are ready.
+
+    Args:
+        more: further stages.
+    """
     mocks = []
     for number in range(replicas):
         port = free_port("127.0.0.1", 0)
-        options = ("--port", str(port), "--latency", f"fixed:{mock_s:g}", "--slots", str(SLOTS))
+        options = ("--port", str(port), "--latency", f"fixed:{mock_s:g}", "--slots", str(slots))
         processes.start(f"replica{number}", "penstock", "mock-llm", *options)
         mocks.append(f"http://127.0.0.1:{port}")
     port = free_port("127.0.0.1", 0)
     environ = {
         "PENSTOCK_REDIS__URL": redis.url,
         "PENSTOCK_LLM__URLS": ",".join(mocks),
-        "PENSTOCK_LLM__SLOTS": str(SLOTS),
+        "PENSTOCK_LLM__SLOTS": str(slots),
+        "PENSTOCK_HISTORY__URL": f"sqlite:///{processes.folder}/history.db",
+        "PENSTOCK_HISTORY__AUTO_UPGRADE": "true",
         "PENSTOCK_RETRIEVER__PATH": str(processes.folder / "index"),
         "PENSTOCK_GATEWAY__PORT": str(port),
     }
-    for stage in STAGES:
+    for stage in (*STAGES, *more):
         processes.start(stage, "stages", stage, environ=environ)
     gateway = processes.start("gateway", "gateway", environ=environ)
     url = f"http://127.0.0.1:{port}"

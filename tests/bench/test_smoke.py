@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from tests.bench import backlog, hops, ingest, query, start, tail
+from tests.bench import backlog, batch, hops, ingest, query, start, tail
 from tests.bench.figures import Report
 
 
@@ -75,3 +75,10 @@ def test_questions_beside_an_ingest_are_measured() -> None:
     expected, found = re.findall(r"(\d+) chunks expected in the index, (\d+) found", told)[0]
     assert expected == found
     assert "a third start sent 0" in told
+
+
+def test_questions_beside_a_batch_are_measured() -> None:
+    """All of the batch is accepted, and what has not ended when the window does is cancelled."""
+    report = batch.run(rounds=1, messages=600, rate=20, seconds=1.0, warm=0.1, mock_s=0.2)
+    assert figure(report, "questions", "beside the batch", "P99 ms") > 0
+    assert figure(report, "the batch", "600 messages", "accepted after s") > 0

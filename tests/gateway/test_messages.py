@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,9 +15,12 @@ import orjson
 import pytest
 
 from gateway.app import create_app
+from gateway.messages import MessageItem, fill_in
+from gateway.operation import AT_ONCE
 from pipeline import keys
 from pipeline.connection import Link
-from pipeline.errors import MalformedEntry, Reject
+from pipeline.dead import DeadLetters
+from pipeline.errors import BrokerUnavailable, MalformedEntry, Reject
 from pipeline.front import Front
 from pipeline.job import Done, Job
 from pipeline.records import Event, Records
@@ -178,6 +182,31 @@ async def test_placeholders_are_filled_where_values_are_given(service: Service) 
     assert [row["result"]["answer"] for row in found["results"]] == ["true | Hi Ann {{x}}, 3", "Hi {{name}}"]
 
 
+@pytest.mark.parametrize("service", [TENANTS | {"messages": {"max_queues": 2}}], indirect=True)
+async def test_number_of_queues_is_bounded_for_each_tenant(service: Service) -> None:
+    """What would make one more is refused, by whatever way, and nothing is created; those that are there go on."""
+    for name in ("one", "two"):
+        assert (await service.http.put(f"/queue/{name}", json={"model": name}, headers=ANNA)).status_code == 200
+    before = sorted(await service.link.call("KEYS", "queue*"))
+    hooked = {"queue_id": "three", "prompt": "a", "webhook_url": HOOK}
+    for reply in (
+        await service.http.put("/queue/three", json={"model": "m"}, headers=ANNA),
+        await service.http.get("/queue/three", headers=ANNA),
+        await service.http.post("/queue/three/rotate", headers=ANNA),
+        await service.http.post("/message/create", json=hooked, headers=ANNA),
+    ):
+        error = reply.json()["error"]
+        assert (reply.status_code, error["code"], error["param"]) == (409, "too_many_queues", "queue_id")
+        assert "PENSTOCK_MESSAGES__MAX_QUEUES" in error["message"]
+    assert sorted(await service.link.call("KEYS", "queue*")) == before
+    assert await service.link.call("EXISTS", keys.LIVE_INDEX) == 0
+    assert (await service.http.put("/queue/one", json={"model": "new"}, headers=ANNA)).status_code == 200
+    assert (await service.create(ANNA, **hooked | {"queue_id": "two"})).status_code == 200
+    assert (await service.create(ANNA, queue_id="three", prompt="a")).status_code == 200  # it leaves nothing for ever
+    assert (await service.http.put("/queue/three", json={"model": "m"}, headers=BEN)).status_code == 200
+    assert (await service.http.put("/queue/three", json={"model": "m"}, headers=BEN)).status_code == 200
+
+
 @pytest.mark.usefixtures("workers")
 async def test_queue_gives_what_a_message_does_not_name(service: Service) -> None:
     """Model, system prompt, webhook; what a message names itself wins. A queue that nobody set up has no defaults."""
@@ -271,6 +300,53 @@ async def test_wrong_field_is_named_and_nothing_is_created(service: Service, bod
     assert await service.is_untouched()
 
 
+@pytest.mark.parametrize(
+    ("number", "wrong", "field"),
+    [
+        (999, {}, ".prompt"),
+        (1_000, {"prompt": 7}, ".prompt"),
+        (1_001, "a", ""),
+        (1_001, {"prompt": "{{b}}"}, ".prompt"),
+    ],
+)
+async def test_wrong_field_is_named_by_its_place_in_a_long_list(
+    service: Service, number: int, wrong: Json | str, field: str
+) -> None:
+    """A long list is checked portion by portion, and nobody can tell."""
+    messages: list[Any] = [FIRST] * (AT_ONCE * 2 + 2)
+    messages[number] = wrong | {"supportive_variable": {}} if isinstance(wrong, dict) else wrong
+    reply = await service.create(messages=messages)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (422, f"messages[{number}]{field}")
+    assert await service.is_untouched()
+
+
+async def test_long_list_is_taken_in_the_order_given(service: Service) -> None:
+    """All of it, across portions."""
+    count = AT_ONCE + 2
+    body = (await service.create(messages=[{"prompt": f"number {number}"} for number in range(count)])).json()
+    assert len(set(body["message_ids"])) == count
+    for number in (0, AT_ONCE - 1, AT_ONCE, count - 1):
+        live = await service.link.call("HGET", keys.LIVE + body["message_ids"][number], "body")
+        assert f'"number {number}"'.encode() in live
+
+
+async def test_others_have_their_turn_while_a_long_list_is_filled_in() -> None:
+    """Once for each portion after the first."""
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(other())
+    items = [("", MessageItem(prompt="a"))] * (3 * AT_ONCE)
+    assert len(await fill_in(items, None, retrieve=False)) == len(items)
+    task.cancel()
+    assert turns >= 2
+
+
 async def test_missing_value_is_named(service: Service) -> None:
     """The placeholder, so that the sender knows what to give."""
     reply = await service.create(prompt="Hi {{first name}} {{last_name}}", supportive_variable={"first": "Ann"})
@@ -327,6 +403,82 @@ async def test_history_tells_the_same_when_redis_has_forgotten(service: Service)
     ]
     assert shown[0] == shown[1]
     assert after[0]["prompt"] == "bad"
+
+
+DEAD: Sequence[Json] = (
+    {"messages": [{"prompt": "bad", "system_prompt": "Be brief."}, {"prompt": "two"}], "model": "large"},
+    {"prompt": "bad", "system_prompt": "Be brief.", "model": "large"},
+    {"prompt": "bad", "retrieve": True},
+)
+
+
+@pytest.mark.parametrize("asked", DEAD)
+@pytest.mark.usefixtures("workers")
+async def test_dead_message_is_retried_as_its_sender_would(service: Service, settings: Settings, asked: Json) -> None:
+    """As a new message in a batch of its own, in the same queue, with the same webhook; the old batch stands."""
+    body = (await service.create(queue_id="letters", webhook_url=HOOK, **asked)).json()
+    old_batch, old_id = body["batch_id"], body.get("message_id") or body["message_ids"][0]
+    await service.ended(old_batch)
+    before = await service.get(f"/batch/{old_batch}/results")
+    letters = DeadLetters(service.link, settings)
+    (letter,) = await letters.list(10)
+    now_ms = service.front.clock.now_ms()
+    tries = await asyncio.gather(*(letters.retry(letter.id, now_ms) for _ in range(3)), return_exceptions=True)
+    (new_id,) = [one for one in tries if isinstance(one, str)]
+    assert sum(isinstance(one, Reject) for one in tries) == 2
+    new_batch = (await service.get(f"/message/{new_id}"))["batch_id"]
+    standing = await service.ended(new_batch)
+    assert (standing["request_count"], standing["queue_id"], standing["failed_count"]) == (1, "letters", 1)
+    assert await service.get(f"/batch/{old_batch}/results") == before
+    assert await service.link.call("XLEN", keys.stream("webhook")) == 2
+    await service.record()
+    old, new = [(await service.records.message("default", one)) or {} for one in (old_id, new_id)]
+    assert new["retry_of"] == old_id
+    for name in ("prompt", "system_prompt", "model", "retrieve", "queue_id"):
+        assert new[name] == old[name], name
+    (again,) = await letters.list(10)  # it was bad once more
+    assert again.job_id == new_id
+
+
+async def test_retry_that_was_interrupted_sends_nothing_twice(
+    service: Service, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between sending the message and taking the letter away: the next retry only does the latter."""
+    async with working(settings, [Scripted("llm", answering), Aggregator(settings)]):
+        await service.ended((await service.create(prompt="bad")).json()["batch_id"])
+    letters = DeadLetters(service.link, settings)
+    (letter,) = await letters.list(10)
+    call = service.link.call
+
+    async def dying(name: str, *args: Any, **more: Any) -> Any:
+        if name == "XDEL":
+            raise BrokerUnavailable("killed")
+        return await call(name, *args, **more)
+
+    monkeypatch.setattr(service.link, "call", dying)
+    with pytest.raises(BrokerUnavailable, match="killed"):
+        await letters.retry(letter.id, service.front.clock.now_ms())
+    monkeypatch.undo()
+    sent = await service.link.call("XRANGE", keys.stream("llm"), "-", "+")
+    new_id = await letters.retry(letter.id, service.front.clock.now_ms())
+    assert await service.link.call("XRANGE", keys.stream("llm"), "-", "+") == sent
+    assert len(sent) == 1
+    assert new_id.encode() in sent[0][1][1]
+    assert await letters.count() == 0
+
+
+@pytest.mark.usefixtures("workers")
+async def test_dead_message_of_a_batch_that_is_forgotten_runs_again_by_itself(
+    service: Service, settings: Settings
+) -> None:
+    """Nobody knows any more which queue it was in."""
+    await service.ended((await service.create(prompt="bad")).json()["batch_id"])
+    await service.forget()
+    letters = DeadLetters(service.link, settings)
+    (letter,) = await letters.list(10)
+    new_id = await letters.retry(letter.id, service.front.clock.now_ms())
+    await wait_until(lambda: service.link.call("EXISTS", keys.COMPLETION + new_id))
+    assert await service.link.call("EXISTS", keys.MESSAGE + new_id) == 0
 
 
 async def test_members_come_in_pages(service: Service) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 import pytest
+from prometheus_client import REGISTRY
 
 from pipeline import batches, keys, scripts
 from pipeline.batches import AcceptedBatch, Message, Order
@@ -74,6 +75,11 @@ async def is_closed(link: Link, batch_id: str) -> bool:
 async def all_but_replies(link: Link) -> dict[bytes, bytes]:
     """All that Redis holds, without what a gateway keeps alive for itself."""
     return {name: value for name, value in (await everything(link)).items() if not name.startswith(b"reply:")}
+
+
+def closed_so_far() -> float:
+    """How many batches this process has counted as completed."""
+    return REGISTRY.get_sample_value("penstock_batches_closed_total", {"status": "completed"}) or 0.0
 
 
 async def make_due(link: Link, job_id: str) -> None:
@@ -584,8 +590,12 @@ async def test_batch_whose_record_is_gone_is_buried(link: Link, settings: Settin
 async def test_aggregator_killed_at_any_call_closes_the_batch_once(
     link: Link, settings: Settings, front: Front, monkeypatch: pytest.MonkeyPatch, fatal: int, after: bool
 ) -> None:
-    """Before each of its calls to Redis and after it: the batch closes, with one webhook and one event."""
+    """Before each of its calls to Redis and after it: the batch closes, with one webhook and one event.
+
+    It is counted once, but where the last reply died with who waited for it.
+    """
     monkeypatch.setattr("stages.aggregator.AT_ONCE", 2)
+    counted = closed_so_far()
     accepted = await front.submit_batch(order(5, webhook_url=HOOK))
     async with Hand(settings, "owner", "llm") as owner:
         await owner.settle(*(complete(entry) for entry in await owner.take()))
@@ -620,3 +630,4 @@ async def test_aggregator_killed_at_any_call_closes_the_batch_once(
     closed = [event for event in await events(link) if event["kind"] == "batch" and event["rank"] == 10]
     assert len(closed) == 1
     assert (await counters(link, accepted.batch_id))["res.count"] == "5"
+    assert closed_so_far() - counted == (0 if after and fatal == 4 else 1)

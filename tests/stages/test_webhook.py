@@ -17,6 +17,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from ipaddress import ip_address
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import orjson
@@ -30,7 +31,7 @@ from pipeline.job import Job
 from pipeline.settings import WebhookSettings
 from pipeline.webhooks import Secrets, Webhooks, new_secret, new_webhook_id
 from stages import addresses
-from stages.webhook import LARGE_AT_ONCE, LARGE_BYTES, Webhook, judge, read_retry_after, signed_headers
+from stages.webhook import LARGE_AT_ONCE, LARGE_BYTES, Shares, Webhook, judge, read_retry_after, signed_headers
 from tests.conftest import wait_until
 from tests.receivers import (
     Behaviour,
@@ -70,7 +71,7 @@ class Kept(Webhooks):
     async def results(self, batch_id: str) -> bytes | None:
         return self.batches.get(batch_id)
 
-    async def secrets(self, queue: str) -> Secrets:
+    async def secrets(self, queue: str, *, most: int | None = None) -> Secrets:
         assert queue == "acme:orders"
         return self.both
 
@@ -401,6 +402,54 @@ async def test_large_results_go_a_few_at_a_time(bench: Bench) -> None:
         opened.set()
         await asyncio.gather(*handling)
     assert all(orjson.loads(news.raw)["data"]["x"] == "x" * LARGE_BYTES for news in receiver.got)
+
+
+async def test_a_slow_receiver_has_its_share_of_the_slots_only(bench: Bench) -> None:
+    """What comes above it waits, uncharged and for longer the more there is; others are told; then it goes on."""
+    stage = await bench.stage(concurrency=5, per_receiver=3)
+    opened = asyncio.Event()
+
+    async def wait(receiver: Receiver, writer: asyncio.StreamWriter) -> None:
+        await opened.wait()
+        await answer(204)(receiver, writer)
+
+    async with receiving([wait] * 3) as slow, receiving() as quick:
+        handling = [asyncio.create_task(stage.handle(job(slow.url))) for _ in range(3)]
+        await wait_until(lambda: len(slow.got) == 3)
+        turned_away = job(slow.url)
+        with pytest.raises(RetryLater) as caught:
+            await stage.handle(turned_away)
+        assert (caught.value.code, caught.value.charged) == ("receiver_busy", False)
+        assert 0 < (caught.value.after_s or 0) <= 1
+        assert turned_away.state["attempts"] == []
+        await stage.handle(job(quick.url))
+        assert len(slow.got) == 3
+        opened.set()
+        await asyncio.gather(*handling)
+        await stage.handle(turned_away)
+        assert (len(slow.got), len(quick.got)) == (4, 1)
+
+
+def test_a_backlog_for_one_receiver_comes_again_when_there_may_be_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand jobs for one whose calls take ten seconds, two at a time, are not read again every second."""
+    now_us = 0
+    monkeypatch.setattr("stages.webhook.monotonic_us", lambda: now_us)
+    shares = Shares(2, Random(1))
+    waits: list[float] = []
+    with shares.one_of("a:443"):
+        with shares.one_of("a:443"):
+            now_us += 10_000_000
+        with shares.one_of("a:443"):
+            for _ in range(1_000):
+                with pytest.raises(RetryLater) as caught, shares.one_of("a:443"):
+                    pass
+                waits.append(caught.value.after_s or 0)
+            with shares.one_of("b:443"):
+                pass
+    assert 2.5 <= waits[0] <= 5
+    assert all(30 <= wait <= 60 for wait in waits[20:])
+    with shares.one_of("a:443"):
+        pass
 
 
 # --- where it leads -----------------------------------------------------------------------------
