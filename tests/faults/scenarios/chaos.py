@@ -394,7 +394,9 @@ async def long_run(cell: Cell) -> None:
         "PENSTOCK_DEAD__MAX_LETTERS": f"{LETTERS}",
     }
     layout = Layout(latency="lognormal:0.05,0.5", fsync="always", environ=environ)
-    mix = {"ask": 3, "background": 3, "foreign": 3, "prompt": 1, "edit": 0.05, "consult": 0.1}
+    # An edit's Idempotency-Key is kept for a day, 800 bytes that no half sees the end of: few edits, so that memory
+    # tells of what should not be kept.
+    mix = {"ask": 3, "background": 3, "foreign": 3, "prompt": 1, "edit": 0.005, "consult": 0.1}
     halves: list[dict[str, float]] = []
     lives: list[dict[str, str]] = []
     # again=0: outcomes are kept so briefly here that a sender that repeats itself may rightly get a second job
