@@ -136,18 +136,18 @@ def test_the_prompt_holds_data_sources_and_form() -> None:
 
 def test_a_rendered_report_is_complete_marked_and_names_its_sources() -> None:
     """Word for word."""
-    inputs = {"vitals": {"systolic_mmhg": 185, "temperature_c": 37.5}, "allergies": ["none | known"]}
+    inputs: dict[str, Any] = {"vitals": {"systolic_mmhg": 185, "temperature_c": 37.5}, "allergies": ["none | known"]}
     inputs |= {"labs": [{"name": "HbA1c", "value": 6.5, "unit": "%", "reference": "below 6"}]}
     assert rendered(inputs) == (Path(__file__).with_name("medical_report.md")).read_text()
 
 
 def test_without_sources_it_says_so() -> None:
     """Nobody shall believe that there were some."""
-    nothing = {
-        "findings": [{"finding": "a", "meaning": "b", "sources": []}],
-        "recommendations": report()["recommendations"][:1],
-    }
-    assert "None: no passage of the knowledge base fitted" in rendered(sources=[], **nothing)
+    nothing: list[dict[str, Any]] = [{"finding": "a", "meaning": "b", "sources": []}]
+    quiet = report()["recommendations"][:1]
+    assert "None: no passage of the knowledge base fitted" in rendered(
+        sources=[], findings=nothing, recommendations=quiet
+    )
 
 
 @pytest.mark.parametrize(
