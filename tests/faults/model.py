@@ -15,12 +15,13 @@ from typing import Final
 import orjson
 
 from pipeline import keys
+from pipeline.batches import Member
 from pipeline.job import PRIORITIES, Job
 from pipeline.streams import Settlement
 from tests.faults.picture import Picture
 from tests.rig import FIRST, SECOND, THIRD
 
-STAGES: Final = ("encoder", "llm")
+STAGES: Final = ("encoder", "llm", "aggregator")
 STREAMS: Final = {stage: [keys.stream(stage, priority) for priority in PRIORITIES] for stage in STAGES}
 SLOTS: Final = {FIRST: 1, SECOND: 1, THIRD: 2}
 REPLY: Final = keys.REPLY + "machine"
@@ -91,6 +92,68 @@ class Live:
     reply: str = ""
     in_flight: str = ""
     idem: str = ""
+    is_hurried: bool = False
+    """Its due time was set to now."""
+    batch: str = ""
+    """The batch that it is a message of, or that it is the job of."""
+    is_message: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Batch:
+    """A batch that was accepted; `status` says how it was closed, "" while it is open.
+
+    Attributes:
+        asked: what history was told of it; rows: what history is told of its messages.
+        ended: messages that were counted.
+    """
+
+    id: str
+    tenant: str
+    queue: str
+    asked: bytes
+    rows: list[bytes]
+    members: list[str]
+    created_ms: int
+    closes_ms: int
+    deadline_ms: int
+    keep_ms: int
+    ended: set[str] = field(default_factory=set)
+    failed: int = 0
+    cancelled: int = 0
+    is_cancelled: bool = False
+    status: str = ""
+    closed_ms: bytes = b""
+
+    @property
+    def verdict(self) -> str:
+        if self.cancelled and (self.is_cancelled or self.cancelled == len(self.members)):
+            return "cancelled"
+        return "completed" if not self.failed and len(self.ended) == len(self.members) else "completed_with_errors"
+
+    def fields(self) -> dict[str, bytes]:
+        numbers = {
+            "req.count": len(self.members), "res.count": len(self.ended), "failed.count": self.failed,
+            "cancelled.count": self.cancelled, "created_ms": self.created_ms, "closes_ms": self.closes_ms,
+            "keep_ms": self.keep_ms, "deadline_ms": self.deadline_ms,
+        }  # fmt: skip
+        texts = {"status": self.status or "pending", "tenant": self.tenant, "queue": self.queue}
+        texts |= {"cancel": "1"} if self.is_cancelled else {}
+        found = {name: str(value).encode() for name, value in (numbers | texts).items()} | {"asked": self.asked}
+        return found | ({"closed_ms": self.closed_ms} if self.status else {})
+
+
+@dataclass(eq=False, slots=True)
+class Kept:
+    """The result of a message: its outcome and its batch. That of a lost one has no other place, and is learned."""
+
+    batch: str
+    outcome: Outcome
+
+    def learn(self, job_id: str, found: bytes) -> None:
+        outcome, _, batch = found.rpartition(b',"batch_id":')
+        assert batch == b'"%b"}' % self.batch.encode()
+        self.outcome.learn(job_id, outcome + b"}")
 
 
 @dataclass(eq=False, slots=True)
@@ -129,6 +192,19 @@ class Promise:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchSubmission:
+    """One batch as its script takes it: its record, and the jobs that begin with it."""
+
+    batch: Batch
+    members: Sequence[Job]
+    job: Job
+    due_ms: int = 0
+    limit: int | None = None
+    idem: str = ""
+    body_hash: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Submission:
     """One job as the submit script takes it; `due_ms` 0: now, `limit` None: the tenant may have any number."""
 
@@ -162,6 +238,10 @@ class Model:
     """Consumers that have a lease."""
     newborn: list[Text] = field(default_factory=list)
     last_stamp: int = 0
+    batches: dict[str, Batch] = field(default_factory=dict)
+    kept: dict[str, Kept] = field(default_factory=dict)
+    events: list[tuple[str, str, str, int]] = field(default_factory=list)
+    """What history was told: kind, id, tenant, rank."""
     dropped: int = 0
     """Dead letters that the last settle had to drop."""
 
@@ -222,6 +302,33 @@ class Model:
             self.promises[job.idem].outcome = outcome
         if job.reply and self.replies is not None:
             self.replies.append(job.id)
+        if job.is_message:
+            self.count_member(job.id, job.batch, outcome)
+            self.events.append(("message", job.id, job.tenant, 10))
+        elif job.batch:
+            self.close_batch(self.batches[job.batch])
+
+    def count_member(self, job_id: str, batch_id: str, outcome: Outcome) -> None:
+        """Keep a result and count it once; the last one makes the batch's own job due."""
+        batch = self.batches[batch_id]
+        self.kept[job_id] = Kept(batch_id, outcome)
+        if batch.status or job_id in batch.ended:
+            return
+        batch.ended.add(job_id)
+        batch.failed += outcome.status != "completed"
+        batch.cancelled += outcome.status == "cancelled"
+        if len(batch.ended) == len(batch.members):
+            self.hurry(batch_id)
+
+    def hurry(self, batch_id: str) -> None:
+        job = self.jobs.get(batch_id)
+        if job is not None and job.item is None:
+            job.due, job.is_hurried = None, True  # now, to be learned
+
+    def close_batch(self, batch: Batch) -> None:
+        assert not batch.status, "a batch was closed twice"
+        batch.status = batch.verdict
+        self.events.append(("batch", batch.id, batch.tenant, 10))
 
     def end_waiting(self, job: Live, status: str, code: str) -> None:
         """End a job by script: its entry goes, the script writes the outcome."""
@@ -254,6 +361,71 @@ class Model:
         if new.idem:
             self.promises[new.idem] = Promise(new.body_hash, job.id)
         return "accepted", job.id
+
+    def submit_batch(self, new: BatchSubmission, most: int) -> tuple[str, str]:
+        batch = new.batch
+        if batch.id in self.batches:
+            return "accepted", batch.id
+        promise = self.promises.get(new.idem)
+        if promise is not None:
+            return "repeated" if promise.body_hash == new.body_hash else "mismatch", promise.job_id
+        if len(self.jobs) + len(batch.members) + 1 > most:
+            return "overloaded", batch.id
+        in_flight = keys.IN_FLIGHT + batch.tenant if new.limit is not None else ""
+        if new.limit is not None and sum(one.in_flight == in_flight for one in self.jobs.values()) >= new.limit:
+            return "in_flight", batch.id
+        for job in new.members:
+            live = self.accept(job, new.due_ms)
+            live.batch, live.is_message = batch.id, True
+        own = self.accept(new.job, batch.closes_ms)
+        own.in_flight, own.idem, own.batch = in_flight, new.idem, batch.id
+        if new.idem:
+            self.promises[new.idem] = Promise(new.body_hash, batch.id)
+        self.batches[batch.id] = batch
+        self.events.append(("batch", batch.id, batch.tenant, 0))
+        return "accepted", batch.id
+
+    def gather(self, batch_id: str) -> tuple[str, bool, int, list[tuple[str, str]]] | None:
+        """Return how a batch would be closed, whether it is to be cancelled, how many are lost, and all states."""
+        batch, lost = self.batches.get(batch_id), 0
+        if batch is None:
+            return None
+        states = []
+        for member in batch.members:
+            state = self.state_of(member)
+            if state == "lost":
+                lost += 1
+                outcome = Outcome("failed", batch.tenant, "lost")
+                self.count_member(member, batch_id, outcome)
+                self.events.append(("message", member, batch.tenant, 10))
+            states.append((member, state))
+        return batch.verdict, batch.is_cancelled, lost, states
+
+    def state_of(self, member: str) -> str:
+        job = self.jobs.get(member)
+        if member in self.kept:
+            return "ended"
+        if job is None:
+            return "lost"
+        return "running" if job.item is not None and job.item.owner else "queued"
+
+    def has_living(self, batch_id: str) -> bool:
+        """Say whether a message of the batch may still end."""
+        return any(self.state_of(member) in {"queued", "running"} for member in self.batches[batch_id].members)
+
+    def agree_on_members(self, members: Sequence[Member], states: Sequence[tuple[str, str]]) -> None:
+        """Compare what `gather` answered."""
+        assert [(member.id, member.state) for member in members] == list(states)
+        for member in members:
+            kept = self.kept.get(member.id)
+            assert bool(member.text) == (kept is not None)
+            if kept is not None:
+                kept.learn(member.id, member.text)
+
+    def forget(self, job: Live) -> None:
+        """A stranger deletes all that there is of a message but its entry."""
+        del self.jobs[job.id]
+        self.accepted.discard(job.id)
 
     def adopt(self, stream: str, entry: bytes, deliveries: int, consumer: str, job: Job) -> str:
         item = self.find(stream, entry)
@@ -421,6 +593,13 @@ class Model:
             return "finished" if outcome is not None and outcome.tenant == tenant else "unknown"
         if job.tenant != tenant:
             return "unknown"
+        if job.batch and not job.is_message:
+            batch = self.batches[job.batch]
+            if len(batch.ended) >= len(batch.members):
+                return "finished"
+            batch.is_cancelled = True
+            self.hurry(batch.id)
+            return "cancelling"
         if job.item is not None and job.item.owner:
             job.is_cancelled = True
             return "cancelling"
@@ -476,6 +655,7 @@ class Model:
         assert set(found) == set(self.outcomes)
         for job_id, outcome in self.outcomes.items():
             outcome.learn(job_id, found[job_id])
+        self._agree_on_batches(picture)
         self._agree_on_replicas(picture)
         for text in self.newborn:
             assert text.stamp > self.last_stamp, "stamps must rise in the order of acceptance"
@@ -523,6 +703,8 @@ class Model:
             if job.item is None:
                 job.due = due[job.id] if job.due is None else job.due
                 assert due[job.id] == job.due
+                assert not job.is_hurried or _is_past(job.due), "due now, and not only some day"
+                job.is_hurried = False
 
     def _agree_on_replicas(self, picture: Picture) -> None:
         for url in SLOTS:
@@ -533,12 +715,40 @@ class Model:
         for job in self.jobs.values():
             if job.in_flight:
                 members.setdefault(job.in_flight, set()).add(job.id)
-        assert picture.sets == members
+        found = {name: value for name, value in picture.sets.items() if not name.startswith(keys.BATCH_DONE)}
+        assert found == members
+
+    def _agree_on_batches(self, picture: Picture) -> None:
+        """Records, members, counts, results and what history is told; a life only for what is closed."""
+        hashes = {name: value for name, value in picture.under(keys.BATCH, picture.hashes).items() if ":" not in name}
+        assert set(hashes) == set(self.batches)
+        for batch in self.batches.values():
+            found = hashes[batch.id]
+            if batch.status and not batch.closed_ms:
+                batch.closed_ms = found["closed_ms"]
+            assert found == batch.fields()
+            assert picture.lists[keys.BATCH_MEMBERS + batch.id] == [member.encode() for member in batch.members]
+            assert picture.lists[keys.ROWS + batch.id] == batch.rows
+            assert picture.sets.get(keys.BATCH_DONE + batch.id, set()) == batch.ended
+            for prefix in (keys.BATCH, keys.BATCH_MEMBERS, keys.BATCH_DONE):
+                name = prefix + batch.id
+                assert name not in picture.ttls or (picture.ttls[name] > 0) == bool(batch.status), name
+        kept = picture.under(keys.MESSAGE, picture.strings)
+        assert set(kept) == set(self.kept)
+        for message_id, result in self.kept.items():
+            result.learn(message_id, kept[message_id])
+            assert picture.ttls[keys.MESSAGE + message_id] > 0
+        told = [
+            (fields["kind"].decode(), fields["id"].decode(), fields["tenant"].decode(), int(fields["rank"]))
+            for _, fields in picture.streams.get(keys.EVENTS, [])
+        ]
+        assert told == self.events, "history is told of everything once, in order"
 
     def _agree_on_strangers(self, picture: Picture) -> None:
         """No key but those that were compared."""
-        families = (keys.COMPLETION, keys.LIVE, keys.IDEMPOTENCY, keys.WORKER, keys.IN_FLIGHT)
-        single = {keys.DEAD, keys.DELAYED, keys.LIVE_INDEX, keys.STAMP, keys.WORKERS, REPLY, *self.streams}
+        families: tuple[str, ...] = (keys.COMPLETION, keys.LIVE, keys.IDEMPOTENCY, keys.WORKER, keys.IN_FLIGHT)
+        families += (keys.BATCH, keys.MESSAGE, keys.ROWS)
+        single = {keys.EVENTS, keys.DEAD, keys.DELAYED, keys.LIVE_INDEX, keys.STAMP, keys.WORKERS, REPLY, *self.streams}
         single |= {family + url for family in (keys.LOAD, keys.LEASES, keys.RUNNING) for url in SLOTS}
         assert {name for name in picture.exact if not name.startswith(families)} <= single
 
@@ -562,6 +772,7 @@ def _fields(job: Live) -> dict[str, bytes]:
         "reply": job.reply,
         "in_flight": job.in_flight,
         "idem": keys.IDEMPOTENCY + job.idem if job.idem else "",
+        "record": f"message {job.batch}" if job.is_message else "batch" if job.batch else "",
     }
     return wanted | {name: value.encode() for name, value in optional.items() if value}
 

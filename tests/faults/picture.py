@@ -19,6 +19,7 @@ for _, name in ipairs(redis.call('KEYS', '*')) do
   if kind == 'string' then value = redis.call('GET', name)
   elseif kind == 'hash' then value = redis.call('HGETALL', name)
   elseif kind == 'set' then value = redis.call('SMEMBERS', name)
+  elseif kind == 'list' then value = redis.call('LRANGE', name, 0, -1)
   elseif kind == 'zset' then value = redis.call('ZRANGE', name, 0, -1, 'WITHSCORES')
   elseif kind == 'stream' then
     local held = {}
@@ -53,6 +54,7 @@ class Picture:
     strings: dict[str, bytes] = field(default_factory=dict)
     hashes: dict[str, dict[str, bytes]] = field(default_factory=dict)
     sets: dict[str, set[str]] = field(default_factory=dict)
+    lists: dict[str, list[bytes]] = field(default_factory=dict)
     zsets: dict[str, dict[str, float]] = field(default_factory=dict)
     streams: dict[str, list[tuple[bytes, dict[str, bytes]]]] = field(default_factory=dict)
     names: dict[str, list[bytes]] = field(default_factory=dict)
@@ -77,6 +79,8 @@ async def take_picture(link: Link) -> Picture:
                 picture.exact[name] = picture.hashes[name] = {key.decode(): found for key, found in _pairs(value)}
             case b"set":
                 picture.exact[name] = picture.sets[name] = {member.decode() for member in value}
+            case b"list":
+                picture.lists[name] = value
             case b"zset":
                 picture.zsets[name] = {member.decode(): float(score) for member, score in _pairs(value)}
             case b"stream":

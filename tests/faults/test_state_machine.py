@@ -1,9 +1,9 @@
 """Every operation in any order, by any hand, against a model: what is accepted ends once, and only its owner ends it.
 
-Hypothesis draws the steps: jobs are submitted, read, settled, taken over; consumers crash, are paused and come back,
-replies are lost, strangers write and delete entries, Redis is emptied. After every step the model and Redis are
-compared key by key (`model.py`), and what must hold whatever the model says is looked at by itself. At the end all is
-drained by one living consumer per stage.
+Hypothesis draws the steps: jobs and batches are submitted, read, settled, taken over; batches are gathered and closed,
+early or at their deadline; consumers crash, are paused and come back, replies are lost, strangers write and delete
+entries, Redis is emptied. After every step the model and Redis are compared key by key (`model.py`), and what must hold
+whatever the model says is looked at by itself. At the end all is drained by one living consumer per stage.
 
 Redis' clock is real: deadlines and due times are far away or past, and time passes where a rule puts a score into
 the past. `TEST_MACHINE_EXAMPLES=5000` explores at random, for as long as that takes.
@@ -32,15 +32,29 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from pipeline import flows, keys, scripts
+from pipeline import batches, flows, keys, scripts
 from pipeline.balancing import Replica
+from pipeline.batches import Message, Order
 from pipeline.connection import Argument, GroupMissing, Link
 from pipeline.front import Front
 from pipeline.job import OURS, PRIORITIES, Completion, Job, decode, error_body
 from pipeline.settings import Settings
 from pipeline.streams import Entry, Settlement, start_arguments
 from tests.conftest import short_settings
-from tests.faults.model import MOST_LETTERS, PAST, REPLY, SLOTS, STAGES, STREAMS, GroupGone, Model, Submission
+from tests.faults.model import (
+    MOST_LETTERS,
+    PAST,
+    REPLY,
+    SLOTS,
+    STAGES,
+    STREAMS,
+    Batch,
+    BatchSubmission,
+    GroupGone,
+    Live,
+    Model,
+    Submission,
+)
 from tests.faults.picture import Picture, take_picture
 from tests.rig import Hand, assert_nothing_is_left, changed
 from tests.servers import RedisServer
@@ -55,6 +69,8 @@ LONG_MS = 600_000
 PATIENCE_S = 60.0
 """No step is about a Redis that does not answer: a machine that stands still for a second is waited for."""
 MOST_HANDS = 3
+WORKERS = ("encoder", "llm")
+"""Stages that any job may pass; the third one gathers batches."""
 REMEMBERED = 6
 """Entries that a consumer let go of and may try to settle once more."""
 
@@ -198,10 +214,10 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(data=some)
     def begin(self, data: strategies.DataObject) -> None:
-        """An empty Redis, a gateway that listens, two consumers per stage, and some work."""
+        """An empty Redis, a gateway that listens, two consumers per stage (one that gathers), and some work."""
         self.do(self.link.call("FLUSHALL"))
         self._open_gateway()
-        for stage in STAGES * 2:
+        for stage in (*WORKERS, *STAGES):
             self._hire(stage)
         self.look()
         self._submit([self._submission(data) for _ in range(data.draw(strategies.integers(2, 8), "jobs"))])
@@ -241,7 +257,7 @@ class Machine(RuleBasedStateMachine):
     def _holds(self, stage: str | None = None) -> bool:
         return any(player.held for player in self.players if stage in {None, player.stage})
 
-    @step(1, lambda self: len(self.players) < 2 * MOST_HANDS, stage=strategies.sampled_from(STAGES))
+    @step(1, lambda self: len(self.players) < len(STAGES) * MOST_HANDS, stage=strategies.sampled_from(STAGES))
     def hire(self, data: strategies.DataObject, stage: str) -> None:
         """A new process, where there is room for one."""
         if sum(player.stage == stage for player in self.players) < MOST_HANDS:
@@ -376,7 +392,42 @@ class Machine(RuleBasedStateMachine):
         for _ in range(1 + twice):
             self._submit(batch, candidates, most)
 
-    @step(2, stage=strategies.sampled_from(STAGES), kind=strategies.sampled_from(["job", "copy", "id", "broken"]))
+    @step(
+        2,
+        size=strategies.integers(1, 4),
+        most=strategies.sampled_from([1_000, 1_000, 4]),
+        key=strategies.sampled_from(["", "", "one", "two"]),
+        twice=seldom,
+    )
+    def submit_batch(self, data: strategies.DataObject, size: int, most: int, key: str, twice: bool) -> None:
+        """A batch is accepted as a whole or not at all; *twice*: the reply was lost, and it is sent again."""
+        due_ms = _now_ms() + FAR_MS if data.draw(seldom, "later") else None
+        order = Order("default", "q", [Message(f"{number}?") for number in range(size)], due_ms=due_ms)
+        plan = batches._Plan(order, self.settings, _now_ms())
+        limit = data.draw(strategies.sampled_from([None, 2]), "limit")
+        body_hash = data.draw(strategies.sampled_from(["a", "a", "b"]), "body") if key else ""
+        rows = list(plan.members())
+        args = [*self.front.batches._commit_arguments(plan, key, body_hash, LONG_MS / 1000, limit), "here"]
+        args += [part for row in rows for part in row]
+        args[5] = most
+        keep_ms = int(self.settings.messages.keep_s * 1000)
+        batch = Batch(
+            plan.batch_id, "default", "q", orjson.dumps(plan.told()), [_bytes(row[2]) for row in rows], plan.ids,
+            plan.created_ms, plan.closes_ms, plan.job.deadline_ms, keep_ms,
+        )  # fmt: skip
+        jobs = [plan._job(*pair) for pair in zip(plan.ids, order.messages, strict=True)]
+        new = BatchSubmission(batch, jobs, plan.job, due_ms or 0, limit, key, body_hash)
+        for _ in range(1 + twice):
+            before = len(self.model.accepted)
+            word, answering = self.model.submit_batch(new, most)
+            self.is_sound = False
+            reply = self.do(self.link.run(scripts.BATCH, (), args))
+            _same((reply[1].decode(), reply[2].decode()), (word, answering))
+            self.look(unchanged=len(self.model.accepted) == before)
+        if batch.id in self.model.batches:
+            self.ids = [*self.ids, batch.id, plan.ids[0]][-8:]
+
+    @step(2, stage=strategies.sampled_from(WORKERS), kind=strategies.sampled_from(["job", "copy", "id", "broken"]))
     def write_by_hand(self, data: strategies.DataObject, stage: str, kind: str) -> None:
         """A stranger adds an entry: a job of its own, a copy of one of ours, a living id once more, or nonsense."""
         stream = data.draw(strategies.sampled_from(STREAMS[stage]), "stream")
@@ -403,6 +454,11 @@ class Machine(RuleBasedStateMachine):
     def take(self, data: strategies.DataObject, most: int, is_lost: bool) -> None:
         """A consumer reads by the shares of the priorities; *is_lost*: the reply went over a dead connection."""
         self._take(self._player(data, "encoder"), most, is_lost=is_lost)
+
+    @step(3, lambda self: self._waiting("aggregator"), is_lost=seldom)
+    def take_batches(self, data: strategies.DataObject, is_lost: bool) -> None:
+        """So does one that gathers: batches that are full, to be cancelled, or over."""
+        self._take(self._player(data, "aggregator"), 2, is_lost=is_lost)
 
     def _waiting(self, stage: str) -> bool:
         return any(not item.owner for stream in STREAMS[stage] for item in self.model.streams[stream])
@@ -604,6 +660,11 @@ class Machine(RuleBasedStateMachine):
             return _burial(entry, job_id, "default"), []
         job = decode(text)
         verbs = ["forward", "forward", "complete", "retry", "release", "bury"]
+        if (
+            job.flow == "batch"
+        ):  # as its stage does: closed when nobody lives any more, or with its own job's violent end
+            known = job.id in self.model.batches
+            verbs = [*(["retry"] if known and self.model.has_living(job.id) else ["complete"]) * 4, "release", "bury"]
         verb = data.draw(strategies.sampled_from(verbs), "verb")
         start: list[Job] = []
         if verb in {"forward", "complete"}:
@@ -612,7 +673,7 @@ class Machine(RuleBasedStateMachine):
         rows = [start_arguments(new) for new in start]
         match verb:
             case "forward":
-                target = keys.stream(data.draw(strategies.sampled_from(STAGES), "to"), job.priority)
+                target = keys.stream(data.draw(strategies.sampled_from(WORKERS), "to"), job.priority)
                 job.state["hops"] = job.state.get("hops", 0) + 1
                 vector = data.draw(strategies.sampled_from([b"", b"\x00\xff\r\n"]), "vector")
                 return Settlement(entry, job.id, "forward", target, job.encode(), vector, start=rows), start
@@ -660,6 +721,8 @@ class Machine(RuleBasedStateMachine):
         _same(self.do(self.front.cancel(job_id, tenant)), word)
         self.look(unchanged=word in {"finished", "unknown"})
         found = self.do(self.front.look(job_id, tenant))
+        if job_id in self.model.batches and job_id in self.model.jobs:
+            return  # a batch that goes on, or is full and about to be closed
         match word:
             case "unknown":
                 assert found is None
@@ -713,6 +776,34 @@ class Machine(RuleBasedStateMachine):
             assert expires is not None
             assert expires > _now_ms(), "looked at again later"
             self._let_end(job_id)
+
+    @step(4, lambda self: self.model.batches)
+    def gather(self, data: strategies.DataObject) -> None:
+        """Somebody looks how the messages of a batch stand, and ends those that are lost."""
+        self._gather(data.draw(strategies.sampled_from(list(self.model.batches)), "batch"))
+
+    def _gather(self, batch_id: str) -> None:
+        self.is_sound = False
+        wanted = self.model.gather(batch_id)
+        found = self.do(self.front.batches.gather(batch_id, 0, 100, close=True))
+        assert wanted is not None
+        assert found is not None
+        verdict, is_cancelled, lost, states = wanted
+        _same((found.verdict, found.is_cancelled, found.lost), (verdict, is_cancelled, lost))
+        self.model.agree_on_members(found.members, states)
+        self.look(unchanged=not lost)
+
+    @step(1, lambda self: self._forgettable())
+    def forget_by_hand(self, data: strategies.DataObject) -> None:
+        """A stranger deletes the record of a message: nobody can end it any more but the batch."""
+        job = data.draw(strategies.sampled_from(self._forgettable()), "message")
+        self.do(self.link.call("DEL", keys.LIVE + job.id))
+        self.do(self.link.call("ZREM", keys.LIVE_INDEX, job.id))
+        self.model.forget(job)
+        self.look()
+
+    def _forgettable(self) -> list[Live]:
+        return [job for job in self.model.jobs.values() if job.is_message and job.item is not None and not job.lease]
 
     @step(1, lambda self: any(self.model.streams.values()))
     def delete_by_hand(self, data: strategies.DataObject) -> None:
@@ -770,13 +861,13 @@ class Machine(RuleBasedStateMachine):
         self.look()
         heirs = [self._hire(stage) for stage in STAGES]
         self.look()
-        for job_id in [job.id for job in self.model.jobs.values() if job.item is None]:
-            self._let_pass(job_id)
-        self._promote()
         rounds = 0
-        while any(self.model.streams.values()):
+        while self.model.jobs or any(self.model.streams.values()):
             rounds += 1
             assert rounds < 100, "nothing goes on"
+            for job_id in [job.id for job in self.model.jobs.values() if job.item is None]:
+                self._let_pass(job_id)
+            self._promote()
             for heir in heirs:
                 for stream, lapsed in sorted(self.model.lapsed(heir.stage)):
                     self._claim(heir, stream, lapsed, 100, idle=True)
@@ -785,10 +876,14 @@ class Machine(RuleBasedStateMachine):
                 else:
                     self._take(heir, 100)
                 self._finish_all(heir)
-        for job_id in list(self.model.jobs):  # their entries were deleted by hand
-            self._let_end(job_id)
-        self._expire()
+            for job_id in [job.id for job in self.model.jobs.values() if job.item is not None and job.item.deleted]:
+                self._let_end(job_id)
+            self._expire()
         assert self.model.accepted <= self.model.outcomes.keys()
+        for batch in self.model.batches.values():
+            assert batch.status, "a batch was not closed"
+            left = set(batch.members) - self.model.kept.keys()
+            assert not left & self.model.accepted, "a message has no result"
         self.do(assert_nothing_is_left(self.link))
 
     def _finish_all(self, heir: Player) -> None:
@@ -796,6 +891,12 @@ class Machine(RuleBasedStateMachine):
             if _is_foreign(entry) and self._adopt(heir, entry) != "duplicate":
                 continue
             if (entry.data or b"").startswith(OURS):
+                if heir.stage == "aggregator" and (batch_id := _job_id(entry)) in self.model.batches:
+                    self._gather(batch_id)
+                    if self.model.has_living(batch_id) and batch_id in self.model.jobs:
+                        again = Settlement(entry, batch_id, "retry", 0, entry.data or b"", entry.vector or b"")
+                        if self._send(heir, [again], [[]]) != ["orphan"]:
+                            continue
                 words = self._send(heir, [_completed(entry, decode(entry.data or b""))], [[]])
                 if words != ["orphan"]:
                     continue
@@ -817,6 +918,10 @@ def _is_foreign(entry: Entry) -> bool:
 def _job_id(entry: Entry) -> str:
     text = entry.data or b""
     return str(orjson.loads(text)["id"]) if text.startswith(b"{") else ""
+
+
+def _bytes(value: Argument) -> bytes:
+    return value if isinstance(value, bytes) else str(value).encode()
 
 
 def _completed(entry: Entry, job: Job, rows: Sequence[Sequence[Argument]] = ()) -> Settlement:
