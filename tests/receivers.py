@@ -33,6 +33,13 @@ class News:
         return body
 
 
+async def read_news(reader: asyncio.StreamReader) -> News:
+    """Read one request."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:-2])}
+    return News(head[0].split()[1], headers, await reader.readexactly(int(headers["content-length"])))
+
+
 Behaviour = Callable[["Receiver", asyncio.StreamWriter], Awaitable[None]]
 
 
@@ -56,11 +63,9 @@ class Receiver:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection, with one request."""
         try:
-            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-            headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:-2])}
-            raw = await reader.readexactly(int(headers["content-length"]))
+            news = await read_news(reader)
             behave = self.behaviours.pop(0) if self.behaviours else answer(204)
-            self.got.append(News(head[0].split()[1], headers, raw))
+            self.got.append(news)
             self.told.set()
             await behave(self, writer)
             await reader.read()

@@ -45,6 +45,8 @@ METRICS_PATIENCE_S: Final = 10.0
 """As long as a process may take to start, and one that was frozen or blocked to answer again."""
 PORTS: Final = range(20_000, 30_000)
 STAGES: Final = ("encoder", "retriever", "llm")
+AFTERWARDS: Final = ("aggregator", "webhook", "recorder")
+"""What batches need besides: no other scenario runs them."""
 DEADLY: Final = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGINT})
 
 
@@ -65,6 +67,9 @@ class Layout:
     encoders: int = 2
     retrievers: int = 1
     llms: int = 2
+    aggregators: int = 0
+    webhooks: int = 0
+    recorders: int = 0
     gateways: int = 1
     replicas: int = 3
     latency: str = "0.05"
@@ -278,7 +283,7 @@ class Cluster:
     @property
     def workers(self) -> list[Part]:
         """All stage processes."""
-        return self.of(*STAGES)
+        return self.of(*STAGES, *AFTERWARDS)
 
     @property
     def gateway_urls(self) -> list[str]:
@@ -363,6 +368,9 @@ class Cluster:
             *(f"encoder-{n}" for n in range(1, layout.encoders + 1)),
             *(f"retriever-{n}" for n in range(1, layout.retrievers + 1)),
             *(f"llm-{n}" for n in range(1, layout.llms + 1)),
+            *(f"aggregator-{n}" for n in range(1, layout.aggregators + 1)),
+            *(f"webhook-{n}" for n in range(1, layout.webhooks + 1)),
+            *(f"recorder-{n}" for n in range(1, layout.recorders + 1)),
         ]
         for name in names:
             await self._add_proxy(name)
@@ -497,8 +505,8 @@ class Cluster:
     async def in_hand(self, part: Part) -> list[Holding]:
         """Return the entries that the present life of a worker holds, as Redis has it."""
         held = []
-        for priority in PRIORITIES:
-            stream = keys.stream(part.stage, priority)
+        streams = [keys.stream(part.stage, priority) for priority in PRIORITIES]
+        for stream in [keys.EVENTS] if part.stage == "recorder" else streams:
             for consumer in await self.redis.xinfo_consumers(stream, part.stage):
                 if consumer["name"].decode().startswith(part.worker + ":") and consumer["pending"]:
                     rows = await self.redis.xpending_range(stream, part.stage, "-", "+", 1000, consumer["name"])
@@ -507,7 +515,7 @@ class Cluster:
 
     async def owner(self, stream: str, entry_id: bytes) -> str | None:
         """Return the worker name (`llm-1.3`) that holds an entry; None when nobody does, or the entry is gone."""
-        group = stream.removeprefix("job:").split("_in")[0]
+        group = "recorder" if stream == keys.EVENTS else stream.removeprefix("job:").split("_in")[0]
         rows = await self.redis.xpending_range(stream, group, entry_id, entry_id, 1)
         return rows[0]["consumer"].decode().partition(":")[0] if rows else None
 

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from tests.faults.checkers import accounts, calls, fencing, order, outcomes
+from tests.faults.batches import piece_together as piece_batches_together
+from tests.faults.checkers import accounts, batches, calls, fencing, order, outcomes
 from tests.faults.checkers.calls import Calls
 from tests.faults.checkers.outcomes import Outcomes
 from tests.faults.history import Json, Told, piece_together, read
@@ -34,6 +35,7 @@ class Case:
 
     Attributes:
         clients, faults: the files of the history.
+        batches, news: those of clients that send batches, and of receivers of webhooks, where a scenario has them.
         recoveries_s: see `Nemesis`.
         may_lose: requests whose records a scenario has destroyed: those of them that are lost, or done twice, for a
             fault of Redis in their time are counted apart, and no second look at their outcomes is demanded. What else
@@ -50,6 +52,8 @@ class Case:
         self.folder = folder
         self.clients = folder / "clients.jsonl"
         self.faults = folder / "faults.jsonl"
+        self.batches = folder / "batches.jsonl"
+        self.news = folder / "news.jsonl"
         self.recoveries_s: list[float] = []
         self.may_lose: set[int] = set()
         self.may_end: set[str] = set()
@@ -83,17 +87,18 @@ class Case:
 
     def calls(self) -> Calls:
         """Return what the replicas have written down so far."""
-        victims = {str(fault["victim"]).partition(".")[0] for fault in self._faults()}
+        victims = {str(fault["victim"]).partition(".")[0] for fault in self.faults_done()}
         return calls.check(self.requests(), sorted(self.folder.glob("run-*/replica-*.jsonl")), harmed=victims)
 
-    def _faults(self) -> list[Json]:
+    def faults_done(self) -> list[Json]:
+        """Return the faults so far."""
         return [line for line in read(self.faults) if "held" in line]
 
     # --- the verdict ------------------------------------------------------------------------------
 
     def judge(self) -> Verdict:
         """Read the files and give the verdict."""
-        requests, called, faults = self.requests(), self.calls(), self._faults()
+        requests, called, faults = self.requests(), self.calls(), self.faults_done()
         found = outcomes.check(requests, self._alive)
         self._judge_outcomes(requests, found, called, faults)
         self._judge_endings(found)
@@ -101,6 +106,8 @@ class Case:
         self._judge_accounts(requests, called, faults)
         self._judge_calls(called, faults)
         self._judge_faults(faults)
+        if self.batches.exists():
+            self._judge_batches(faults)
         return self.verdict
 
     def _judge_outcomes(self, requests: Sequence[Told], found: Outcomes, called: Calls, faults: Sequence[Json]) -> None:
@@ -169,6 +176,38 @@ class Case:
         excused = sum(line.get("repeats", 0) for line in faults)
         self.verdict.calls_repeated, self.verdict.calls_excused = called.repeated, excused
         self.require(f"at most {excused} calls are made again, not {called.repeated}", called.repeated <= excused)
+
+    def _judge_batches(self, faults: Iterable[Json]) -> None:
+        """Demand of batches what `checkers.batches` looks for. Only what was deleted by hand may be lost."""
+        verdict, news = self.verdict, list(read(self.news))
+        sent = piece_batches_together(self.batches)
+        found = batches.check(sent, news, sorted(self.folder.glob("run-*/replica-*.jsonl")))
+        deleted = {str(line["message"]) for line in faults if "message" in line}
+        lost = {message_id for message_id, word in found.ill.items() if word == "failed/lost"}
+        ill = Counter(word for message_id, word in found.ill.items() if message_id not in deleted & lost)
+        excused = sum(line["held"] or 0 for line in faults if str(line["victim"]).startswith("webhook-"))
+        verdict.accepted += found.messages
+        verdict.lost += len(lost - deleted) + len(found.unclosed)
+        verdict.destroyed += len(lost & deleted)
+        verdict.duplicated += len(found.doubled) + len(found.reopened) + len(found.late)
+        verdict.wrong += len(found.wrong) + len(found.unlike_replicas)
+        verdict.out_of_order += len(found.disordered)
+        verdict.figures["batches"] = {
+            "batches closed": found.accepted - len(found.unclosed), "messages": found.messages,
+            "webhook calls": len(news), "of them repeated an acknowledged one": found.repeated,
+            "such repetitions accounted for by kills": excused,
+        }  # fmt: skip
+        for name, those in found.broken().items():
+            self.require(f"{name.replace('_', ' ')}: {len(those)} of the batches, among them {those[:5]}", not those)
+        self.require(f"messages ended otherwise than well: {dict(ill)}", not ill)
+        self.require(f"deleted by hand, and not lost: {sorted(deleted - lost)}", deleted <= lost)
+        repeated = f"at most {excused} are told again of what they had acknowledged, not {found.repeated}"
+        self.require(repeated, found.repeated <= excused)
+        self.require("some batches are accepted", found.accepted > 0)
+        mute = [one.n for one in sent if not one.batch_id]
+        self.require(f"batches that were not accepted: {len(mute)}, among them {mute[:5]}", not mute)
+        crashed = [f"{one.n}: {one.crashed}" for one in sent if one.crashed]
+        self.require(f"senders of batches crashed: {crashed[:3]}", not crashed)
 
     def _judge_faults(self, faults: Sequence[Json]) -> None:
         """Demand that the faults met work in hand; tell how long it took to recover."""

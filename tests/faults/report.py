@@ -18,7 +18,7 @@ from tests.faults.sabotage import BREAKS, ROOT
 VERDICTS: Final = ROOT / "docs" / "reliability.jsonl"
 PAGE: Final = ROOT / "docs" / "RELIABILITY.md"
 LONG: Final = 21
-MATRIX: Final = range(1, LONG)
+MATRIX: Final = (*range(1, LONG), 22, 23)
 
 COLUMNS: Final = (
     "#", "Scenario", "`just faults` with", "Accepted", "Kills", "Faults", "met work", "Lost", "Destroyed", "Duplicated",
@@ -47,6 +47,8 @@ def main() -> int:
     page = PAGE.read_text()
     if matrix := [cells[number] for number in sorted(cells) if number != LONG]:
         page = put(page, "matrix", f"{table(COLUMNS, [row(cell) for cell in matrix])}\n\n{caption(matrix)}")
+    if with_batches := [cell for cell in matrix if "batches" in cell["figures"]]:
+        page = put(page, "batches", "\n".join(f"- {batches(cell)}" for cell in with_batches))
     if LONG in cells:
         page = put(page, "long run", f"{long_run(cells[LONG])}\n\n{caption([cells[LONG]])}")
     if breaks:
@@ -78,6 +80,14 @@ def row(cell: Json) -> list[str]:
         "green" if cell["green"] else "**red**",
     ]  # fmt: skip
     return [str(value) for value in values]
+
+
+def batches(cell: Json) -> str:
+    """Return what came of the batches of one cell."""
+    figures = dict(cell["figures"])
+    counts = figures.pop("batches")
+    late = "".join(f"; {name} {value}" for name, value in figures.items() if name.startswith("batch "))
+    return f"Scenario {cell['number']}, seed {cell['seed']}, {cell['seconds']:.0f} s: {_words(counts)}{late}"
 
 
 def grown(mib: dict[str, float]) -> str:
