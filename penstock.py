@@ -127,7 +127,7 @@ def gateway(
 def stage(
     names: Annotated[
         list[str],
-        typer.Argument(metavar="NAME...", help="encoder, retriever, llm, aggregator, webhook, chat, recorder"),
+        typer.Argument(metavar="NAME...", help="encoder, retriever, llm, aggregator, webhook, chat, image, recorder"),
     ],
 ) -> None:
     """Run one or more stages in this process."""
@@ -135,6 +135,15 @@ def stage(
     from stages.__main__ import run as run_stages
 
     raise typer.Exit(run_stages(names, settings))
+
+
+@app.command()
+def telegram() -> None:
+    """Connect a Telegram bot to the chats: one process per bot."""
+    settings = _settings()
+    from gateway.telegram import run as run_telegram
+
+    raise typer.Exit(run_telegram(settings))
 
 
 @app.command("mock-llm")

@@ -140,6 +140,21 @@ class ChatPayload(Payload):
     epoch: int = Field(0, ge=0)
 
 
+class ImagePayload(Payload):
+    """An image that follows a chat's reply.
+
+    Attributes:
+        chat: as it stands in keys.
+        epoch: of the reply.
+        message_id: of the reply; the image bears it, too.
+    """
+
+    chat: Annotated[str, StringConstraints(min_length=1, max_length=300)]
+    epoch: int = Field(ge=0)
+    message_id: Name
+    prompt: Annotated[str, StringConstraints(min_length=1)]
+
+
 @dataclass(frozen=True, slots=True)
 class Flow:
     """One kind of job.
@@ -239,6 +254,13 @@ FLOWS: Final[dict[str, Flow]] = {
             lifetime="chat_s",
             result=("ended", "message_ids", "text"),
             recorded=True,
+        ),
+        Flow(
+            "image",
+            route=("image",),
+            payload=ImagePayload,
+            lifetime="image_s",
+            result=("image_id", "ended", "bytes"),
         ),
         Flow(
             "webhook",

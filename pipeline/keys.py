@@ -38,7 +38,10 @@ key                        type    life                         written by      
 `chat_seen:<chat>`         zset    24 h, 1,000 ids              say                     say
 `chat_turns:<chat>`        list    as its chat, 50 turns        chat_save               chat stage, gateways
 `chat_events:<chat>`       stream  as its chat, about 1,000     chat scripts            gateways
+`chat_image:<chat>:<id>`   hash    setting, 24 h                chat_image              gateways
 `persona:<name>`           hash    for ever                     gateways                chat stage, say
+`telegram:<bot>`           zset    as chats, after their last   telegram connector      telegram connector
+`telegram_at:<bot>:<chat>` string  as its chat; `updates`: 1 day telegram connector      telegram connector
 """
 
 from __future__ import annotations
@@ -81,7 +84,10 @@ CHAT_OPEN: Final = "chat_open:"
 CHAT_SEEN: Final = "chat_seen:"
 CHAT_TURNS: Final = "chat_turns:"
 CHAT_EVENTS: Final = "chat_events:"
+CHAT_IMAGE: Final = "chat_image:"
 PERSONA: Final = "persona:"
+TELEGRAM: Final = "telegram:"
+TELEGRAM_AT: Final = "telegram_at:"
 API_KEY_NAME: Final = "name:"
 """What a field of that hash begins with where it leads from a name to a digest."""
 
@@ -122,6 +128,7 @@ LUA_KEYS: Final = {
     "chat_seen": CHAT_SEEN,
     "chat_turns": CHAT_TURNS,
     "chat_events": CHAT_EVENTS,
+    "chat_image": CHAT_IMAGE,
     "chat_channel": CHAT_CHANNEL,
     "persona": PERSONA,
     "api_key_name": API_KEY_NAME,

@@ -32,7 +32,9 @@ from pipeline.errors import ConfigError
 from pipeline.settings import RetrieverSettings, Settings
 from pipeline.supervisor import Program, Supervisor
 
-STAGES: Final = ("encoder", "retriever", "llm", "aggregator", "webhook", "chat")
+STAGES: Final = ("encoder", "retriever", "llm", "aggregator", "webhook")
+LATER: Final = ("chat", "image")
+"""Stages that nobody waits for when it all begins."""
 MOCKS: Final = 3
 READY_POLL_S: Final = 0.02
 READY_HINT_S: Final = 10.0  # how often to say what `up` still waits for
@@ -118,6 +120,8 @@ async def _run(plan: Plan, supervisor: Supervisor, port: int, mocks: Sequence[in
         supervisor.start(replace(_program(f"mock{number}", command, environ), quiet=True))
     if mocks:
         environ["PENSTOCK_LLM__URLS"] = ",".join(_local(mock_port) for mock_port in mocks)
+        if not settings.images.url:
+            environ["PENSTOCK_IMAGES__URL"] = _local(mocks[0])
     if plan.start_redis:
         redis_url = await _start_redis(supervisor, data_dir, lock)
         environ["PENSTOCK_REDIS__URL"] = redis_url
@@ -125,6 +129,9 @@ async def _run(plan: Plan, supervisor: Supervisor, port: int, mocks: Sequence[in
         supervisor.start(_program(stage, ["stages", stage], environ))
     supervisor.start(_program("gateway", ["gateway"], environ))
     await _until_ready(settings.gateway.host, port)
+    for stage in LATER:
+        if stage != "image" or settings.images.url or mocks:
+            supervisor.start(_program(stage, ["stages", stage], environ))
     # Nobody waits for the recorder, and its start would delay the others'.
     supervisor.start(_program("recorder", ["stages", "recorder"], environ | {"PENSTOCK_HISTORY__AUTO_UPGRADE": "true"}))
     url = f"http://{_authority(_reachable(settings.gateway.host), port)}"
@@ -264,7 +271,7 @@ async def _drain(supervisor: Supervisor, drain_s: float) -> None:
     _log.info("draining", at_most_s=drain_s)
     mocks = [name for name in supervisor.children if name.startswith("mock")]
     await supervisor.stop(["gateway"], drain_s + STOP_MARGIN_S)
-    await supervisor.stop(STAGES, drain_s + STOP_MARGIN_S)
+    await supervisor.stop([*STAGES, *LATER], drain_s + STOP_MARGIN_S)
     await supervisor.stop(["recorder"], RECORDER_STOP_S)
     await supervisor.stop(mocks, MOCK_STOP_S)
     await supervisor.stop(["redis"], REDIS_STOP_S)

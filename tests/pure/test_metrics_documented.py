@@ -12,6 +12,7 @@ import pipeline.metrics
 import stages.aggregator
 import stages.chat
 import stages.embedders
+import stages.image
 import stages.llm
 import stages.webhook
 from tests.gateway.fake import NOTHING
@@ -23,6 +24,7 @@ MODULES = (
     stages.aggregator,
     stages.chat,
     stages.embedders,
+    stages.image,
     stages.llm,
     stages.webhook,
 )

@@ -50,6 +50,7 @@ WORDS: Final = {
     "aggregator": "-m stages aggregator",
     "webhook": "-m stages webhook",
     "chat": "-m stages chat",
+    "image": "-m stages image",
     "recorder": "-m stages recorder",
     "gateway": "-m gateway",
     "redis": "redis.sock",
