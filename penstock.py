@@ -126,7 +126,10 @@ def gateway(
 def stage(
     names: Annotated[
         list[str],
-        typer.Argument(metavar="NAME...", help="encoder, retriever, llm, aggregator, webhook, chat, report, recorder"),
+        typer.Argument(
+            metavar="NAME...",
+            help="encoder, retriever, llm, aggregator, webhook, chat, image, report, recorder",
+        ),
     ],
 ) -> None:
     """Run one or more stages in this process."""
@@ -134,6 +137,15 @@ def stage(
     from stages.__main__ import run as run_stages
 
     raise typer.Exit(run_stages(names, settings))
+
+
+@app.command()
+def telegram() -> None:
+    """Connect a Telegram bot to the chats: one process per bot."""
+    settings = _settings()
+    from gateway.telegram import run as run_telegram
+
+    raise typer.Exit(run_telegram(settings))
 
 
 @app.command("mock-llm")

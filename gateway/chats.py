@@ -27,7 +27,7 @@ from pipeline.chats import LOOK_EVERY_S, Message, Persona, Policy
 from pipeline.connection import CommandRefused
 from pipeline.errors import PenstockError
 from pipeline.flows import ModelName, Name, Payload
-from pipeline.job import Json, Priority, new_id
+from pipeline.job import Json, Priority, is_valid_id, new_id
 
 T = TypeVar("T")
 
@@ -117,6 +117,7 @@ class PersonaRequest(Payload):
     state_prompt: Prompt | None = Field(None, description="what to remember of a chat: asks for one JSON object")
     model: ModelName | None = None
     temperature: float | None = Field(None, ge=0, le=2)
+    image_prompt: Prompt | None = Field(None, description="an image is made of it and each reply, after the reply")
     policy: Policy = Field("merge", description="a new message waits for the next reply, or interrupts this one")
 
 
@@ -128,6 +129,7 @@ class PersonaShown(BaseModel):
     state_prompt: str | None
     model: str | None
     temperature: float | None
+    image_prompt: str | None
     policy: Policy
 
 
@@ -197,9 +199,9 @@ async def _clear(call: Call, chat_id: str, persona: str | None) -> Json:
 async def events(call: Call) -> Answer:
     """Hear what happens in a chat, as server-sent events.
 
-    `reply`, `failed`, `expired` and `cleared` come with the chat's id and epoch and the ids of the messages they are
-    about. Each has an id; a client that names the last one it saw (`Last-Event-ID`, or `after`) misses nothing that is
-    kept, about a thousand events; one that names none hears what comes from now on.
+    `reply`, `image`, `failed`, `expired` and `cleared` come with the chat's id and epoch and the ids of the messages
+    they are about. Each has an id; a client that names the last one it saw (`Last-Event-ID`, or `after`) misses
+    nothing that is kept, about a thousand events; one that names none hears what comes from now on.
     """
     chat = keys.of_tenant(call.tenant, _chat_id(call))
     given = _parameters(call, {"after"})
@@ -249,6 +251,17 @@ async def _wait(stop: asyncio.Task[Any], news: asyncio.Event) -> None:
         heard.cancel()
 
 
+async def image(call: Call) -> Answer:
+    """Fetch an image that followed a reply; kept for a day."""
+    chat, image_id = keys.of_tenant(call.tenant, _chat_id(call)), call.path_id("image_id")
+    found = await _from_redis(call.front.chats.image(chat, image_id)) if is_valid_id(image_id) else None
+    if found is None:
+        raise Problem(404, "image_not_found", f"there is no image {image_id[:128]!r} (any more)")
+    data, content_type = found
+    headers = [(b"cache-control", b"private, max-age=86400, immutable"), (b"x-content-type-options", b"nosniff")]
+    return Answer(200, data, headers, content_type)
+
+
 async def history(call: Call) -> Answer:
     """Tell what was said in a chat, oldest first.
 
@@ -293,7 +306,8 @@ async def set_persona(call: Call) -> Answer:
     request = await call.read(PersonaRequest)
     name = _chat_id(call, "name")
     persona = Persona(
-        request.system_prompt, request.state_prompt, request.model, request.temperature, request.policy
+        request.system_prompt, request.state_prompt, request.model, request.temperature, request.image_prompt,
+        request.policy,
     )  # fmt: skip
     await _from_redis(call.front.chats.set_persona(call.tenant, name, persona))
     return answer(_shown_persona(name, persona))
@@ -392,6 +406,16 @@ OPERATIONS: Final = (
         errors=(422,),
         parameters=(_IN_PATH, Parameter("after", "the id of the last event seen, where no `Last-Event-ID` is sent")),
         streams=True,
+        media="text/event-stream",
+    ),
+    Operation(
+        "GET",
+        "/chat/{chat_id}/images/{image_id}",
+        image,
+        answers={200: None},
+        errors=(404, 422),
+        parameters=(_IN_PATH, Parameter("image_id", "as its event names it", required=True, type=Name)),
+        media="image/*",
     ),
     Operation(
         "GET",

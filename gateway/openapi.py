@@ -137,15 +137,14 @@ def _operation_id(operation: Operation) -> str:
 def _responses(operation: Operation) -> Json:
     answers: dict[int, type[BaseModel] | None] = {**operation.answers}
     answers.update((status, ErrorAnswer) for status in sorted(errors_of(operation)))
-    plain = "text/event-stream" if operation.streams else "text/plain"
-    return {str(status): _response(status, model, plain) for status, model in answers.items()}
+    return {str(status): _response(status, model, operation.media) for status, model in answers.items()}
 
 
-def _response(status: int, model: type[BaseModel] | None, plain: str) -> Json:
+def _response(status: int, model: type[BaseModel] | None, media: str) -> Json:
     headers = {"x-request-id": {"$ref": "#/components/headers/RequestId"}}
     if status in _RETRY_AFTER:
         headers["retry-after"] = {"$ref": "#/components/headers/RetryAfter"}
-    content: Json = {"application/json": {"schema": _ref(model)}} if model else {plain: {"schema": _TEXT}}
+    content: Json = {"application/json": {"schema": _ref(model)}} if model else {media: {"schema": _TEXT}}
     return {"description": _MEANING[status], "headers": headers, "content": content}
 
 

@@ -83,6 +83,7 @@ class Operation:
         guarded: whether it asks for an API key where any is configured.
         idempotent: whether it honours `Idempotency-Key`.
         example: a body that shows the reader how to begin.
+        media: type of an answer that is not JSON.
         streams: whether it answers with events for as long as the client stays.
         unavailable: counts a call of which Redis could not tell who makes it; the rest the operation counts itself.
     """
@@ -97,6 +98,7 @@ class Operation:
     guarded: bool = True
     idempotent: bool = False
     example: Json | None = None
+    media: str = "text/plain"
     streams: bool = False
     unavailable: Callable[[], None] = lambda: None
 

@@ -48,6 +48,7 @@ from loadtest.protocol import (
     one_model,
     read_chat,
     read_embeddings,
+    read_images,
     read_json,
 )
 from loadtest.record import Ledger
@@ -167,6 +168,8 @@ class Replica:
                 await self._serve(call, path, read_chat)
             case "POST", "/v1/embeddings":
                 await self._serve(call, path, read_embeddings)
+            case "POST", "/v1/images/generations":
+                await self._serve(call, path, read_images)
             case "GET", "/v1/models":
                 await call.answer(200, list_models(self._options.models, self._started))
             case "GET", "/livez":
@@ -185,8 +188,8 @@ class Replica:
                 self._refuse(method, path)
 
     def _refuse(self, method: str, path: str) -> None:
-        known = {"/v1/chat/completions", "/v1/embeddings", "/v1/models", "/livez", "/mock/requests", "/mock/behaviour"}
-        if path in known:
+        made = {"/v1/chat/completions", "/v1/embeddings", "/v1/images/generations"}
+        if path in made | {"/v1/models", "/livez", "/mock/requests", "/mock/behaviour"}:
             raise ApiError(405, f"{path} does not take {method}.", code="method_not_allowed")
         raise ApiError(404, f"There is nothing at {path}.", code="not_found")
 

@@ -7,6 +7,9 @@ replica does; `temperature`, `seed`, `tools` and their like change nothing.
 
 from __future__ import annotations
 
+import base64
+import struct
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +26,7 @@ DEFAULT_MODEL = "mock"
 DEFAULT_DIMENSIONS = 256
 MAX_DIMENSIONS = 4096
 MAX_INPUTS = 2048  # as OpenAI's own limit
+MAX_IMAGES = 10  # likewise
 
 JSON = b"application/json"
 EVENTS = b"text/event-stream; charset=utf-8"
@@ -162,7 +166,39 @@ class EmbeddingsRequest:
         return Reply([orjson.dumps({"object": "list", "data": data, "model": self.model, "usage": usage})], JSON, 0)
 
 
-Request = ChatRequest | EmbeddingsRequest
+@dataclass(frozen=True, slots=True)
+class ImagesRequest:
+    """A checked request to `/v1/images/generations`."""
+
+    model: str
+    prompt: str
+    count: int
+
+    @property
+    def asked(self) -> dict[str, object]:
+        """What goes on record."""
+        return {"model": self.model, "prompt": self.prompt}
+
+    def reply(self, _reply_id: str, created: int) -> Reply:
+        """Return small images, one colour for each prompt; no token is generated for them."""
+        data = [{"b64_json": base64.b64encode(paint(self.prompt)).decode()}] * self.count
+        return Reply([orjson.dumps({"created": created, "data": data})], JSON, 0)
+
+
+Request = ChatRequest | EmbeddingsRequest | ImagesRequest
+
+
+def paint(prompt: str) -> bytes:
+    """Return a PNG of 16 by 16 points, whose colour is taken from the prompt."""
+    width = height = 16
+    colour = zlib.crc32(prompt.encode()).to_bytes(4)[:3]
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits a colour, RGB
+    rows = (b"\0" + colour * width) * height
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def read_json(body: bytes) -> dict[str, Any]:
@@ -239,6 +275,26 @@ def read_embeddings(body: bytes) -> EmbeddingsRequest:
     if encoding not in ("float", "base64"):
         raise ApiError(400, "'encoding_format' must be 'float' or 'base64'.", param="encoding_format")
     return EmbeddingsRequest(model, texts, dimensions, encoding == "base64")
+
+
+def read_images(body: bytes) -> ImagesRequest:
+    """Return the images request in *body*.
+
+    Raises:
+        ApiError: 400, a field is missing or has a wrong form; its name is in `param`.
+    """
+    fields = read_json(body)
+    model = _read_model(fields) if "model" in fields else DEFAULT_MODEL
+    prompt, count = fields.get("prompt"), 1 if fields.get("n") is None else fields["n"]
+    if not isinstance(prompt, str) or not prompt:
+        raise ApiError(400, "'prompt' must be text, and not empty.", param="prompt")
+    if not _is_count(count) or count > MAX_IMAGES:
+        raise ApiError(400, f"'n' must be a whole number from 1 to {MAX_IMAGES}.", param="n")
+    if fields.get("response_format") not in (None, "b64_json"):
+        raise ApiError(
+            400, "'response_format' must be 'b64_json': this server keeps no files.", param="response_format"
+        )
+    return ImagesRequest(model, prompt, count)
 
 
 def list_models(models: tuple[str, ...], created: int) -> bytes:

@@ -38,6 +38,7 @@ LOOK_EVERY_S: Final = 5.0
 
 Policy = Literal["merge", "interrupt"]
 Saved = Literal["saved", "already", "lost", "gone"]
+Kept = Literal["kept", "already", "lost"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +75,17 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Persona:
-    """Who answers; where a field is None the service's own words or settings are used."""
+    """Who answers; where a field is None the service's own words or settings are used.
+
+    Attributes:
+        image_prompt: what stands before a reply that an image is made of; None: no images.
+    """
 
     system_prompt: str | None = None
     state_prompt: str | None = None
     model: str | None = None
     temperature: float | None = None
+    image_prompt: str | None = None
     policy: Policy = "merge"
 
 
@@ -240,6 +246,12 @@ class Chats:
         word: Saved = reply[1].decode()
         return word, int(reply[2])
 
+    async def keep_image(self, chat: str, epoch: int, image_id: str, data: bytes, content_type: str) -> Kept:
+        """Keep an image and tell of it, unless the chat has begun anew since (`lost`)."""
+        args = (chat, epoch, image_id, data, content_type, int(self._settings.images.keep_s * 1000))
+        word: Kept = (await self._run(scripts.CHAT_IMAGE, args))[1].decode()
+        return word
+
     async def _run(self, script: scripts.Script, args: Sequence[Argument]) -> Any:
         try:
             sent_us = monotonic_us()
@@ -266,6 +278,12 @@ class Chats:
         """Return the last turns of a chat, oldest first."""
         found = await within(self._link.call("LRANGE", keys.CHAT_TURNS + chat, 0, -1))
         return [orjson.loads(turn) for turn in found]
+
+    async def image(self, chat: str, image_id: str) -> tuple[bytes, bytes] | None:
+        """Return an image and its type, None where there is none (any more)."""
+        key = f"{keys.CHAT_IMAGE}{chat}:{image_id}"
+        data, content_type = await self._within(self._link.call("HMGET", key, "data", "type"))
+        return None if data is None or content_type is None else (data, content_type)
 
     async def persona(self, tenant: str, name: str) -> Persona | None:
         """Return a persona; None where nobody has set it up."""
@@ -348,5 +366,5 @@ def _persona(fields: Sequence[bytes]) -> Persona:
         temperature = float(found["temperature"])
     except (KeyError, ValueError):
         temperature = None
-    texts = {name: found.get(name) or None for name in ("system_prompt", "state_prompt", "model")}
+    texts = {name: found.get(name) or None for name in ("system_prompt", "state_prompt", "model", "image_prompt")}
     return Persona(**texts, temperature=temperature, policy=policy)

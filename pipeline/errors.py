@@ -72,6 +72,9 @@ class MalformedCursor(PenstockError):
     """This cursor was not given out by the list that it was sent to."""
 
 
+NOT_YET = "not_yet"
+"""Code of a `RetryLater` by which a job waits for its time, and nothing is wrong: no log tells of it."""
+
 # --- Time acts ---------------------------------------------------------------------------------
 
 

@@ -177,6 +177,21 @@ class ReportPayload(Payload):
     cache_ms: int = Field(ge=1)
 
 
+class ImagePayload(Payload):
+    """An image that follows a chat's reply.
+
+    Attributes:
+        chat: as it stands in keys.
+        epoch: of the reply.
+        message_id: of the reply; the image bears it, too.
+    """
+
+    chat: Annotated[str, StringConstraints(min_length=1, max_length=300)]
+    epoch: int = Field(ge=0)
+    message_id: Name
+    prompt: Annotated[str, StringConstraints(min_length=1)]
+
+
 @dataclass(frozen=True, slots=True)
 class Flow:
     """One kind of job.
@@ -290,6 +305,13 @@ FLOWS: Final[dict[str, Flow]] = {
             record="report",
             recorded=True,
             private=True,
+        ),
+        Flow(
+            "image",
+            route=("image",),
+            payload=ImagePayload,
+            lifetime="image_s",
+            result=("image_id", "ended", "bytes"),
         ),
         Flow(
             "webhook",

@@ -20,7 +20,7 @@ from pipeline import flows, keys, metrics
 from pipeline.clock import Clock
 from pipeline.connection import Argument, Backoff, Outage
 from pipeline.deadlines import Deadlines
-from pipeline.errors import BrokerUnavailable, DeadlineExceeded, MalformedEntry, PenstockError, RetryLater
+from pipeline.errors import NOT_YET, BrokerUnavailable, DeadlineExceeded, MalformedEntry, PenstockError, RetryLater
 from pipeline.job import OURS, Completion, Done, Job, Json, decode, decode_foreign, error_body
 from pipeline.limit import Alarm
 from pipeline.outcomes import Bury, Complete, Forward, Retry, decide, ended
@@ -278,7 +278,10 @@ class Handling:
                 return Parting(held, self._end(held, completion, start), completion.status, completion)
             case Retry(delay_s, attempt, error):
                 # The message may quote what a replica said of a prompt: it stands in the outcome, not in the log.
-                self._log(held).info("retrying", in_s=round(delay_s, 3), code=error["code"])
+                line = self._log(held)
+                (line.debug if error["code"] == NOT_YET else line.info)(
+                    "retrying", in_s=round(delay_s, 3), code=error["code"]
+                )
                 job.attempt = attempt
                 job.replica = None
                 vector = held.entry.vector or b""

@@ -38,6 +38,7 @@ key                        type    life                         written by      
 `chat_seen:<chat>`         zset    24 h, 1,000 ids              say                     say
 `chat_turns:<chat>`        list    as its chat, 50 turns        chat_save               chat stage, gateways
 `chat_events:<chat>`       stream  as its chat, about 1,000     chat scripts            gateways
+`chat_image:<chat>:<id>`   hash    setting, 24 h                chat_image              gateways
 `persona:<name>`           hash    for ever                     gateways                chat stage, say
 `report_generation_requests` stream an entry until it is taken  any back end            report
 `report_generation_responses` stream setting, age and count     report, who ends a job  any back end
@@ -49,6 +50,8 @@ key                        type    life                         written by      
 `user:<user_id>`           hash    as the last response, longer report, gateways        report, who ends a job
 `user_data:<user_id>`      zset    as the last response         who begins or ends a job  gateways
 `queues:<tenant>`          set     for ever, a setting bounds it gateways, webhook      gateways
+`telegram:<bot>`           zset    as chats, after their last   telegram connector      telegram connector
+`telegram_at:<bot>:<chat>` string  as its chat; `updates`: 1 day telegram connector      telegram connector
 """
 
 from __future__ import annotations
@@ -91,6 +94,7 @@ CHAT_OPEN: Final = "chat_open:"
 CHAT_SEEN: Final = "chat_seen:"
 CHAT_TURNS: Final = "chat_turns:"
 CHAT_EVENTS: Final = "chat_events:"
+CHAT_IMAGE: Final = "chat_image:"
 PERSONA: Final = "persona:"
 REPORT_REQUESTS: Final = "report_generation_requests"
 REPORT_RESPONSES: Final = "report_generation_responses"
@@ -102,6 +106,8 @@ INPUT: Final = "input:"
 USER: Final = "user:"
 USER_DATA: Final = "user_data:"
 QUEUES: Final = "queues:"
+TELEGRAM: Final = "telegram:"
+TELEGRAM_AT: Final = "telegram_at:"
 API_KEY_NAME: Final = "name:"
 """What a field of that hash begins with where it leads from a name to a digest."""
 
@@ -142,6 +148,7 @@ LUA_KEYS: Final = {
     "chat_seen": CHAT_SEEN,
     "chat_turns": CHAT_TURNS,
     "chat_events": CHAT_EVENTS,
+    "chat_image": CHAT_IMAGE,
     "chat_channel": CHAT_CHANNEL,
     "persona": PERSONA,
     "queues": QUEUES,

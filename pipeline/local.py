@@ -32,8 +32,8 @@ from pipeline.errors import ConfigError
 from pipeline.settings import RetrieverSettings, Settings
 from pipeline.supervisor import Program, Supervisor
 
-STAGES: Final = ("encoder", "retriever", "llm", "aggregator", "webhook", "chat")
-LATER: Final = ("report",)
+STAGES: Final = ("encoder", "retriever", "llm", "aggregator", "webhook")
+LATER: Final = ("chat", "image", "report")
 """Stages that nobody waits for when it all begins."""
 MOCKS: Final = 3
 READY_POLL_S: Final = 0.02
@@ -120,6 +120,8 @@ async def _run(plan: Plan, supervisor: Supervisor, port: int, mocks: Sequence[in
         supervisor.start(replace(_program(f"mock{number}", command, environ), quiet=True))
     if mocks:
         environ["PENSTOCK_LLM__URLS"] = ",".join(_local(mock_port) for mock_port in mocks)
+        if not settings.images.url:
+            environ["PENSTOCK_IMAGES__URL"] = _local(mocks[0])
     if plan.start_redis:
         redis_url = await _start_redis(supervisor, data_dir, lock)
         environ["PENSTOCK_REDIS__URL"] = redis_url
@@ -128,7 +130,8 @@ async def _run(plan: Plan, supervisor: Supervisor, port: int, mocks: Sequence[in
     supervisor.start(_program("gateway", ["gateway"], environ))
     await _until_ready(settings.gateway.host, port)
     for stage in LATER:
-        supervisor.start(_program(stage, ["stages", stage], environ))
+        if stage != "image" or settings.images.url or mocks:
+            supervisor.start(_program(stage, ["stages", stage], environ))
     # Nobody waits for the recorder, and its start would delay the others'.
     supervisor.start(_program("recorder", ["stages", "recorder"], environ | {"PENSTOCK_HISTORY__AUTO_UPGRADE": "true"}))
     url = f"http://{_authority(_reachable(settings.gateway.host), port)}"

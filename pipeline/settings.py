@@ -285,7 +285,7 @@ class MessagesSettings(Section):
 class ChatsSettings(Section):
     """Chats: when their messages are answered, and what is kept of them."""
 
-    slots: int = Field(512, ge=1, le=4096, description="runs in hand of one chat process, most of them waiting")
+    slots: int = Field(512, ge=1, le=4096, description="runs in hand of one chat process")
     max_batch: int = Field(20, ge=1, le=200, description="messages that one reply answers")
     max_waiting: int = Field(200, ge=1, le=10_000, description="messages that may wait in one chat")
     single_ms: int = Field(30, ge=0, le=1_000, description="a single message to an idle chat waits so long for company")
@@ -313,6 +313,29 @@ class ReportsSettings(Section):
     max_tokens: int = Field(4096, ge=256, le=131_072, description="of the model's answer")
 
 
+class ImagesSettings(Section):
+    """Images after replies of chats, from a server that speaks OpenAI's `/v1/images/generations`."""
+
+    url: ServiceUrl = Field("", description="base address of the server; without one no images are made")
+    model: str = Field("", max_length=256, description="sent to the server; nothing is sent when empty")
+    api_key: SecretStr | None = Field(None, description="sent to the server as bearer token")
+    size: str = Field("512x512", pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", description="sent to the server")
+    slots: int = Field(2, ge=1, le=256, description="images that one process has made at once")
+    timeout_s: float = Field(120.0, gt=0, le=600, description="for one image")
+    connect_timeout_s: float = Field(2.0, gt=0, le=60)
+    max_bytes: int = Field(8 << 20, ge=1024, le=64 << 20, description="of one image")
+    keep_s: float = Field(86_400.0, ge=60, le=30 * 86_400, description="how long an image can be fetched")
+
+
+class TelegramSettings(Section):
+    """The Telegram connector."""
+
+    token: SecretStr | None = Field(None, description="of the bot, from @BotFather")
+    api_url: ServiceUrl = Field("https://api.telegram.org", description="the Bot API, or a local server of it")
+    tenant: str = Field("default", pattern=r"^[A-Za-z0-9._-]{1,128}$", description="whose chats and personas these are")
+    poll_s: float = Field(25.0, ge=0, le=50, description="how long one call waits for messages")
+
+
 class LogSettings(Section):
     """Log lines on standard output."""
 
@@ -335,6 +358,7 @@ class Lifetimes(Section):
     message_s: float = Field(86_400.0, gt=0)
     webhook_s: float = Field(345_600.0, gt=0)
     batch_s: float = Field(86_400.0, gt=0)
+    image_s: float = Field(600.0, gt=0, le=86_400)
     chat_s: float = Field(540.0, gt=0, le=1_200, description="one run of a chat; its lock lasts a minute longer")
     report_s: float = Field(3_600.0, gt=0, le=86_400)
 
@@ -360,6 +384,8 @@ class Settings(Section):
     messages: MessagesSettings = MessagesSettings()
     chats: ChatsSettings = ChatsSettings()
     reports: ReportsSettings = ReportsSettings()
+    images: ImagesSettings = ImagesSettings()
+    telegram: TelegramSettings = TelegramSettings()
 
     @property
     def renew_timeout_s(self) -> float:
@@ -391,6 +417,7 @@ ALIASES: Final[dict[str, tuple[str, str]]] = {
     "DATABASE_URL": ("history", "url"),
     "REDIS_CACHE_TTL": ("reports", "input_ttl_s"),
     "PENSTOCK_API_KEYS": ("gateway", "api_keys"),
+    "TELEGRAM_BOT_TOKEN": ("telegram", "token"),
 }
 """Names from elsewhere; a later row wins over an earlier one, and `PENSTOCK_<SECTION>__<NAME>` over all."""
 

@@ -19,8 +19,8 @@ import structlog
 from prometheus_client import Counter
 
 from pipeline.chats import Taken
-from pipeline.errors import Reject
-from pipeline.flows import ChatPayload
+from pipeline.errors import NOT_YET, Reject, RetryLater
+from pipeline.flows import ChatPayload, ImagePayload, new_job
 from pipeline.histogram import Histogram
 from pipeline.job import Done, Job, Json
 from pipeline.stage import Context, Stage
@@ -28,6 +28,9 @@ from pipeline.stage import Context, Stage
 if TYPE_CHECKING:
     from pipeline.settings import Settings
 
+IN_HAND_MS: Final = 50
+"""The longest wait in a worker's hands. Longer ones are among the delayed jobs: a process that dies with hundreds of
+entries in hand, twice, would leave each of them suspected of having killed it."""
 MOST_STATE_CHARS: Final = 8_000
 """What the first brain may remember; a longer answer leaves the state as it was."""
 
@@ -69,6 +72,8 @@ class Chat(Stage):
     def __init__(self, settings: Settings) -> None:
         self.slots = settings.chats.slots
         self._prompt_chars = settings.chats.prompt_chars
+        self._makes_images = bool(settings.images.url)
+        self._image_life_s = settings.lifetimes.image_s
         self._context: Context
         for ended in _ENDS:  # a counter that begins at 1 shows no increase
             RUNS.labels(ended)
@@ -82,6 +87,7 @@ class Chat(Stage):
 
         Raises:
             Reject: the model had nothing to say.
+            RetryLater: it is not time yet.
         """
         run = ChatPayload.model_validate(job.payload)
         match len(job.route):
@@ -100,6 +106,9 @@ class Chat(Stage):
             STRANGE.inc(taken.dropped)
             if taken.word != "wait":
                 break
+            if taken.wait_ms > IN_HAND_MS:
+                after_s = max(0.0, taken.wait_ms / 1100 - 0.1)  # what is added to it then is not more
+                raise RetryLater("somebody may say more", code=NOT_YET, after_s=after_s, charged=False)
             await asyncio.sleep(taken.wait_ms / 1000)
         if taken.word != "taken":
             return self._end(job, taken.word)
@@ -122,7 +131,8 @@ class Chat(Stage):
             state = taken.state
         messages = job.state["messages"]
         ask = self._ask(taken, reply_call(taken, self._within(taken, messages), state, messages))
-        return Done({"ask": ask, "memory": state})
+        image_prompt = taken.persona.image_prompt if self._makes_images else None
+        return Done({"ask": ask, "memory": state, "image_prompt": image_prompt})
 
     async def _send(self, job: Job, run: ChatPayload) -> Done:
         """Make the reply known."""
@@ -140,7 +150,20 @@ class Chat(Stage):
             now_ms = self._context.clock.now_ms()
             BATCH.labels("answered").observe(answered)
             SPAN_S.labels("run").observe(max(0, now_ms - job.state["taken_ms"]) / 1000)
-        return self._end(job, "answered", {"message_ids": message_ids, "text": text})
+        done = self._end(job, "answered", {"message_ids": message_ids, "text": text})
+        return Done(done.value, start=self._image(job, run, text))
+
+    def _image(self, job: Job, run: ChatPayload, text: str) -> tuple[Job, ...]:
+        """Return the job that makes an image of the reply, where the persona wants one. It begins as the run ends."""
+        prompt = job.state.get("image_prompt")
+        if not prompt:
+            return ()
+        payload = ImagePayload(chat=run.chat, epoch=run.epoch, message_id=job.id, prompt=f"{prompt}\n\n{text}")
+        image = new_job(
+            "image", payload, job_id=f"{job.id}-image", now_ms=self._context.clock.now_ms(),
+            lifetime_s=self._image_life_s, tenant=job.tenant, priority="low",
+        )  # fmt: skip
+        return (image,)
 
     def _end(self, job: Job, word: str, more: Json | None = None) -> Done:
         """End the run here, whatever its route still holds."""

@@ -371,6 +371,8 @@ local function end_vanished(key, chat, now_us)
     local _, at_b = message_of(b)
     return tonumber(at_a or '0') < tonumber(at_b or '0')
   end)
+  call('HDEL', KEY.chat .. key, 'taken') -- what stands in front now was taken by nobody
+  chat.taken = 0
   local text = '{"type":"expired","code":"queue_expired","message":"the message waited too long to be answered"}'
   return end_messages(key, chat, gone, 'expired', text, now_us)
 end

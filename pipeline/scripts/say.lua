@@ -24,6 +24,7 @@ check_chat(key)
 check_type(seen, 'zset')
 check_type(ARGV[8], 'stream')
 local holder = holder_of(key)
+if holder and call('EXISTS', KEY.live .. holder) == 0 then holder = nil end -- somebody deleted its run by hand
 if idem ~= '' then
   check_type(idem, 'hash')
   local known = call('HMGET', idem, 'hash', 'job')

@@ -25,8 +25,8 @@ from tests.cli.conftest import clean_environment, lives
 from tests.conftest import wait_until
 
 PARTS = [
-    "aggregator", "chat", "encoder", "gateway", "llm", "mock1", "mock2", "mock3", "recorder", "redis", "report",
-    "retriever", "webhook",
+    "aggregator", "chat", "encoder", "gateway", "image", "llm", "mock1", "mock2", "mock3", "recorder", "redis",
+    "report", "retriever", "webhook",
 ]  # fmt: skip
 PATH = (
     "/nonexistent" if os.environ.get("TEST_SERVER") == "valkey" else os.environ["PATH"]

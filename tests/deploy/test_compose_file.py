@@ -29,6 +29,7 @@ WANTED = {
     "report",
     "webhook",
     "chat",
+    "image",
     "mock_llm_1",
     "mock_llm_2",
     "mock_llm_3",
@@ -37,7 +38,7 @@ WANTED = {
     "apisix",
 }
 WRITES = {"apisix"}  # beside its own programs
-PLAIN_STAGES = {"encoder", "retriever", "aggregator", "webhook", "chat", "report", "recorder"}
+PLAIN_STAGES = {"encoder", "retriever", "aggregator", "webhook", "chat", "image", "report", "recorder"}
 STAGES = {name for name in WANTED if name in PLAIN_STAGES or name.startswith("llm_")}
 SERVICES = compose.services()
 each_service = pytest.mark.parametrize("name", SERVICES)

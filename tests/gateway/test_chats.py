@@ -40,6 +40,7 @@ class Service:
 
     http: httpx.AsyncClient
     link: Link
+    front: Front
     records: Records
     stop: asyncio.Event
 
@@ -123,7 +124,7 @@ async def services(link: Link, front: Front, tmp_path: Path) -> AsyncIterator[An
                 await serving
 
             stack.push_async_callback(end)
-            return Service(http, link, records, stop)
+            return Service(http, link, front, records, stop)
 
         yield start
 
@@ -189,7 +190,7 @@ async def test_clear_and_persona_begin_the_chat_anew(service: Service, settings:
     poet = {"system_prompt": "You rhyme.", "temperature": 0.5, "policy": "interrupt"}
     assert (await service.http.put("/persona/poet", json=poet)).json()["temperature"] == 0.5
     shown = (await service.http.get("/persona/poet")).json()
-    assert shown == {"name": "poet", "state_prompt": None, "model": None} | poet
+    assert shown == {"name": "poet", "state_prompt": None, "model": None, "image_prompt": None} | poet
     async with service.listening() as ear:
         await service.say("one", message_id="a")
         changed_to = (await service.http.put("/chat/c/persona", json={"persona": "poet"})).json()
@@ -216,6 +217,17 @@ async def test_a_clear_drops_the_reply_that_was_being_made(service: Service, set
         cleared = (await service.http.post("/chat/c/clear")).json()
         assert (cleared["cleared"], cleared["reply_dropped"]) == (1, True)
         await wait_until(lambda: gate.stopped)
+
+
+async def test_an_image_is_fetched_by_the_id_that_its_event_told(service: Service) -> None:
+    """As bytes of its own type; another id, and another chat's, is 404."""
+    epoch = (await service.http.post("/chat/c/clear")).json()["epoch"]
+    await service.front.chats.keep_image("c", epoch, "r1", b"\x89PNG\r\n\x1a\n", "image/png")
+    found = await service.http.get("/chat/c/images/r1")
+    assert (found.status_code, found.headers["content-type"]) == (200, "image/png")
+    assert found.content == b"\x89PNG\r\n\x1a\n"
+    for path in ("/chat/c/images/r2", "/chat/d/images/r1", "/chat/c/images/a%20b"):
+        assert (await service.http.get(path)).status_code == 404
 
 
 async def test_history_shows_all_turns_in_order(service: Service, settings: Settings) -> None:

@@ -97,6 +97,40 @@ async def test_other_kinds_are_remembered(records: Records) -> None:
     assert rows["api_keys"] == [("default", "k1", 10, "d", 1, 2)]
 
 
+def told(chat: str, rank: int, *texts: str, tenant: str = "default") -> Event:
+    """What a chat's script tells: the chat, and in it the turns."""
+    rows = [
+        [
+            f"{chat}/{rank + number}",
+            {"chat_id": chat, "seq": rank + number, "role": "user", "text": text, "at_ms": 5, "is_processed": True},
+        ]
+        for number, text in enumerate(texts)
+    ]
+    return Event("chat", chat, tenant, rank, rank, {"epoch": 1, "rows": rows})
+
+
+async def test_a_chats_event_brings_its_turns(records: Records) -> None:
+    """Written together, read in order and page by page; another chat's, and another tenant's, are not seen."""
+    await records.apply([told("c", 20, "three"), told("c", 10, "one", "two"), told("d", 15, "other")])
+    await records.apply([told("c", 10, "one", "two"), told("c", 12, "of acme", tenant="acme")])
+    rows, after = await records.chat_turns("default", "c", limit=2)
+    assert ([row["text"] for row in rows], after) == (["one", "two"], 11)
+    rows, after = await records.chat_turns("default", "c", after=11, limit=2)
+    assert ([row["text"] for row in rows], after) == (["three"], None)
+    assert rows[0]["is_processed"] is True
+    everybody = await everything(records)
+    assert ("default", "c", 20, 1, 20) in everybody["chats"]
+
+
+@pytest.mark.parametrize("rows", [5, [5], [["c/1"]], [["c/1", {"at_ms": "soon"}]], [["c/1", []]]])
+def test_a_chats_event_with_turns_that_cannot_be_written_is_malformed(rows: object) -> None:
+    """It is known before the database sees it, so that no half of it is written."""
+    event = Event("chat", "c", "default", 1, 1, {"epoch": 1, "rows": rows})
+    fields = [part.encode() for pair in event.fields().items() for part in pair]
+    with pytest.raises(MalformedEntry):
+        Event.decode(fields)
+
+
 STORIES: list[list[Event]] = [
     [asked("m"), ended("m")],
     [asked("m", "other", prompt="mine"), ended("m", "other", attempts=3)],
@@ -106,6 +140,7 @@ STORIES: list[list[Event]] = [
         Event("batch", "b", "default", 10, 3, {"status": "completed", "response_count": 1, "closed_ms": 3}),
     ],
     [Event("queue", "q", "default", rank, rank, {"model": str(rank)}) for rank in range(1, 4)],
+    [told("c", 10, "one", "two"), told("c", 20, "three")],
     [
         Event("webhook", "w", "default", 0, 1, {"url": "u", "webhook_id": "msg"}),
         Event("webhook", "w", "default", 10, 2, {"status": "completed", "attempts": 2, "finished_us": 2_000}),

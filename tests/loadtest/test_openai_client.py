@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from pydantic import BaseModel
 
 from loadtest.embedding import embed
 from loadtest.extractive import answer, count_tokens
+from loadtest.protocol import paint
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -89,6 +91,19 @@ async def test_embeddings_are_the_hash_vectors_in_either_encoding(client: openai
     assert packed.usage.total_tokens == 3
     short = await client.embeddings.create(model="m", input="one text", dimensions=64)
     assert short.data[0].embedding == embed("one text", 64).tolist()
+
+
+async def test_images_are_small_pngs_one_colour_for_each_prompt(client: openai.AsyncOpenAI) -> None:
+    """As many as were asked for, as base64; a link to a file is refused, since none is kept."""
+    made = await client.images.generate(model="m", prompt="a lease", n=2, response_format="b64_json")
+    assert made.data is not None
+    assert [base64.b64decode(image.b64_json or "") for image in made.data] == [paint("a lease")] * 2
+    assert paint("a lease") != paint("a river")
+    assert paint("a lease").startswith(b"\x89PNG\r\n\x1a\n")
+    for param, wish in (("prompt", {"prompt": ""}), ("n", {"n": 11}), ("response_format", {"response_format": "url"})):
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.post("/images/generations", body={"model": "m", "prompt": "x"} | wish, cast_to=object)
+        assert caught.value.param == param
 
 
 async def test_models_are_listed_and_found_by_name(client: openai.AsyncOpenAI) -> None:

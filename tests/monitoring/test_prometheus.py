@@ -19,7 +19,7 @@ from tests.monitoring.watched import Prometheus
 from tests.whole.system import LEASE_S, Outside, System, outside
 
 PATIENCE_S = 30.0
-STAGES = ("encoder", "retriever", "llm", "aggregator", "webhook", "chat", "report+requests", "recorder")
+STAGES = ("encoder", "retriever", "llm", "aggregator", "webhook", "chat", "image", "report+requests", "recorder")
 KINDS = {("gateway", ""), *(("stage", stage) for stage in STAGES)}
 LABELS = {
     "connection", "le", "outcome", "priority", "reason", "record", "replica", "stage", "state", "status", "to",

@@ -12,6 +12,7 @@ import pipeline.metrics
 import stages.aggregator
 import stages.chat
 import stages.embedders
+import stages.image
 import stages.llm
 import stages.report
 import stages.webhook
@@ -24,6 +25,7 @@ MODULES = (
     stages.aggregator,
     stages.chat,
     stages.embedders,
+    stages.image,
     stages.llm,
     stages.report,
     stages.webhook,

@@ -32,8 +32,12 @@ def test_defaults_work_and_are_the_promised_ones() -> None:
     assert settings.lifetimes.message_s == 24 * 3600
 
 
-ADDRESSES = {"urls", "qdrant_url", "embeddings_url"}
-DATABASES = {"PENSTOCK_HISTORY__URL": "sqlite:///other"}
+ADDRESSES = {"urls", "qdrant_url", "embeddings_url", "api_url"}
+FITTING = {
+    "PENSTOCK_HISTORY__URL": "sqlite:///other",
+    "PENSTOCK_IMAGES__URL": "http://other",
+    "PENSTOCK_IMAGES__SIZE": "1x1",
+}
 NEEDED_BESIDE = {"PENSTOCK_ENCODER__EMBEDDINGS_URL": {"PENSTOCK_ENCODER__EMBEDDINGS_MODEL": "x"}}
 
 
@@ -46,7 +50,7 @@ def test_every_setting_is_read_from_its_name(name: str) -> None:
         if field in {"policy", "level", "format"}:
             complaint({name: "no such choice"})
         else:
-            load({name: DATABASES.get(name, "http://x" if field in ADDRESSES else "x")} | NEEDED_BESIDE.get(name, {}))
+            load({name: FITTING.get(name, "http://x" if field in ADDRESSES else "x")} | NEEDED_BESIDE.get(name, {}))
     else:
         assert name in complaint({name: "no number"})
 
@@ -101,6 +105,7 @@ def test_misspelt_name_is_refused_with_the_right_one(wrong: str, meant: str) -> 
         ("DATABASE_URL", "postgres://me@there/history", "postgres://me@there/history"),
         ("REDIS_CACHE_TTL", "60", 60.0),
         ("PENSTOCK_API_KEYS", "a:1,b:2", ("a:1", "b:2")),
+        ("TELEGRAM_BOT_TOKEN", "1:a", SecretStr("1:a")),
     ],
 )
 def test_names_from_elsewhere_are_honoured(name: str, text: str, value: object) -> None:
@@ -110,7 +115,7 @@ def test_names_from_elsewhere_are_honoured(name: str, text: str, value: object) 
     assert load({name: ""}) == Settings()
     if field not in {"slots", "max_retries", "input_ttl_s"}:
         ours = f"{PREFIX}{section.upper()}__{field.upper()}"
-        chosen = load({name: text, ours: DATABASES.get(ours, "http://other" if field in ADDRESSES else "other")})
+        chosen = load({name: text, ours: FITTING.get(ours, "http://other" if field in ADDRESSES else "other")})
         assert getattr(getattr(chosen, section), field) != value
 
 

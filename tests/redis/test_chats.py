@@ -332,6 +332,16 @@ async def test_a_run_whose_lock_another_has_can_neither_take_nor_save_nor_end_an
     assert await told(chats) == []
 
 
+async def test_a_lock_whose_run_is_gone_stops_nobody(link: Link, chats: Chats) -> None:
+    """Somebody deleted the run by hand: the next message starts another one, for both."""
+    await say(chats, "a")
+    run = await run_of(link)
+    await link.call("DEL", keys.LIVE + str(run), keys.stream("chat"))
+    assert await say(chats, "b") == "started"
+    assert await run_of(link) not in {None, run}
+    assert await waiting(link) == ["a", "b"]
+
+
 # --- failing ------------------------------------------------------------------------------------
 
 
@@ -398,6 +408,22 @@ async def test_messages_that_redis_dropped_are_told_as_expired(link: Link, chats
     await say(chats, "c")
     assert [row["text"] for row in await history(link)] == ["text of a", "text of b"]
     assert await told(chats) == [("expired", ["a", "b"])]
+
+
+async def test_messages_that_came_after_the_queue_was_dropped_do_not_fail_with_those_before(
+    link: Link, chats: Chats, hand: Hand
+) -> None:
+    """They stand where the batch stood, and were taken by nobody."""
+    await say(chats, "a")
+    entry = await hand.take_one()
+    run = decode(entry.data or b"").id
+    await chats.take("c", run, begin=True)
+    await link.call("DEL", keys.CHAT_QUEUE + "c")
+    await say(chats, "b")
+    await hand.settle(bury(entry))
+    assert await told(chats) == [("expired", ["a"])]
+    assert await waiting(link) == ["b"]
+    assert await run_of(link) not in {None, run}
 
 
 async def test_what_a_stranger_puts_into_the_queue_is_dropped(link: Link, chats: Chats) -> None:
@@ -684,6 +710,70 @@ async def test_a_silent_model_fails_the_batch(link: Link, chats: Chats, settings
         await say(chats, "a")
         await wait_until(lambda: has_told(chats, 1))
     assert await told(chats) == [("failed", ["a"])]
+
+
+async def test_a_run_waits_for_its_time_among_the_delayed_jobs(link: Link, settings: Settings) -> None:
+    """Uncharged, and in nobody's hands; a clear ends it there, and what is said then is answered in its time."""
+    settings = changed(settings, chats={"single_ms": 30, "quiet_ms": 300, "max_wait_ms": 5_000})
+    chats = Chats(Link(settings.redis, "chats"), settings, await clock_of(link))
+    async with working(settings, [Chat(settings), Scripted("llm", Model())]):
+        await say(chats, "a")
+        await say(chats, "b")
+        await wait_until(lambda: is_delayed(link))
+        run = await run_of(link)
+        await chats.clear("default", "c")
+        found = await outcome(link, str(run))
+        assert found is not None
+        assert found.status == "cancelled"
+        for name in "def":
+            await say(chats, name)
+        await wait_until(lambda: has_told(chats, 2))
+        await wait_until(lambda: is_free(link))
+    assert await told(chats) == [("cleared", ["a", "b"]), ("reply", ["d", "e", "f"])]
+    await chats.close()
+
+
+async def is_delayed(link: Link) -> bool:
+    return bool(await link.call("ZCARD", keys.DELAYED))
+
+
+# --- images ---
+
+
+async def test_an_image_is_told_once_and_not_after_a_clear(link: Link, chats: Chats) -> None:
+    """It is kept under its reply's id, for a day."""
+    epoch, _, _ = await chats.clear("default", "c")
+    for word in ("kept", "already"):
+        assert await chats.keep_image("c", epoch, "run-1", b"\x89PNG\0", "image/png") == word
+    assert await chats.image("c", "run-1") == (b"\x89PNG\0", b"image/png")
+    assert await chats.image("c", "run-2") is None
+    assert 86_000_000 < await link.call("PTTL", keys.CHAT_IMAGE + "c:run-1") <= 86_400_000
+    await chats.clear("default", "c")
+    assert await chats.keep_image("c", epoch, "run-2", b"x", "image/png") == "lost"
+    assert await chats.keep_image("nobody", epoch, "run-2", b"x", "image/png") == "lost"
+    assert await told(chats) == [("cleared", []), ("image", []), ("cleared", [])]
+
+
+async def test_an_image_job_begins_with_the_end_of_a_run_whose_persona_wants_one(
+    link: Link, chats: Chats, settings: Settings
+) -> None:
+    """At low priority, and nobody waits for it; without a server that makes images there is none."""
+    await chats.set_persona("default", "painter", Persona(image_prompt="In oil:"))
+    await chats.clear("default", "c", persona="painter")
+    painting = changed(settings, images={"url": "http://127.0.0.1:1"})
+    for chosen, images in ((settings, 0), (painting, 1)):
+        async with working(chosen, [Chat(chosen), Scripted("llm", Model())]):
+            await say(chats, f"m{images}")
+            await wait_until(lambda: is_free(link))
+        assert await link.call("XLEN", keys.stream("image", "low")) == images
+    ((_, fields),) = await link.call("XRANGE", keys.stream("image", "low"), "-", "+")
+    event = orjson.loads((await chats.events("c", "0-0"))[-1][1])
+    assert decode(fields[1]).payload == {
+        "chat": "c",
+        "epoch": event["epoch"],
+        "message_id": event["message_id"],
+        "prompt": "In oil:\n\n" + event["text"],
+    }
 
 
 # --- watching -----------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ WORDS: Final = {
     "report": "-m stages report",
     "webhook": "-m stages webhook",
     "chat": "-m stages chat",
+    "image": "-m stages image",
     "recorder": "-m stages recorder",
     "gateway": "-m gateway",
     "redis": "redis.sock",

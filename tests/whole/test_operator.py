@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import wait_until
 from tests.whole.system import END_S, Outside, System, penstock
 
-WORKERS = ("encoder", "retriever", "llm", "aggregator", "webhook", "chat", "report", "recorder")
+WORKERS = ("encoder", "retriever", "llm", "aggregator", "webhook", "chat", "image", "report", "recorder")
 
 
 async def test_one_command_answers_the_first_question() -> None:
