@@ -282,7 +282,7 @@ class Chats:
     async def image(self, chat: str, image_id: str) -> tuple[bytes, bytes] | None:
         """Return an image and its type, None where there is none (any more)."""
         key = f"{keys.CHAT_IMAGE}{chat}:{image_id}"
-        data, content_type = await self._within(self._link.call("HMGET", key, "data", "type"))
+        data, content_type = await within(self._link.call("HMGET", key, "data", "type"))
         return None if data is None or content_type is None else (data, content_type)
 
     async def persona(self, tenant: str, name: str) -> Persona | None:

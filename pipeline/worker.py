@@ -120,6 +120,7 @@ class Worker:
             self._chats = Chats(Link(self._settings.redis, f"{self.stage.name}-chats"), self._settings, self._clock)
         return self._chats
 
+    @property
     def reports(self) -> Reports:
         """Finished reports; over a connection of their own, since they are long."""
         if self._reports is None:
