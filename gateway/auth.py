@@ -3,31 +3,41 @@
 A key stands in the settings (`name:key`, the name is the tenant), or was made with `penstock keys create` and stands in
 Redis. The latter is remembered here for a moment, so that a request costs no call of its own, and a revoked key is
 refused after that moment everywhere. Where there is no key of either kind every caller is the tenant `default`, and
-then only a loopback address may be bound.
+then only a loopback address may be bound. Once there was one, it stays so: a Redis that has lost its data opens
+nothing, and gets its keys again from history.
 A page in a browser can reach a loopback address too, so what a browser marks as coming from another site may change
 nothing (the rule of Go's `http.CrossOriginProtection`).
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Mapping, Sequence
-from typing import Final
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from gateway.errors import BrokenKey, Problem
 from pipeline.api_keys import NAME, ApiKey, digest_of
 from pipeline.clock import monotonic_us
-from pipeline.errors import ConfigError
+from pipeline.connection import Outage
+from pipeline.errors import ConfigError, PenstockError
 from pipeline.front import Front
 from pipeline.job import DEFAULT_TENANT
 from pipeline.settings import GatewaySettings
 
+if TYPE_CHECKING:
+    from gateway.operation import Records
+
 KNOWN_FOR_S: Final = 1.0
 """What was read of a key in Redis holds for so long; so a revoked key is refused after a second at most."""
 MOST_KNOWN: Final = 10_000
+LOOK_EVERY_S: Final = 1.0
+FIRST_LOOK_S: Final = 2.0
+"""A gateway that starts waits for its history so long: then it serves, and goes on asking."""
 
 _CHALLENGE = [(b"www-authenticate", b'Bearer realm="penstock"')]
 
@@ -125,6 +135,51 @@ class Callers:
         if record.revoked_ms is not None:
             raise Problem(403, "revoked_api_key", f"the API key {record.name!r} was revoked")
         return record.tenant
+
+
+@asynccontextmanager
+async def remembered_keys(front: Front, records: Records) -> AsyncIterator[None]:
+    """Give Redis the API keys again that it has lost and history knows: before the block begins, and in it.
+
+    While the history is away a gateway that never saw a key does not know that there were some.
+    """
+    keeper = _Keeper(front, records)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(FIRST_LOOK_S):
+            await keeper.look()
+    task = asyncio.create_task(keeper.look_forever(), name="remembered-keys")
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+class _Keeper:
+    """Asks history when Redis holds no keys: once, until Redis has held some again."""
+
+    def __init__(self, front: Front, records: Records) -> None:
+        self._front = front
+        self._records = records
+        self._has_asked = False
+        self._outage = Outage("gateway api keys", "history or redis")
+
+    async def look(self) -> None:
+        try:
+            if await self._front.look_for_api_keys():
+                self._has_asked = False
+            elif not self._has_asked:
+                await self._front.revive_api_keys(await self._records.api_keys())
+                self._has_asked = True
+        except PenstockError as error:
+            self._outage.begins(error)
+        else:
+            self._outage.ends()
+
+    async def look_forever(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            await self.look()
 
 
 def _digest(key: bytes) -> bytes:

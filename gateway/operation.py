@@ -158,6 +158,9 @@ class Records(Protocol):
     async def has_erased(self, tenant: str, epoch: str) -> bool:
         """Say whether an erasure was done."""
 
+    async def api_keys(self) -> list[Json]:
+        """Return what is known of all API keys, revoked ones too."""
+
 
 @dataclass(frozen=True, slots=True)
 class Gateway:

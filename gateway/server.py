@@ -21,7 +21,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from gateway.app import create_app
-from gateway.auth import ApiKeys, refuse_open_address
+from gateway.auth import ApiKeys, refuse_open_address, remembered_keys
 from gateway.discovery import enlisted
 from gateway.limits import bounded
 from gateway.operation import Records
@@ -65,6 +65,7 @@ async def serve(
                 make_front(settings, name) as front,
                 enlisted(front, settings, name, address.removeprefix("http://")),
                 _history(settings) as records,
+                remembered_keys(front, records),
             ):
                 server = Server(settings, create_app(settings, front, records, stop), stop)
                 gc.collect()

@@ -3,6 +3,7 @@
 They stand in one hash, `api_keys`: by its digest what is known of a key, and by `name:<name>` its digest. The key
 itself is shown once, when it is made, and kept nowhere. It is 32 random bytes, so its plain SHA-256 gives nothing away.
 A name stands for one key for ever: what was revoked stays listed, and whoever still uses it hears so.
+History is told of each key, and should Redis lose its data, gateways write them there again.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
@@ -118,6 +120,13 @@ class KeyRing:
             revoked = replace(record, revoked_ms=now_ms)
             if await self._keep(digest.decode(), record, revoked, 10, {"revoked_ms": now_ms}):
                 return
+
+    async def revive(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write what Redis has lost, from rows of `Records.api_keys`; a name that stands there is left alone."""
+        for row in rows:
+            record = ApiKey(row["name"], row["tenant"], row["created_ms"], row["revoked_ms"])
+            told = {"digest": row["digest"], "created_ms": record.created_ms}
+            await self._keep(row["digest"], None, record, 0, told)
 
     async def _keep(
         self, digest: str, before: ApiKey | None, record: ApiKey, rank: int, told: dict[str, object]

@@ -20,6 +20,7 @@ import orjson
 import structlog
 
 from pipeline import flows, keys, scripts
+from pipeline.api_keys import KeyRing
 from pipeline.batches import AcceptedBatch, Batches, Order
 from pipeline.batching import Batcher
 from pipeline.chats import Chats, ChatWatch, Message, Said
@@ -643,13 +644,24 @@ class Front:
         return records
 
     async def look_for_api_keys(self) -> bool:
-        """Note and return whether any API key was ever made.
+        """Return whether Redis holds API keys now; that there were some is never forgotten, should Redis lose them.
 
         Raises:
             BrokerUnavailable: Redis does not answer within a second.
         """
-        self.knows_api_keys = bool(await within(self._key_link.call("EXISTS", keys.API_KEYS)))
-        return self.knows_api_keys
+        found = bool(await within(self._key_link.call("EXISTS", keys.API_KEYS)))
+        self.knows_api_keys = found or bool(self.knows_api_keys)
+        return found
+
+    async def revive_api_keys(self, rows: Sequence[Json]) -> None:
+        """Write API keys to Redis again, as history knows them (`Records.api_keys`); what stands there is left alone.
+
+        Raises:
+            BrokerUnavailable: Redis does not answer.
+        """
+        if rows:
+            self.knows_api_keys = True
+            await KeyRing(self._key_link).revive(rows)
 
     async def enlist(self, record: bytes, ttl_s: float) -> None:
         """Say that the gateway of this record lives, for a while."""

@@ -542,6 +542,12 @@ class Records:
         """Say whether an erasure was done under this name."""
         return await self._one(ERASURES, tenant, ERASURES.c.epoch == epoch) is not None
 
+    async def api_keys(self) -> list[Row]:
+        """Return what is known of all API keys, of every tenant, revoked ones too."""
+        query = sa.select(API_KEYS).where(API_KEYS.c.digest.is_not(None), API_KEYS.c.created_ms.is_not(None))
+        async with self._connection() as connection:
+            return [dict(row) for row in (await connection.execute(query)).mappings()]
+
     async def messages(
         self,
         tenant: str,

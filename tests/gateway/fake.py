@@ -178,8 +178,8 @@ class FakeFront(Front):
 
     async def look_for_api_keys(self) -> bool:
         self._reach_redis()
-        self.knows_api_keys = bool(self.api_keys)
-        return self.knows_api_keys
+        self.knows_api_keys = bool(self.api_keys) or bool(self.knows_api_keys)
+        return bool(self.api_keys)
 
     async def enlist(self, record: bytes, ttl_s: float) -> None:
         self.enlisted = record

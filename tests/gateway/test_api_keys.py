@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import httpx
 import pytest
 
 from gateway import auth
 from gateway.app import create_app
+from gateway.errors import Problem
 from gateway.metrics import QUERY_OUTCOME
 from pipeline import keys
 from pipeline.api_keys import ApiKey, KeyRing, digest_of
 from pipeline.connection import Link
-from pipeline.errors import BrokerUnavailable, Reject
+from pipeline.errors import BrokerUnavailable, HistoryUnavailable, Reject
 from pipeline.front import Front
-from pipeline.records import Event
+from pipeline.records import Event, Records, Row
 from pipeline.settings import GatewaySettings, RedisSettings, Settings
 from tests.conftest import wait_until
 from tests.gateway.conftest import Running, Start
@@ -210,6 +212,96 @@ async def test_a_key_lives_from_its_making_to_its_revoking(link: Link, settings:
 
 async def has(client: httpx.AsyncClient, key: str | None, wanted: int) -> bool:
     return await status(client, key) == wanted
+
+
+@pytest.fixture
+async def records(tmp_path: Path) -> AsyncIterator[Records]:
+    """An empty history."""
+    records = Records.open(f"sqlite:///{tmp_path}/history.db")
+    await records.upgrade()
+    yield records
+    await records.close()
+
+
+async def lose(link: Link, records: Records) -> None:
+    """Write to history what waits for it; then lose all that Redis holds."""
+    await records.apply([Event.decode(fields) for _, fields in await link.call("XRANGE", keys.EVENTS, "-", "+")])
+    await link.call("FLUSHALL")
+
+
+async def who(front: Front, key: str | None) -> str | int:
+    """Return the tenant that a gateway takes the caller for, or the status it answers."""
+    headers = {} if key is None else {b"authorization": f"Bearer {key}".encode()}
+    try:
+        return await auth.Callers(GatewaySettings(), front).tenant_of(headers)
+    except Problem as problem:
+        return problem.status
+
+
+async def test_redis_that_lost_its_keys_opens_nothing(link: Link, front: Front) -> None:
+    """A gateway that has seen a key asks for one for as long as it runs."""
+    key = await KeyRing(link).create("laptop", "alice")
+    assert await front.look_for_api_keys()
+    await link.call("FLUSHALL")
+    assert not await front.look_for_api_keys()
+    assert [await who(front, one) for one in (None, "anything", key)] == [401, 401, 401]
+
+
+async def test_gateway_that_starts_on_an_emptied_redis_knows_the_keys(
+    link: Link, front: Front, records: Records
+) -> None:
+    """From history: the key that holds is taken, the revoked one refused as such, and no name may be used again."""
+    ring = KeyRing(link)
+    key, old = await ring.create("laptop", "alice"), await ring.create("old", "bob")
+    await ring.revoke("old")
+    known = await ring.list()
+    await lose(link, records)
+    async with auth.remembered_keys(front, records):
+        assert [await who(front, one) for one in (None, key, old)] == [401, "alice", 403]
+    assert await ring.list() == known
+    with pytest.raises(Reject, match="already"):
+        await ring.create("laptop", "bob")
+
+
+async def test_keys_come_back_while_gateways_run(
+    link: Link, front: Front, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often Redis loses them."""
+    monkeypatch.setattr(auth, "LOOK_EVERY_S", 0.01)
+    async with auth.remembered_keys(front, records):
+        assert await who(front, None) == "default"
+        key = await KeyRing(link).create("laptop", "alice")
+        for _ in range(2):
+            await wait_until(front.look_for_api_keys)
+            await lose(link, records)
+            await wait_until(lambda: is_taken_for(front, key, "alice"))
+
+
+async def is_taken_for(front: Front, key: str, tenant: str) -> bool:
+    return await who(front, key) == tenant
+
+
+async def test_history_that_is_away_is_asked_again(
+    link: Link, front: Front, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway starts without it, and knows its keys once it is back."""
+    monkeypatch.setattr(auth, "LOOK_EVERY_S", 0.01)
+    key = await KeyRing(link).create("laptop", "alice")
+    await lose(link, records)
+    known, questions = records.api_keys, 0
+
+    async def away_at_first() -> list[Row]:
+        nonlocal questions
+        questions += 1
+        if questions < 3:
+            raise HistoryUnavailable("refused")
+        return await known()
+
+    monkeypatch.setattr(records, "api_keys", away_at_first)
+    async with auth.remembered_keys(front, records):
+        assert questions == 1
+        await wait_until(lambda: is_taken_for(front, key, "alice"))
+    assert questions == 3
 
 
 async def test_names_are_used_once(link: Link) -> None:
