@@ -23,7 +23,7 @@ from gateway.jobs import JobError
 from gateway.operation import AT_ONCE, Answer, Call, Operation, Parameter, answer
 from gateway.webhooks import check_url
 from pipeline import keys
-from pipeline.batches import AcceptedBatch, Message, Order, Queue, Standing, result_text, results_text
+from pipeline.batches import AcceptedBatch, Member, Message, Order, Queue, Standing, results_text
 from pipeline.connection import CommandRefused
 from pipeline.errors import MalformedEntry
 from pipeline.flows import MAX_QUERY_CHARS, ModelName, Payload
@@ -467,7 +467,9 @@ async def list_members(call: Call) -> Answer:
     first = int(after or 0)
     members = await from_redis(call.front.batches.members(batch_id, first, limit)) or []
     about = {"batch_id": batch_id, "queue_id": standing.queue_id, "created_ms": standing.created_ms}
-    shown = [member.result() | about | {"position": first + number} for number, member in enumerate(members)]
+    shown = [
+        await _result(call, member) | about | {"position": first + number} for number, member in enumerate(members)
+    ]
     more = first + len(members) < standing.request_count and bool(members)
     return answer({"messages": shown, "next": str(first + len(members)) if more else None})
 
@@ -488,8 +490,16 @@ async def results(call: Call) -> Answer:
     found: list[bytes] = []
     for first in range(0, standing.request_count, PORTION):
         members = await from_redis(call.front.batches.members(batch_id, first, PORTION)) or []
-        found += [result_text(member) for member in members]
+        found += [orjson.dumps(await _result(call, member)) for member in members]
     return Answer(200, results_text(batch_id, standing.status, found))
+
+
+async def _result(call: Call, member: Member) -> Json:
+    """Return what became of a member: what Redis keeps of it, or what history does."""
+    if not member.is_remembered:
+        return member.result()
+    row = await call.history.message(call.tenant, member.id)
+    return member.result() if row is None else _result_of_row(row)
 
 
 async def _remembered_results(call: Call, batch_id: str) -> bytes:
@@ -506,6 +516,8 @@ async def _remembered_results(call: Call, batch_id: str) -> bytes:
 
 
 def _result_of_row(row: Json) -> Json:
+    if row["status"] in _OPEN:
+        return {"message_id": row["message_id"], "status": row["status"]}
     part = "result" if row["status"] == "completed" else "error"
     names = ("message_id", "status", part, "worker", "replica", "attempts", "timings_ms")
     return {name: row.get(name) for name in names}

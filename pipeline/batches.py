@@ -102,7 +102,10 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One member of a batch: `state` is `queued`, `running`, `ended` or `lost`; `text` its result once it has one."""
+    """One member of a batch: `state` is `queued`, `running`, `ended` or `lost`; `text` its result once it has one.
+
+    Each result is kept as long as its batch, but counted from its own end: so it goes first, and only history has it.
+    """
 
     id: str
     text: bytes
@@ -113,11 +116,16 @@ class Member:
         """Say whether it may still end."""
         return self.state in {"queued", "running"}
 
+    @property
+    def is_remembered(self) -> bool:
+        """Say whether it has ended, and only history still knows how."""
+        return self.state == "ended" and not self.text
+
     def result(self) -> Json:
-        """Return it as the results of a batch show it."""
+        """Return it as the results of a batch show it: as lost where nothing is kept of it."""
         if self.text:
             return result_of(self.text)
-        if self.state == "lost":
+        if not self.is_alive:
             error = {"type": "failed", "code": "lost", "message": "nothing is known of this message any more"}
             return {"message_id": self.id, "status": "failed", "error": error}
         return {"message_id": self.id, "status": "processing" if self.state == "running" else "pending"}

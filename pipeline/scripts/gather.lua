@@ -4,9 +4,9 @@
 -- ARGV[5] life of a result whose batch is gone (ms)
 -- Returns: 'gone' (there is no such batch), or: how the batch would be closed now, 'cancel' or '', how many were found
 --   to be lost, then three values per member: id; its result, '' while it has none; 'queued' | 'running' | 'ended' |
---   'lost'.
--- Invariant: a member that has neither result nor live record is lost for good; with 'close' it fails with that code,
---   and is counted, as if it had ended by itself.
+--   'lost'. One that has ended without a result was counted, and what it said is no longer kept: the history knows it.
+-- Invariant: a member that has neither result nor live record, and was never counted, is lost for good; with 'close' it
+--   fails with that code, and is counted, as if it had ended by itself.
 local now_us = clock_us()
 local id, first = ARGV[1], tonumber(ARGV[2])
 check_type(KEY.batch .. id, 'hash')
@@ -25,6 +25,8 @@ for i, member in ipairs(members) do
     local live = call('HMGET', KEY.live .. member, 'stream', 'entry', 'attempts')
     if live[1] then
       state = live[2] ~= '' and pending(live[1], group_of(live[1]), live[2]) and 'running' or 'queued'
+    elseif ARGV[4] ~= 'close' and call('SISMEMBER', KEY.batch_done .. id, member) == 1 then
+      state = 'ended'
     else
       state = 'lost'
       if ARGV[4] == 'close' then

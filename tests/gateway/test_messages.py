@@ -20,7 +20,7 @@ from gateway.operation import AT_ONCE
 from pipeline import keys
 from pipeline.connection import Link
 from pipeline.dead import DeadLetters
-from pipeline.errors import BrokerUnavailable, MalformedEntry, Reject
+from pipeline.errors import BrokerUnavailable, HistoryUnavailable, MalformedEntry, Reject
 from pipeline.front import Front
 from pipeline.job import Done, Job
 from pipeline.records import Event, Records
@@ -403,6 +403,39 @@ async def test_history_tells_the_same_when_redis_has_forgotten(service: Service)
     ]
     assert shown[0] == shown[1]
     assert after[0]["prompt"] == "bad"
+
+
+@pytest.mark.usefixtures("workers")
+@pytest.mark.parametrize("results", ["kept", "gone"])
+async def test_member_whose_result_goes_before_its_batch_is_read_from_history(service: Service, results: str) -> None:
+    """It ended earlier, so its result is not kept as long: it is not lost for that, whatever is asked."""
+    body = (await service.create(messages=[{"prompt": p} for p in ("one", "bad", "three")])).json()
+    batch_id = body["batch_id"]
+    await service.ended(batch_id)
+    paths = (f"/batch/{batch_id}/messages", f"/batch/{batch_id}/results", f"/message/{body['message_ids'][0]}")
+    before = [await service.get(path) for path in paths]
+    await service.record()
+    await service.link.call("DEL", *(keys.MESSAGE + one for one in body["message_ids"][:2]))
+    if results == "gone":
+        await service.link.call("DEL", keys.BATCH_RESULTS + batch_id)
+    after = [await service.get(path) for path in paths]
+    assert after[:2] == before[:2]
+    assert {name: after[2].get(name) for name in before[2]} == before[2]
+
+
+@pytest.mark.usefixtures("workers")
+async def test_member_that_only_history_knows_waits_for_it(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the database is away nothing is said of it, rather than something wrong."""
+    body = (await service.create(messages=[FIRST, FIRST])).json()
+    await service.ended(body["batch_id"])
+    await service.link.call("DEL", keys.MESSAGE + body["message_ids"][0])
+
+    async def away(*_: object) -> None:
+        raise HistoryUnavailable
+
+    monkeypatch.setattr(service.records, "message", away)
+    reply = await service.http.get(f"/batch/{body['batch_id']}/messages")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "history_unavailable")
 
 
 DEAD: Sequence[Json] = (
