@@ -257,7 +257,9 @@ class Consumer:
 
     async def _expire(self) -> bool:
         ttl_ms = int(self._settings.worker.completion_ttl_s * 1000)
-        _, expired, lost = await self._run_tick(scripts.EXPIRE, (AT_ONCE, ttl_ms))
+        dead = self._settings.dead
+        args = (AT_ONCE, ttl_ms, dead.max_letters, int(dead.max_age_s * 1000))
+        _, expired, lost = await self._run_tick(scripts.EXPIRE, args)
         metrics.EXPIRED.inc(expired)
         metrics.LOST.inc(lost)
         if lost:

@@ -208,6 +208,8 @@ class Flow:
         record: the kind of record that history has of such a job by itself, from its acceptance on; "": none. Of
             messages and batches history is told by the scripts that accept and end batches.
         recorded: whether the history is to know of it; then none is accepted while too much waits to be recorded.
+        buried_late: whether it goes to the dead letters also when its time was over: what was to follow from it is not
+            dropped without a word.
         private: whether what it says of people is for its sender only: logs and listings of dead letters leave out what
             an error quotes.
     """
@@ -224,6 +226,7 @@ class Flow:
     leases: bool = False
     record: str = ""
     recorded: bool = False
+    buried_late: bool = False
     private: bool = False
 
 
@@ -286,6 +289,7 @@ FLOWS: Final[dict[str, Flow]] = {
             payload=BatchPayload,
             lifetime="batch_s",
             result=("batch_id", "batch_status", "request_count", "response_count"),
+            buried_late=True,
         ),
         Flow(
             "chat",

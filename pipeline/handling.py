@@ -289,7 +289,7 @@ class Handling:
                 return Parting(held, again, "retried")
             case Bury(completion, reason):
                 self._log(held).warning("burying", reason=reason, code=(completion.error or {}).get("code"))
-                return Parting(held, self._burial(held, completion, reason), "failed")
+                return Parting(held, self._burial(held, completion, reason), completion.status)
 
     # --- settling --------------------------------------------------------------------------------
 

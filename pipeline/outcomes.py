@@ -41,7 +41,7 @@ class Retry(NamedTuple):
 
 
 class Bury(NamedTuple):
-    """The job ends as failed, and its story goes to the dead letters."""
+    """The job ends as failed (or expired, see `Flow.buried_late`), and its story goes to the dead letters."""
 
     completion: Completion
     reason: str
@@ -58,7 +58,8 @@ def decide(job: Job, outcome: Done | BaseException, *, worker: str, retry: Retry
         case Done():
             return Complete(completed(job, outcome, worker), outcome)
         case DeadlineExceeded():
-            return Complete(ended(job, worker, "expired", "deadline_exceeded", "the job's deadline has passed"))
+            late = ended(job, worker, "expired", "deadline_exceeded", "the job's deadline has passed")
+            return Bury(late, "deadline_exceeded") if FLOWS[job.flow].buried_late else Complete(late)
         case Reject():
             return Bury(failed(job, worker, outcome.code, str(outcome)), outcome.code)
     charged, after_s, code = True, None, "handler_error"

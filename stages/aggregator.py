@@ -61,7 +61,7 @@ class Aggregator(Stage):
         """Write the results of a batch, and say what it is to be closed as.
 
         Raises:
-            Reject: there is no such batch (any more).
+            Reject: there is no such batch (any more), or it was closed so long ago that results are no longer kept.
             RetryLater: members still run; nothing is charged.
         """
         payload = flows.BatchPayload.model_validate(job.payload)
@@ -76,6 +76,8 @@ class Aggregator(Stage):
             LOST.inc(portion.lost)
             if portion.lost:
                 log.error("members of a batch are lost", job_id=job.id, stage=self.name, members=portion.lost)
+            if any(member.is_remembered for member in portion.members):
+                raise Reject("results of this batch are no longer kept", code="data_gone")
             verdict, is_cancelled = portion.verdict, portion.is_cancelled
             alive += [member.id for member in portion.members if member.is_alive]
             if not alive:

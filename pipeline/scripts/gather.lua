@@ -25,7 +25,7 @@ for i, member in ipairs(members) do
     local live = call('HMGET', KEY.live .. member, 'stream', 'entry', 'attempts')
     if live[1] then
       state = live[2] ~= '' and pending(live[1], group_of(live[1]), live[2]) and 'running' or 'queued'
-    elseif ARGV[4] ~= 'close' and call('SISMEMBER', KEY.batch_done .. id, member) == 1 then
+    elseif (ARGV[4] ~= 'close' or batch.closed) and call('SISMEMBER', KEY.batch_done .. id, member) == 1 then
       state = 'ended'
     else
       state = 'lost'

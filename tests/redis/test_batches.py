@@ -12,8 +12,9 @@ import pytest
 from prometheus_client import REGISTRY
 
 from pipeline import batches, keys, scripts
-from pipeline.batches import AcceptedBatch, Message, Order
+from pipeline.batches import AcceptedBatch, Batches, Message, Order
 from pipeline.connection import CommandRefused, Link
+from pipeline.dead import DeadLetters
 from pipeline.errors import BrokerUnavailable, IdempotencyMismatch, Overloaded
 from pipeline.front import Front, Idempotency
 from pipeline.job import Completion, decode
@@ -90,6 +91,11 @@ async def make_due(link: Link, job_id: str) -> None:
 async def promote(link: Link) -> int:
     """Do what every worker's tick does."""
     return int((await link.run(scripts.PROMOTE, (), (100,)))[1])
+
+
+async def expire(link: Link) -> None:
+    """Do what every worker's tick does."""
+    await link.run(scripts.EXPIRE, (), (10, 1_000, 100, 60_000))
 
 
 @asynccontextmanager
@@ -353,12 +359,12 @@ async def test_member_is_counted_once_however_it_ends(link: Link, settings: Sett
         assert (await counters(link, accepted.batch_id))["res.count"] == "2"
         await owner.die()
         await link.call("ZADD", keys.LIVE_INDEX, 1, expired)
-        await link.run(scripts.EXPIRE, (), (10, 1_000))
+        await expire(link)
         assert await front.cancel(cancelled, "default") == "cancelled"
         (entry,) = await link.call("XRANGE", keys.stream("llm"), "-", "+")
         await link.call("XDEL", keys.stream("llm"), entry[0])
         await link.call("ZADD", keys.LIVE_INDEX, 1, lost)
-        await link.run(scripts.EXPIRE, (), (10, 1_000))
+        await expire(link)
     async with aggregating(settings):
         await wait_until(lambda: is_closed(link, accepted.batch_id))
     found = await counters(link, accepted.batch_id)
@@ -583,6 +589,87 @@ async def test_batch_whose_record_is_gone_is_buried(link: Link, settings: Settin
         await owner.settle(complete(await owner.take_one()))
     assert [letter["reason"] for letter in await letters(link)] == ["batch_gone"]
     await assert_all_ended(link)
+
+
+async def was_told(link: Link, settings: Settings, batch_id: str) -> bool:
+    """Take what tells the receiver off its stream; say whether there was such a job, of this batch."""
+    async with Hand(settings, "sender", "webhook") as sender:
+        told = [decode(entry.data or b"").payload for entry in await sender.take()]
+        return [one["webhook_id"] for one in told] == [f"msg_{batch_id}"]
+
+
+@pytest.mark.parametrize("where", ["delayed", "on_its_stream", "in_dead_hands"])
+async def test_batch_that_nobody_gathered_in_time_is_a_dead_letter(
+    link: Link, settings: Settings, front: Front, where: str
+) -> None:
+    """It is closed as it stands, and a retry by hand gathers its results and tells its receiver."""
+    accepted = await front.submit_batch(order(2, webhook_url=HOOK))
+    async with Hand(settings, "owner", "llm") as owner:
+        await owner.settle(*(complete(entry) for entry in await owner.take(2)))
+    async with Hand(settings, "holder", "aggregator") as holder:
+        if where != "delayed":
+            await promote(link)
+        if where == "in_dead_hands":
+            await holder.take_one()
+            await holder.die()
+        await link.call("ZADD", keys.LIVE_INDEX, 1, accepted.batch_id)
+        await expire(link)
+    assert await is_closed(link, accepted.batch_id)
+    (letter,) = await letters(link)
+    assert (letter["reason"], letter["stage"], letter["job_id"]) == (
+        "deadline_exceeded", "aggregator", accepted.batch_id,
+    )  # fmt: skip
+    assert not await link.call("EXISTS", keys.BATCH_RESULTS + accepted.batch_id)
+    dead = DeadLetters(link, settings)
+    async with aggregating(settings):
+        again = await dead.retry((await dead.list(1))[0].id, front.clock.now_ms())
+        await wait_until(lambda: outcome(link, again))
+    assert [row["status"] for row in (await results(link, accepted.batch_id))["results"]] == ["completed"] * 2
+    assert await was_told(link, settings, accepted.batch_id)
+
+
+async def test_batch_whose_time_ends_in_an_aggregators_hands_is_a_dead_letter(
+    link: Link, settings: Settings, front: Front
+) -> None:
+    """As one that nobody ever took; its outcome says that it expired."""
+    settings = changed(settings, lifetimes={"message_s": 0.1, "batch_s": 0.3})
+    accepted = await Batches(link, settings, front.clock).accept(order(1, webhook_url=HOOK))
+    gate = Gate()
+    async with working(settings, [Scripted("aggregator", gate)]):
+        await make_due(link, accepted.batch_id)
+        await wait_until(lambda: outcome(link, accepted.batch_id), timeout_s=20)
+    found = await outcome(link, accepted.batch_id)
+    assert found is not None
+    assert found.status == "expired"
+    assert [letter["reason"] for letter in await letters(link)] == ["deadline_exceeded"]
+
+
+async def test_entry_of_a_batch_that_vanished_is_told_of(link: Link, settings: Settings, front: Front) -> None:
+    """Somebody deleted it by hand: nothing can be retried, but nothing is hidden either."""
+    accepted = await front.submit_batch(order(1, webhook_url=HOOK))
+    await make_due(link, accepted.batch_id)
+    await promote(link)
+    await link.call("DEL", keys.stream("aggregator"))
+    await link.call("ZADD", keys.LIVE_INDEX, 1, accepted.batch_id)
+    await expire(link)
+    (letter,) = await letters(link)
+    assert (letter["reason"], letter["original"]) == ("lost", None)
+
+
+async def test_closed_batch_is_not_gathered_once_results_are_gone(link: Link, settings: Settings, front: Front) -> None:
+    """Members that ended well are not made lost by a retry that comes too late."""
+    accepted = await front.submit_batch(order(2))
+    async with Hand(settings, "owner", "llm") as owner:
+        await owner.settle(*(complete(entry) for entry in await owner.take(2)))
+    await link.call("ZADD", keys.LIVE_INDEX, 1, accepted.batch_id)
+    await expire(link)
+    await link.call("DEL", keys.MESSAGE + accepted.message_ids[1])
+    dead = DeadLetters(link, settings)
+    async with aggregating(settings):
+        again = await dead.retry((await dead.list(1))[0].id, front.clock.now_ms())
+        await wait_until(lambda: outcome(link, again))
+    assert [letter["reason"] for letter in await letters(link)] == ["data_gone"]
+    assert not await link.call("EXISTS", keys.BATCH_RESULTS + accepted.batch_id)
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
