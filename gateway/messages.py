@@ -23,7 +23,7 @@ from gateway.jobs import JobError
 from gateway.operation import AT_ONCE, Answer, Call, Operation, Parameter, answer
 from gateway.webhooks import check_url
 from pipeline import keys
-from pipeline.batches import AcceptedBatch, Member, Message, Order, Queue, Standing, results_text
+from pipeline.batches import LOST, AcceptedBatch, Member, Message, Order, Queue, Standing, results_text
 from pipeline.connection import CommandRefused
 from pipeline.errors import MalformedEntry
 from pipeline.flows import MAX_QUERY_CHARS, ModelName, Payload
@@ -399,15 +399,26 @@ async def _find_message(call: Call, message_id: str) -> Json:
     row = await call.history.message(call.tenant, message_id)
     if row is None:
         raise _not_found("message", message_id)
-    return _of_row(row)
+    return await _up_to_date(call, _of_row(row))
 
 
 async def _up_to_date(call: Call, row: Json) -> Json:
-    """Return a row of history with what has happened since it was written."""
+    """Return a row of history with what has happened since it was written; of which Redis knows nothing, it is lost."""
     if row["status"] not in _OPEN:
         return row
     found = await from_redis(call.front.batches.message(row["message_id"], call.tenant))
-    return row if found is None else row | {name: value for name, value in found.items() if value is not None}
+    if found is None:
+        return row | _LOST if await _is_recorded(call) else row
+    return row | {name: value for name, value in found.items() if value is not None}
+
+
+_LOST: Final = {"status": "failed", "error": LOST}
+
+
+async def _is_recorded(call: Call) -> bool:
+    """Say whether history has heard of all outcomes that Redis has let go of: what has none there then, has none."""
+    kept_ms = int(call.gateway.settings.messages.keep_s * 1000)
+    return await from_redis(call.front.recorded_until_ms()) > call.front.clock.now_ms() - kept_ms
 
 
 def _of_row(row: Json) -> Json:
@@ -439,12 +450,7 @@ async def list_batches(call: Call) -> Answer:
         after=asked.text("after"),
         limit=asked.limit(),
     )
-    shown = []
-    for row in rows:
-        standing = None
-        if row["status"] in _OPEN:
-            standing = await _standing(call, row["batch_id"])
-        shown.append(_of_batch_row(row) if standing is None else _of_standing(standing))
+    shown = [await _batch_up_to_date(call, row) for row in rows]
     return answer({"batches": [row for row in shown if status in {None, row["status"]}], "next": after})
 
 
@@ -461,7 +467,9 @@ async def list_members(call: Call) -> Answer:
         if after is not None and after.isdigit():
             raise _wrong("after", "this list is read from history by now: begin anew", code="invalid_cursor")
         rows, following = await call.history.messages(call.tenant, batch_id=batch_id, after=after, limit=limit)
-        return answer({"messages": [_of_row(row) for row in rows], "next": following})
+        about_open = _LOST if (await _batch_up_to_date(call, row))["status"] not in _OPEN else {}
+        shown = [_of_row(row) | (about_open if row["status"] in _OPEN else {}) for row in rows]
+        return answer({"messages": shown, "next": following})
     if after is not None and not (after.isdigit() and len(after) < 10):
         raise _wrong("after", "this is no `next` of this list", code="invalid_cursor")
     first = int(after or 0)
@@ -506,13 +514,16 @@ async def _remembered_results(call: Call, batch_id: str) -> bytes:
     row = await call.history.batch(call.tenant, batch_id)
     if row is None:
         raise _not_found("batch", batch_id)
+    batch = await _batch_up_to_date(call, row)
+    about_open = _LOST if batch["status"] not in _OPEN else {}
     found: list[bytes] = []
     after: str | None = None
     while True:
         rows, after = await call.history.messages(call.tenant, batch_id=batch_id, after=after, limit=PORTION)
-        found += [orjson.dumps(_result_of_row(member)) for member in rows]
+        members = [member | (about_open if member["status"] in _OPEN else {}) for member in rows]
+        found += [orjson.dumps(_result_of_row(member)) for member in members]
         if after is None:
-            return results_text(batch_id, row["status"] or "pending", found)
+            return results_text(batch_id, batch["status"], found)
 
 
 def _result_of_row(row: Json) -> Json:
@@ -545,7 +556,22 @@ async def _find_batch(call: Call, batch_id: str) -> Json:
     row = await call.history.batch(call.tenant, batch_id)
     if row is None:
         raise _not_found("batch", batch_id)
-    return _of_batch_row(row)
+    return await _batch_up_to_date(call, row)
+
+
+async def _batch_up_to_date(call: Call, row: Json) -> Json:
+    """Return a batch of history as it stands now; of one that Redis knows nothing of, what had not ended is lost."""
+    found = _of_batch_row(row)
+    if found["status"] not in _OPEN:
+        return found
+    standing = await _standing(call, row["batch_id"])
+    if standing is not None:
+        return _of_standing(standing)
+    if not await _is_recorded(call):
+        return found
+    wanted, completed = found["request_count"], await call.history.completed(call.tenant, row["batch_id"])
+    counts = {"response_count": wanted, "failed_count": wanted - completed, "progress": 1.0}
+    return found | {"status": "completed_with_errors"} | counts
 
 
 async def _standing(call: Call, batch_id: str) -> Standing | None:

@@ -115,6 +115,9 @@ class Records(Protocol):
     async def batch(self, tenant: str, batch_id: str) -> Json | None:
         """Return what is remembered of a batch, None where nothing is."""
 
+    async def completed(self, tenant: str, batch_id: str) -> int:
+        """Return how many messages of a batch completed."""
+
     async def messages(
         self,
         tenant: str,

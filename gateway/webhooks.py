@@ -6,7 +6,7 @@ it lives, its completion for a minute, history after that. Another tenant's id i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, Self
 
@@ -23,6 +23,8 @@ from pipeline.front import Standing
 from pipeline.job import Completion, Json, is_valid_id
 
 FLOW: Final = "webhook"
+LOST: Final = {"type": "failed", "code": "lost", "message": "nothing is known of this webhook any more; replay it"}
+"""The error of a webhook that Redis has lost while it was on its way."""
 
 
 class Attempt(BaseModel):
@@ -167,10 +169,16 @@ async def _find(call: Call, webhook_id: str) -> Found:
         raise BrokenKey(str(error), webhook_id) from error
     if isinstance(completion, Completion) and call.owns(completion, webhook_id) and _is_webhook(completion):
         return Found.ended(completion)
-    row = await call.gateway.records.webhook(call.tenant, webhook_id) if call.gateway.records is not None else None
+    if call.gateway.records is None:
+        raise _not_found(webhook_id)
+    kept_ms = int(call.gateway.settings.worker.completion_ttl_s * 1000)
+    is_recorded = await call.front.recorded_until_ms() > call.front.clock.now_ms() - kept_ms
+    row = await call.gateway.records.webhook(call.tenant, webhook_id)
     if row is None:
         raise _not_found(webhook_id)
-    return Found.remembered(row)
+    found = Found.remembered(row)
+    # Had it ended, history would have heard of it: Redis was emptied.
+    return replace(found, status="failed", error=LOST) if found.status == "pending" and is_recorded else found
 
 
 def _is_webhook(completion: Completion) -> bool:

@@ -37,6 +37,10 @@ GRACE_MS: Final = 5_000
 """After the members' deadline: whoever holds one, or the next tick, has ended it by then."""
 
 
+LOST: Final = {"type": "failed", "code": "lost", "message": "nothing is known of this message any more"}
+"""The error of a message that Redis has lost before it had its outcome."""
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One prompt, as it goes to the model."""
@@ -126,8 +130,7 @@ class Member:
         if self.text:
             return result_of(self.text)
         if not self.is_alive:
-            error = {"type": "failed", "code": "lost", "message": "nothing is known of this message any more"}
-            return {"message_id": self.id, "status": "failed", "error": error}
+            return {"message_id": self.id, "status": "failed", "error": LOST}
         return {"message_id": self.id, "status": "processing" if self.state == "running" else "pending"}
 
 

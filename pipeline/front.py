@@ -540,6 +540,15 @@ class Front:
         where: Literal["queued", "running"] = reply[0].decode()
         return Standing(decode(reply[2]), where, int(reply[3]) if reply[3] else None)
 
+    async def recorded_until_ms(self) -> int:
+        """Return until when history has heard of all that happened, on Redis' clock.
+
+        Raises:
+            BrokerUnavailable: Redis does not answer within a second.
+        """
+        oldest = await within(self._link.call("XRANGE", keys.EVENTS, "-", "+", "COUNT", 1))
+        return int(oldest[0][0].split(b"-")[0]) if oldest else self.clock.now_ms()
+
     async def secrets(self, queue: str, *, most: int | None = None) -> Secrets:
         """Return the secrets that sign a queue's webhooks; the first to ask makes one.
 

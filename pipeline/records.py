@@ -523,6 +523,14 @@ class Records:
         """Return one batch."""
         return await self._one(BATCHES, tenant, BATCHES.c.batch_id == batch_id)
 
+    async def completed(self, tenant: str, batch_id: str) -> int:
+        """Return how many messages of a batch completed."""
+        query = sa.select(sa.func.count()).select_from(MESSAGES)
+        query = query.where(MESSAGES.c.tenant == tenant, MESSAGES.c.batch_id == batch_id)
+        async with self._connection() as connection:
+            found = await connection.execute(query.where(MESSAGES.c.status == "completed"))
+            return int(found.scalar_one())
+
     async def webhook(self, tenant: str, webhook_id: str) -> Row | None:
         """Return one webhook by its job's id, or the newest job of a webhook id."""
         which = sa.or_(WEBHOOKS.c.job_id == webhook_id, WEBHOOKS.c.webhook_id == webhook_id)

@@ -438,6 +438,44 @@ async def test_member_that_only_history_knows_waits_for_it(service: Service, mon
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "history_unavailable")
 
 
+async def test_what_was_in_flight_when_redis_was_emptied_is_lost(service: Service) -> None:
+    """It is told so wherever it is asked for, as failed, and may be sent again; what had completed stays so."""
+    body = (await service.create(messages=[FIRST, FIRST])).json()
+    batch_id, (first, second) = body["batch_id"], body["message_ids"]
+    await service.record()
+    done = Event("message", first, "default", 10, 1, {"status": "completed", "result": {"answer": "a"}})
+    await service.records.apply([done])
+    await service.link.call("FLUSHALL")
+    lost = await service.get(f"/message/{second}")
+    assert (lost["status"], lost["error"]["code"]) == ("failed", "lost")
+    for path, name in ((f"/batch/{batch_id}/messages", "messages"), (f"/batch/{batch_id}/results", "results")):
+        rows = (await service.get(path))[name]
+        assert [(row["message_id"], row["status"]) for row in rows] == [(first, "completed"), (second, "failed")]
+        assert rows[1]["error"]["code"] == "lost"
+    listed = (await service.get("/message"))["messages"]
+    assert {row["message_id"]: row["status"] for row in listed} == {first: "completed", second: "failed"}
+    batch = await service.get(f"/batch/{batch_id}")
+    assert (batch["status"], batch["response_count"], batch["failed_count"], batch["progress"]) == (
+        "completed_with_errors", 2, 1, 1.0,
+    )  # fmt: skip
+    assert (await service.get("/batch"))["batches"] == [batch]
+    assert (await service.http.post(f"/batch/{batch_id}/cancel")).status_code == 409
+    reply = await service.http.post(f"/message/{second}/retry")
+    assert (reply.status_code, reply.json().get("retry_of")) == (200, second)
+
+
+async def test_what_the_recorder_has_not_written_yet_is_not_lost(service: Service) -> None:
+    """Where it is so far behind that Redis has let go of results, an outcome may still wait to be written."""
+    body = (await service.create(prompt="a")).json()
+    await service.record()
+    await service.link.call("FLUSHALL")
+    old = await service.link.call("XADD", keys.EVENTS, "1-1", "kind", "message")
+    paths = (f"/message/{body['message_id']}", f"/batch/{body['batch_id']}", f"/batch/{body['batch_id']}/results")
+    assert [(await service.get(path))["status"] for path in paths] == ["pending"] * 3
+    await service.link.call("XDEL", keys.EVENTS, old)
+    assert "pending" not in [(await service.get(path))["status"] for path in paths]
+
+
 DEAD: Sequence[Json] = (
     {"messages": [{"prompt": "bad", "system_prompt": "Be brief."}, {"prompt": "two"}], "model": "large"},
     {"prompt": "bad", "system_prompt": "Be brief.", "model": "large"},

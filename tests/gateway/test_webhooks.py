@@ -176,6 +176,20 @@ async def test_history_knows_what_redis_has_forgotten(front: Front, settings: Se
     assert history.asked[-1] == ("default", "w2")
 
 
+async def test_webhook_that_redis_has_lost_may_be_replayed(front: Front, settings: Settings, link: Link) -> None:
+    """History takes it for pending, and there is no outcome that it could still hear of."""
+    history = Remembered(told(created_ms=7, status="pending"))
+    transport = httpx.ASGITransport(create_app(settings, front, cast("Records", history)))
+    async with httpx.AsyncClient(base_url="http://127.0.0.1", transport=transport) as http:
+        old = await link.call("XADD", keys.EVENTS, "1-1", "kind", "webhook")  # its outcome, perhaps
+        assert (await http.get("/webhook/w1")).json()["status"] == "pending"
+        assert (await http.post("/webhook/w1/replay")).status_code == 409
+        await link.call("XDEL", keys.EVENTS, old)
+        found = (await http.get("/webhook/w1")).json()
+        assert (found["status"], found["error"]["code"]) == ("failed", "lost")
+        assert (await http.post("/webhook/w1/replay")).status_code == 202
+
+
 async def test_it_is_told_as_it_stands_in_redis(
     link: Link, front: Front, settings: Settings, on_redis: httpx.AsyncClient
 ) -> None:
