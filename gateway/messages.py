@@ -45,6 +45,8 @@ PORTION: Final = 200
 """Members read from Redis by one call."""
 
 _OWN_ID: Final = re.compile(r"[0-9a-f]{32}")
+_PLACE: Final = re.compile(r"[0-9]{1,9}")
+_LIMIT_TEXT: Final = re.compile(r"[0-9]{1,3}")
 _PLACEHOLDER: Final = re.compile(r"\{\{\s*([A-Za-z0-9_.-]{1,128})\s*\}\}")
 _QUEUE_ID: Final[TypeAdapter[str]] = TypeAdapter(QueueId)
 
@@ -333,9 +335,9 @@ async def list_messages(call: Call) -> Answer:
     status = asked.one_of("status", MessageState)
     rows, after = await call.history.messages(
         call.tenant,
-        queue=asked.text("queue_id"),
+        queue=asked.queue_id(),
         status="pending" if status == "processing" else status,
-        batch_id=asked.text("batch_id"),
+        batch_id=asked.batch_id(),
         since_ms=asked.instant_ms("since"),
         until_ms=asked.instant_ms("until"),
         after=asked.text("after"),
@@ -443,7 +445,7 @@ async def list_batches(call: Call) -> Answer:
     status = asked.one_of("status", BatchState)
     rows, after = await call.history.batches(
         call.tenant,
-        queue=asked.text("queue_id"),
+        queue=asked.queue_id(),
         status="pending" if status == "processing" else status,
         since_ms=asked.instant_ms("since"),
         until_ms=asked.instant_ms("until"),
@@ -464,13 +466,13 @@ async def list_members(call: Call) -> Answer:
         row = await call.history.batch(call.tenant, batch_id)
         if row is None:
             raise _not_found("batch", batch_id)
-        if after is not None and after.isdigit():
+        if after is not None and _PLACE.fullmatch(after):
             raise _wrong("after", "this list is read from history by now: begin anew", code="invalid_cursor")
         rows, following = await call.history.messages(call.tenant, batch_id=batch_id, after=after, limit=limit)
         about_open = _LOST if (await _batch_up_to_date(call, row))["status"] not in _OPEN else {}
         shown = [_of_row(row) | (about_open if row["status"] in _OPEN else {}) for row in rows]
         return answer({"messages": shown, "next": following})
-    if after is not None and not (after.isdigit() and len(after) < 10):
+    if after is not None and not _PLACE.fullmatch(after):
         raise _wrong("after", "this is no `next` of this list", code="invalid_cursor")
     first = int(after or 0)
     members = await from_redis(call.front.batches.members(batch_id, first, limit)) or []
@@ -616,7 +618,7 @@ def _progress(ended: int, wanted: int) -> float:
 
 async def look_at_queue(call: Call) -> Answer:
     """Tell a queue's defaults, and the secret that signs its webhooks."""
-    queue_id = _queue_id(call)
+    queue_id = _queue_id(call.path_id("queue_id"))
     queue = await from_redis(call.front.batches.queue(call.tenant, queue_id))
     return answer(await _shown_queue(call, queue_id, queue))
 
@@ -624,7 +626,7 @@ async def look_at_queue(call: Call) -> Answer:
 async def set_queue(call: Call) -> Answer:
     """Set a queue's defaults, all of them: what is not named is taken away. Its secret stays."""
     asked = await call.read(QueueDefaults)
-    queue_id = _queue_id(call)
+    queue_id = _queue_id(call.path_id("queue_id"))
     if asked.webhook_url is not None:
         check_url(call, asked.webhook_url, param="webhook_url")
     queue = Queue(asked.model, asked.system_prompt, asked.webhook_url, asked.webhook_event)
@@ -635,7 +637,7 @@ async def set_queue(call: Call) -> Answer:
 
 async def rotate_secret(call: Call) -> Answer:
     """Give a queue another secret; the one before it signs too for a day."""
-    queue_id = _queue_id(call)
+    queue_id = _queue_id(call.path_id("queue_id"))
     most = call.gateway.settings.messages.max_queues
     await from_redis(call.front.rotate_secret(keys.of_tenant(call.tenant, queue_id), most=most))
     return await look_at_queue(call)
@@ -653,9 +655,9 @@ async def _secrets(call: Call, queue_id: str) -> Secrets:
     return await call.front.secrets(keys.of_tenant(call.tenant, queue_id), most=most)
 
 
-def _queue_id(call: Call) -> str:
+def _queue_id(given: str) -> str:
     try:
-        return _QUEUE_ID.validate_python(call.path_id("queue_id"))
+        return _QUEUE_ID.validate_python(given)
     except ValueError:
         raise _wrong("queue_id", "1 to 128 characters out of A-Z a-z 0-9 . _ -") from None
 
@@ -699,6 +701,18 @@ class Asked:
         values = self._given.get(name)
         return values[0] if values else None
 
+    def queue_id(self) -> str | None:
+        """Return the queue of which something is wanted."""
+        value = self.text("queue_id")
+        return None if value is None else _queue_id(value)
+
+    def batch_id(self) -> str | None:
+        """Return the batch of which something is wanted."""
+        value = self.text("batch_id")
+        if value is not None and not _OWN_ID.fullmatch(value):
+            raise _wrong("batch_id", "this is no id of a batch")
+        return value
+
     def one_of(self, name: str, choices: Any) -> str | None:
         """Return a value that is one of a literal's."""
         value = self.text(name)
@@ -717,7 +731,7 @@ class Asked:
         value = self.text("limit")
         if value is None:
             return LISTED
-        if not (value.isascii() and value.isdigit() and 1 <= int(value[:6]) <= MOST_LISTED):
+        if not (_LIMIT_TEXT.fullmatch(value) and 1 <= int(value) <= MOST_LISTED):
             raise _wrong("limit", f"a number from 1 to {MOST_LISTED}")
         return int(value)
 

@@ -568,9 +568,17 @@ async def test_members_come_in_pages(service: Service) -> None:
                 return ids
             after = {"after": page["next"]}
 
+    odd = ("\u00b2", "-1", "1" * 10, "x", "\0", "\u0661")
+
+    async def refused(*given: str) -> bool:
+        replies = [await service.http.get(path, params={"after": after}) for after in given]
+        return [(r.status_code, r.json()["error"]["code"]) for r in replies] == [(422, "invalid_cursor")] * len(given)
+
     assert await pages() == body["message_ids"]
+    assert await refused(*odd)
     await service.forget()
     assert await pages() == body["message_ids"]
+    assert await refused(*odd, "2")
 
 
 @pytest.mark.usefixtures("workers")
@@ -606,9 +614,18 @@ async def test_lists_are_filtered_and_up_to_date(service: Service) -> None:
         {"since": "monday"},
         {"colour": "red"},
         {"after": "x"},
+        {"limit": "201"},
+        {"limit": "0002009999"},
+        {"queue_id": "\0"},
+        {"queue_id": "a:b"},
+        {"batch_id": "\0"},
+        {"batch_id": "x"},
     ):
         reply = await service.http.get("/message", params=query)
         assert (reply.status_code, reply.json()["error"]["param"]) == (422, next(iter(query)))
+        if "batch_id" not in query:
+            reply = await service.http.get("/batch", params=query)
+            assert (reply.status_code, reply.json()["error"]["param"]) == (422, next(iter(query)))
 
 
 async def test_waiting_message_is_cancelled_at_once(service: Service) -> None:
