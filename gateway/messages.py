@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal, TypeVar
 from urllib.parse import parse_qs
@@ -41,6 +42,8 @@ BatchState = Literal["pending", "processing", "completed", "completed_with_error
 
 MOST_LISTED: Final = 200
 LISTED: Final = 50
+MOST_REMEMBERED: Final = 1_000
+"""Members read from history at once."""
 PORTION: Final = 200
 """Members read from Redis by one call."""
 
@@ -215,7 +218,28 @@ async def _accept(call: Call, order: Order) -> AcceptedBatch:
     key = read_key(call.headers, call.tenant, call.path, call.body)
     accepted = await call.front.submit_batch(order, idempotency=key, in_flight_limit=call.in_flight_limit)
     call.job_id = accepted.batch_id
-    return accepted
+    return accepted if accepted.message_ids else await _said_before(call, accepted)
+
+
+async def _said_before(call: Call, accepted: AcceptedBatch) -> AcceptedBatch:
+    """Return what was answered to the first request of an Idempotency-Key, where Redis has let go of its batch.
+
+    Raises:
+        Problem: 409, history does not know the batch either.
+    """
+    ids: list[str] = []
+    after: str | None = None
+    while True:
+        rows, after = await call.history.messages(
+            call.tenant, batch_id=accepted.batch_id, after=after, limit=MOST_REMEMBERED
+        )
+        ids += [row["message_id"] for row in rows]
+        if after is None:
+            break
+    if not ids:
+        message = "the batch that was created under this Idempotency-Key is no longer known; use another key"
+        raise Problem(409, "batch_gone", message, param="Idempotency-Key", job_id=accepted.batch_id)
+    return replace(accepted, message_ids=ids)
 
 
 def _created(accepted: AcceptedBatch, *, single: bool, retry_of: str | None = None) -> Answer:

@@ -130,7 +130,7 @@ class DeadLetters:
         )
         if not await self._link.call("XDEL", keys.DEAD, letter.id) and accepted.repeated:
             raise _unknown(letter.id)  # another retry was quicker
-        return accepted.message_ids[0]
+        return accepted.message_ids[0] if accepted.message_ids else accepted.batch_id  # sent, and forgotten, long ago
 
     async def _recall(self, letter: Letter) -> str:
         fields: dict[str, str] = orjson.loads(letter.original or "{}")

@@ -255,6 +255,22 @@ async def test_same_idempotency_key_repeats_the_answer(service: Service) -> None
     assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_mismatch")
 
 
+@pytest.mark.usefixtures("workers")
+@pytest.mark.parametrize("asked", [{"prompt": "a"}, {"messages": [{"prompt": "a"}, {"prompt": "b"}]}])
+async def test_idempotency_key_outlives_what_redis_keeps_of_its_batch(service: Service, asked: Json) -> None:
+    """The ids are read from history then; where that knows nothing either, the client hears so."""
+    key = {"idempotency-key": "k1"}
+    first = await service.create(key, **asked)
+    await service.ended(first.json()["batch_id"])
+    await service.forget()
+    unknown = await service.create(key, **asked)
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (409, "batch_gone")
+    await service.record()
+    again = await service.create(key, **asked)
+    assert (again.status_code, again.json()) == (200, first.json())
+    assert again.headers["idempotent-replayed"] == "true"
+
+
 FIRST = {"prompt": "a"}
 
 
