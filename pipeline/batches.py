@@ -33,6 +33,8 @@ AT_ONCE_BYTES: Final = 1 << 20
 STAGED_FOR_MS: Final = 60_000
 MESSAGE_FLOWS: Final = ("message", "message_retrieve")
 """What members of a batch may be; the second answers from the documents."""
+FIRST_TO_BEGIN: Final = 16
+"""Members looked at to say whether a batch has begun: the very first may have been handed back meanwhile."""
 GRACE_MS: Final = 5_000
 """After the members' deadline: whoever holds one, or the next tick, has ended it by then."""
 
@@ -300,8 +302,8 @@ class Batches:
         return Standing(batch_id, texts[1], status, wanted, ended, failed, created_ms, closed_ms)
 
     async def _has_begun(self, batch_id: str) -> bool:
-        """Say whether the first member is in somebody's hands: the first in a batch begins first."""
-        portion = await within(self.gather(batch_id, 0, 1))
+        """Say whether one of the first members is in somebody's hands, or was: those given first begin first."""
+        portion = await within(self.gather(batch_id, 0, FIRST_TO_BEGIN))
         return portion is not None and any(member.state == "running" for member in portion.members)
 
     async def members(self, batch_id: str, first: int, most: int) -> list[Member] | None:

@@ -538,7 +538,7 @@ class Front:
         if not reply or reply[1].decode() != tenant or not reply[2]:
             return None
         where: Literal["queued", "running"] = reply[0].decode()
-        return Standing(decode(reply[2]), where, int(reply[3]) if reply[3] else None)
+        return Standing(decode(reply[2]), where, int(float(reply[3])) if reply[3] else None)
 
     async def recorded_until_ms(self) -> int:
         """Return until when history has heard of all that happened, on Redis' clock.

@@ -11,6 +11,7 @@
 -- Returns: time (us), 'accepted' | 'repeated' | 'mismatch' | 'overloaded' | 'backlog' | 'in_flight' | 'unstaged' (some
 --   members are gone again: begin anew), the id of the batch that answers.
 -- Invariant: one batch per id and per idempotency key, however often this is sent; no part of a batch without the rest.
+--   Members begin in the order given: each is due a thousandth of a millisecond after the one before.
 local now_us = clock_us()
 local now_ms = math.floor(now_us / 1000)
 local id, tenant, stream, deadline_ms, set, idem = ARGV[1], ARGV[2], ARGV[3], ARGV[5], ARGV[8], ARGV[10]
@@ -71,14 +72,14 @@ call('HSET', key, 'req.count', #ids, 'res.count', 0, 'failed.count', 0, 'cancell
   'deadline_ms', ARGV[15], 'asked', ARGV[19])
 in_portions(function(first, last) call('RPUSH', members, unpack(ids, first, last)) end)
 if staged then
-  local due = digits(math.max(due_ms, now_ms))
+  local due = due_ms > now_ms and due_ms or now_ms - #ids / 1000
   in_portions(function(first, last)
     local deadlines, dues = {}, {}
     for i = first, last do
       call('PERSIST', KEY.live .. ids[i])
       deadlines[#deadlines + 1] = deadline_ms
       deadlines[#deadlines + 1] = ids[i]
-      dues[#dues + 1] = due
+      dues[#dues + 1] = string.format('%.3f', due + (i - 1) / 1000)
       dues[#dues + 1] = ids[i]
     end
     call('ZADD', KEY.live_index, unpack(deadlines))
@@ -88,7 +89,8 @@ if staged then
 else
   for i = FIRST, #ARGV, 3 do
     local fields = {'deadline', deadline_ms, 'record', 'message ' .. id}
-    accept(ARGV[i], ARGV[i + 1], stream, tenant, deadline_ms, due_ms, now_us, fields)
+    local due = due_ms > 0 and string.format('%.3f', due_ms + (i - FIRST) / 3000) or 0
+    accept(ARGV[i], ARGV[i + 1], stream, tenant, deadline_ms, due, now_us, fields)
     call('RPUSH', rows, ARGV[i + 2])
   end
 end
