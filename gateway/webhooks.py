@@ -82,7 +82,8 @@ class Found:
     @classmethod
     def ended(cls, completion: Completion) -> Self:
         """It has its outcome."""
-        return cls(completion.status, completion.result or {}, completion.error)
+        told = completion.result or {}
+        return cls(completion.status, told, completion.error, retry_of=told.get("retry_of"))
 
     @classmethod
     def remembered(cls, row: Json) -> Self:
@@ -90,7 +91,8 @@ class Found:
         asked = {name: row.get(name) for name in ("webhook_id", "url", "event", "batch_id", "message_id", "queue")}
         happened = {"at_ms": row["created_ms"]} if row.get("created_ms") is not None else {}
         told = {name: value for name, value in asked.items() if value is not None} | happened
-        return cls(row.get("status") or "pending", told | (row.get("result") or {}), row.get("error"))
+        told |= row.get("result") or {}
+        return cls(row.get("status") or "pending", told, row.get("error"), retry_of=row.get("retry_of"))
 
 
 async def look(call: Call) -> Answer:

@@ -326,9 +326,11 @@ class Batches:
         reply = await within(self._link.run(scripts.MESSAGE, (), (message_id,)))
         if not reply or reply[1].decode() != tenant:
             return None
-        text, _, state, batch_id, queue_id, created_ms = (part.decode() for part in reply)
+        text, _, state, batch_id, queue_id, created_ms, told = (part.decode() for part in reply)
         shown = Member(message_id, text.encode(), state).result()
         shown |= {"batch_id": batch_id, "queue_id": queue_id or None}
+        if retry_of := orjson.loads(told or "{}").get("retry_of"):
+            shown["retry_of"] = retry_of
         return shown | {"created_ms": int(created_ms)} if created_ms else shown
 
     # --- queues ----------------------------------------------------------------------------------
@@ -446,7 +448,11 @@ class _Plan:
         """Return what history is told of the batch."""
         order = self.order
         told = {"queue_id": order.queue_id, "request_count": len(self.ids), "created_ms": self.created_ms}
-        more = {"webhook_url": order.webhook_url, "webhook_event": order.webhook_event}
+        more = {
+            "webhook_url": order.webhook_url,
+            "webhook_event": order.webhook_event,
+            "retry_of": order.retry_of,  # of its only message; history knows that of the message itself
+        }
         return told | {name: value for name, value in more.items() if value is not None}
 
     def members(self) -> Iterator[_Row]:

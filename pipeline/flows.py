@@ -230,7 +230,7 @@ class Flow:
     private: bool = False
 
 
-_TOLD = ("url", "event", "webhook_id", "batch_id", "message_id", "queue", "at_ms", "attempts")
+_TOLD = ("url", "event", "webhook_id", "batch_id", "message_id", "queue", "at_ms", "retry_of", "attempts")
 _MINUTE, _HOUR = 60.0, 3_600.0
 
 FLOWS: Final[dict[str, Flow]] = {
@@ -391,7 +391,8 @@ def record_of(job: Job) -> bytes:
     if not kind:
         return b""
     if kind != "report":
-        return b"%b %b" % (kind.encode(), orjson.dumps(payload))
+        again = {} if job.retry_of is None else {"retry_of": job.retry_of}
+        return b"%b %b" % (kind.encode(), orjson.dumps(payload | again))
     created_ms = job.at_us // 1000
     owner = payload["user_id"] if job.tenant == DEFAULT_TENANT else f"{job.tenant}:{payload['user_id']}"
     terms = (created_ms, payload["keep_ms"], payload["keep_most"], payload["cache_ms"], payload["epoch"], owner)

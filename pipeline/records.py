@@ -129,6 +129,7 @@ WEBHOOKS: Final = _table(
     _first("message_id", sa.Text()),
     _first("url", sa.Text()),
     _first("event", sa.Text()),
+    _first("retry_of", sa.Text()),
     _first("created_ms", sa.BigInteger()),
     _latest("status", sa.Text()),
     _latest("result", _JSON),

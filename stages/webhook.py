@@ -192,6 +192,8 @@ class Webhook(Stage):
         payload = _payload(job)
         happened_ms = payload.at_ms or job.accepted_us // 1000
         told = payload.model_dump(exclude_none=True) | {"at_ms": happened_ms}
+        if job.retry_of is not None:
+            told["retry_of"] = job.retry_of
         job.state = told | {"attempts": job.state.get("attempts", [])}
         try:
             url = read_url(payload.url, allow_private=self._settings.allow_private)

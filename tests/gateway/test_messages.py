@@ -687,6 +687,7 @@ async def test_retry_is_a_new_message_that_names_the_old_one(service: Service) -
     new = reply.json()
     assert new["retry_of"] == old["message_id"]
     assert new["batch_id"] != old["batch_id"]
+    assert (await service.get(f"/message/{new['message_id']}"))["retry_of"] == old["message_id"]
     again = await service.http.post(f"/message/{old['message_id']}/retry", headers={"idempotency-key": "k"})
     assert again.json() == new
     await service.ended(new["batch_id"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import httpx
@@ -10,12 +11,14 @@ import pytest
 
 from gateway.app import create_app
 from gateway.errors import Problem
-from gateway.operation import Call, Gateway, Records
+from gateway.operation import Call, Gateway
+from gateway.operation import Records as Remembering
 from gateway.webhooks import WebhookReplayed, WebhookStatus, check_url
 from pipeline import flows, keys
 from pipeline.connection import Link
 from pipeline.front import Front
 from pipeline.job import Completion, Job, Json, error_body, new_id
+from pipeline.records import Event, Records
 from pipeline.settings import Settings
 from stages.webhook import build
 from tests.conftest import wait_until
@@ -162,7 +165,7 @@ async def test_history_knows_what_redis_has_forgotten(front: Front, settings: Se
     """What was asked for and how it ended; and it can be replayed from there."""
     row = told(created_ms=7, status="failed", result=told(attempts=[ATTEMPT]), error=None, attempts=10)
     history = Remembered(row)
-    transport = httpx.ASGITransport(create_app(settings, front, cast("Records", history)))
+    transport = httpx.ASGITransport(create_app(settings, front, cast("Remembering", history)))
     async with httpx.AsyncClient(base_url="http://127.0.0.1", transport=transport) as http:
         found = (await http.get("/webhook/w1")).json()
         assert (found["status"], found["url"], found["attempts"]) == ("failed", URL, [ATTEMPT])
@@ -176,10 +179,40 @@ async def test_history_knows_what_redis_has_forgotten(front: Front, settings: Se
     assert history.asked[-1] == ("default", "w2")
 
 
+async def test_replay_names_what_it_repeats_wherever_it_is_read(
+    link: Link, front: Front, settings: Settings, tmp_path: Path
+) -> None:
+    """While it lives, when it has ended, and from history."""
+    settings = changed(settings, webhook={"allow_private": True})
+    records = Records.open(f"sqlite:///{tmp_path}/history.db")
+    await records.upgrade()
+    await link.call("SET", keys.BATCH_RESULTS + "b1", orjson.dumps({"results": []}), "PX", 60_000)
+    transport = httpx.ASGITransport(create_app(settings, front, records))
+    async with (
+        receiving([answer(200)]) as receiver,
+        httpx.AsyncClient(base_url="http://127.0.0.1", transport=transport) as http,
+    ):
+        old = told(created_ms=7, url=receiver.url)
+        await records.apply([Event("webhook", "w1", "default", 0, 1, old), Event("webhook", "w1", "default", 10, 1, {
+            "status": "failed", "result": old,
+        })])  # fmt: skip
+        new = (await http.post("/webhook/w1/replay")).json()["id"]
+        assert (await http.get(f"/webhook/{new}")).json()["retry_of"] == "w1"
+        async with working(settings, [build(settings)]):
+            await wait_until(lambda: link.call("EXISTS", keys.COMPLETION + new))
+        found = (await http.get(f"/webhook/{new}")).json()
+        assert (found["status"], found["retry_of"]) == ("completed", "w1")
+        await records.apply([Event.decode(fields) for _, fields in await link.call("XRANGE", keys.EVENTS, "-", "+")])
+        await link.call("DEL", keys.COMPLETION + new)
+        again = (await http.get(f"/webhook/{new}")).json()
+        assert again == found
+    await records.close()
+
+
 async def test_webhook_that_redis_has_lost_may_be_replayed(front: Front, settings: Settings, link: Link) -> None:
     """History takes it for pending, and there is no outcome that it could still hear of."""
     history = Remembered(told(created_ms=7, status="pending"))
-    transport = httpx.ASGITransport(create_app(settings, front, cast("Records", history)))
+    transport = httpx.ASGITransport(create_app(settings, front, cast("Remembering", history)))
     async with httpx.AsyncClient(base_url="http://127.0.0.1", transport=transport) as http:
         old = await link.call("XADD", keys.EVENTS, "1-1", "kind", "webhook")  # its outcome, perhaps
         assert (await http.get("/webhook/w1")).json()["status"] == "pending"
