@@ -24,7 +24,7 @@ from gateway.jobs import JobError
 from gateway.operation import AT_ONCE, Answer, Call, Operation, Parameter, answer
 from gateway.webhooks import check_url
 from pipeline import keys
-from pipeline.batches import LOST, AcceptedBatch, Member, Message, Order, Queue, Standing, results_text
+from pipeline.batches import LOST, AcceptedBatch, Member, Message, Order, Queue, Standing, results_text, webhook_id_of
 from pipeline.connection import CommandRefused
 from pipeline.errors import MalformedEntry
 from pipeline.flows import MAX_QUERY_CHARS, ModelName, Payload
@@ -136,6 +136,10 @@ class BatchShown(BaseModel):
     progress: float = Field(description="ended messages, from 0 to 1")
     created_ms: int | None = None
     closed_ms: int | None = None
+    webhook_id: str | None = Field(
+        description="of the webhook that tells of it, for `GET /webhook/{id}`; null before the batch is closed, and "
+        "where nobody is to be told"
+    )
 
 
 class BatchPage(BaseModel):
@@ -615,6 +619,7 @@ def _of_standing(standing: Standing) -> Json:
         "progress": _progress(standing.response_count, standing.request_count),
         "created_ms": standing.created_ms,
         "closed_ms": standing.closed_ms,
+        "webhook_id": _webhook_id(standing.batch_id, standing.webhook_url, standing.closed_ms),
     }
 
 
@@ -630,7 +635,12 @@ def _of_batch_row(row: Json) -> Json:
         "progress": _progress(ended, wanted),
         "created_ms": row.get("created_ms"),
         "closed_ms": row.get("closed_ms"),
+        "webhook_id": _webhook_id(row["batch_id"], row.get("webhook_url"), row.get("closed_ms")),
     }
+
+
+def _webhook_id(batch_id: str, url: str | None, closed_ms: int | None) -> str | None:
+    return None if url is None or closed_ms is None else webhook_id_of(batch_id)
 
 
 def _progress(ended: int, wanted: int) -> float:

@@ -99,6 +99,7 @@ class Standing:
     failed_count: int
     created_ms: int
     closed_ms: int | None
+    webhook_url: str | None
 
     @property
     def is_closed(self) -> bool:
@@ -289,7 +290,17 @@ class Batches:
 
     async def standing(self, batch_id: str, tenant: str) -> Standing | None:
         """Return how a batch stands; None when Redis does not know it, or not of this tenant."""
-        names = ("tenant", "queue", "status", "req.count", "res.count", "failed.count", "created_ms", "closed_ms")
+        names = (
+            "tenant",
+            "queue",
+            "status",
+            "req.count",
+            "res.count",
+            "failed.count",
+            "created_ms",
+            "closed_ms",
+            "asked",
+        )
         found = await within(self._link.call("HMGET", keys.BATCH + batch_id, *names))
         if found[0] is None or found[0].decode() != tenant:
             return None
@@ -299,7 +310,8 @@ class Batches:
         if not texts[7]:
             status = "processing" if ended or await self._has_begun(batch_id) else "pending"
         closed_ms = int(texts[7]) if texts[7] else None
-        return Standing(batch_id, texts[1], status, wanted, ended, failed, created_ms, closed_ms)
+        webhook_url = orjson.loads(texts[8] or b"{}").get("webhook_url")
+        return Standing(batch_id, texts[1], status, wanted, ended, failed, created_ms, closed_ms, webhook_url)
 
     async def _has_begun(self, batch_id: str) -> bool:
         """Say whether one of the first members is in somebody's hands, or was: those given first begin first."""
@@ -363,6 +375,11 @@ class Batches:
 
 
 # --- values ------------------------------------------------------------------------------------
+
+
+def webhook_id_of(batch_id: str) -> str:
+    """Return the id of the webhook that tells of a batch: its job's, and what its receiver knows it by."""
+    return f"msg_{batch_id}"
 
 
 def order_again(job: Job, queue_id: str, told: Json) -> Order:

@@ -534,8 +534,8 @@ class Records:
 
     async def webhook(self, tenant: str, webhook_id: str) -> Row | None:
         """Return one webhook by its job's id, or the newest job of a webhook id."""
-        which = sa.or_(WEBHOOKS.c.job_id == webhook_id, WEBHOOKS.c.webhook_id == webhook_id)
-        return await self._one(WEBHOOKS, tenant, which)
+        found = await self._one(WEBHOOKS, tenant, WEBHOOKS.c.job_id == webhook_id)
+        return found or await self._one(WEBHOOKS, tenant, WEBHOOKS.c.webhook_id == webhook_id)
 
     async def report(self, tenant: str, report_id: str) -> Row | None:
         """Return one report."""

@@ -13,11 +13,11 @@ import structlog
 from prometheus_client import Counter
 
 from pipeline import flows
-from pipeline.batches import result_text, results_text
+from pipeline.batches import result_text, results_text, webhook_id_of
 from pipeline.connection import OutOfMemory
 from pipeline.errors import Reject, RetryLater
 from pipeline.histogram import Histogram
-from pipeline.job import Completion, Done, Job, new_id
+from pipeline.job import Completion, Done, Job
 from pipeline.stage import Context, Stage
 
 if TYPE_CHECKING:
@@ -112,17 +112,18 @@ class Aggregator(Stage):
         """Return the job that tells somebody outside, where somebody wants to know."""
         if batch.webhook_url is None:
             return ()
+        webhook_id = webhook_id_of(batch.batch_id)  # whoever gathers this batch, and however often: one id
         payload = flows.WebhookPayload(
             url=batch.webhook_url,
             event="message.completed" if batch.message_id else "batch.completed",
-            webhook_id=f"msg_{batch.batch_id}",  # whoever gathers this batch, and however often: one id
+            webhook_id=webhook_id,
             queue=batch.queue,
             batch_id=batch.batch_id,
             message_id=batch.message_id,
             at_ms=now_ms,
         )
         webhook = flows.new_job(
-            "webhook", payload, job_id=new_id(), now_ms=now_ms, lifetime_s=self._lifetime_s, tenant=job.tenant
+            "webhook", payload, job_id=webhook_id, now_ms=now_ms, lifetime_s=self._lifetime_s, tenant=job.tenant
         )
         return (webhook,)
 

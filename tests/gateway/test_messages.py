@@ -234,6 +234,23 @@ async def test_queue_gives_what_a_message_does_not_name(service: Service) -> Non
     assert rotated.json()["webhook_secret"] not in {None, again["webhook_secret"]}
 
 
+async def test_batch_names_the_webhook_that_tells_of_it(service: Service, settings: Settings) -> None:
+    """From its end on, wherever it is read from; and what it names is found while it waits to be sent."""
+    body = (await service.create(messages=[FIRST], webhook_url=HOOK)).json()
+    silent = (await service.create(prompt="a")).json()
+    assert (await service.get(f"/batch/{body['batch_id']}"))["webhook_id"] is None
+    async with working(settings, [Scripted("llm", answering), Aggregator(settings)]):
+        assert (await service.ended(silent["batch_id"]))["webhook_id"] is None
+        name = (await service.ended(body["batch_id"]))["webhook_id"]
+    found = await service.get(f"/webhook/{name}")
+    assert (found["status"], found["url"], found["batch_id"]) == ("pending", HOOK, body["batch_id"])
+    assert (found["id"], found["webhook_id"]) == (name, name)
+    await service.record()
+    await service.forget()
+    assert (await service.get(f"/batch/{body['batch_id']}"))["webhook_id"] == name
+    assert (await service.get(f"/webhook/{name}"))["url"] == HOOK
+
+
 @pytest.mark.usefixtures("workers")
 async def test_retrieving_message_passes_encoder_and_retriever(service: Service) -> None:
     """The prompt is the question."""
