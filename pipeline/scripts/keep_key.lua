@@ -1,5 +1,6 @@
-#!lua
--- keep_key: write what is known of an API key, and tell the history.
+#!lua flags=allow-oom
+-- keep_key: write what is known of an API key, and tell the history. Also when memory is full: a key may have to be revoked
+--   just then.
 -- ARGV[1] name  ARGV[2] the key's digest  ARGV[3] the record as it was ('' none)  ARGV[4] the record (JSON)
 -- ARGV[5] tenant  ARGV[6] rank  ARGV[7] what the history is told (JSON)
 -- Returns: 'kept' | 'changed' (somebody was quicker).

@@ -16,7 +16,7 @@ from gateway.errors import Problem
 from gateway.metrics import QUERY_OUTCOME
 from pipeline import keys
 from pipeline.api_keys import ApiKey, KeyRing, digest_of
-from pipeline.connection import Link
+from pipeline.connection import Link, OutOfMemory
 from pipeline.errors import BrokerUnavailable, HistoryUnavailable, Reject
 from pipeline.front import Front
 from pipeline.records import Event, Records, Row
@@ -334,6 +334,21 @@ async def test_the_history_is_told_of_keys(link: Link) -> None:
     }  # fmt: skip
     assert revoked.row()["revoked_ms"] == record.revoked_ms
     assert key not in f"{made} {revoked}"
+
+
+async def test_a_key_is_revoked_while_redis_is_full(link: Link) -> None:
+    """It may be the one that fills it."""
+    ring = KeyRing(link)
+    await ring.create("laptop", "alice")
+    await link.call("CONFIG", "SET", "maxmemory", "1")
+    try:
+        with pytest.raises(OutOfMemory):
+            await link.call("SET", "x", "y")
+        await ring.revoke("laptop")
+    finally:
+        await link.call("CONFIG", "SET", "maxmemory", "0")
+    (record,) = await ring.list()
+    assert record.revoked_ms is not None
 
 
 async def test_a_key_of_a_wrong_type_is_left_alone(link: Link) -> None:
