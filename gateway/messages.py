@@ -182,7 +182,9 @@ class QueueShown(BaseModel):
     system_prompt: str | None
     webhook_url: str | None
     webhook_event: str | None
-    webhook_secret: str = Field(description="signs the webhooks of this queue; made when it is first asked for")
+    webhook_secret: str | None = Field(
+        description="signs the webhooks of this queue; null until the queue is set up or has its first webhook"
+    )
 
 
 # --- Creating ----------------------------------------------------------------------------------
@@ -653,8 +655,7 @@ def _progress(ended: int, wanted: int) -> float:
 async def look_at_queue(call: Call) -> Answer:
     """Tell a queue's defaults, and the secret that signs its webhooks."""
     queue_id = _queue_id(call.path_id("queue_id"))
-    queue = await from_redis(call.front.batches.queue(call.tenant, queue_id))
-    return answer(await _shown_queue(call, queue_id, queue))
+    return await _shown_queue(call, queue_id)
 
 
 async def set_queue(call: Call) -> Answer:
@@ -666,7 +667,8 @@ async def set_queue(call: Call) -> Answer:
     queue = Queue(asked.model, asked.system_prompt, asked.webhook_url, asked.webhook_event)
     most = call.gateway.settings.messages.max_queues
     await from_redis(call.front.batches.set_queue(call.tenant, queue_id, queue, most=most))
-    return answer(await _shown_queue(call, queue_id, queue))
+    await from_redis(_secrets(call, queue_id))
+    return await _shown_queue(call, queue_id)
 
 
 async def rotate_secret(call: Call) -> Answer:
@@ -674,14 +676,14 @@ async def rotate_secret(call: Call) -> Answer:
     queue_id = _queue_id(call.path_id("queue_id"))
     most = call.gateway.settings.messages.max_queues
     await from_redis(call.front.rotate_secret(keys.of_tenant(call.tenant, queue_id), most=most))
-    return await look_at_queue(call)
+    return await _shown_queue(call, queue_id)
 
 
-async def _shown_queue(call: Call, queue_id: str, queue: Queue) -> Json:
-    secrets = await from_redis(_secrets(call, queue_id))
-    return {"queue_id": queue_id, "webhook_secret": secrets.current} | {
-        name: getattr(queue, name) for name in Queue.__slots__
-    }
+async def _shown_queue(call: Call, queue_id: str) -> Answer:
+    queue = await from_redis(call.front.batches.queue(call.tenant, queue_id))
+    secret = await from_redis(call.front.secret(keys.of_tenant(call.tenant, queue_id)))
+    defaults = {name: getattr(queue, name) for name in Queue.__slots__}
+    return answer({"queue_id": queue_id, "webhook_secret": secret} | defaults)
 
 
 async def _secrets(call: Call, queue_id: str) -> Secrets:
@@ -876,7 +878,7 @@ OPERATIONS: Final = (
         parameters=(_id("batch_id"),),
     ),
     Operation(
-        "GET", "/queue/{queue_id}", look_at_queue, answers={200: QueueShown}, errors=(409, 422), parameters=(_IN_PATH,)
+        "GET", "/queue/{queue_id}", look_at_queue, answers={200: QueueShown}, errors=(422,), parameters=(_IN_PATH,)
     ),
     Operation(
         "PUT",

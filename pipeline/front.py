@@ -549,6 +549,15 @@ class Front:
         oldest = await within(self._link.call("XRANGE", keys.EVENTS, "-", "+", "COUNT", 1))
         return int(oldest[0][0].split(b"-")[0]) if oldest else self.clock.now_ms()
 
+    async def secret(self, queue: str) -> str | None:
+        """Return a queue's present secret; None where none was made yet, and none is made for this.
+
+        Args:
+            queue: what follows `queue:` in its key.
+        """
+        found: str | None = await within(self._webhooks.secret(queue))
+        return found
+
     async def secrets(self, queue: str, *, most: int | None = None) -> Secrets:
         """Return the secrets that sign a queue's webhooks; the first to ask makes one.
 

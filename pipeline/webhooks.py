@@ -1,7 +1,8 @@
 """What webhooks need from Redis: what there is to tell, and the secrets that sign it. Stages know no Redis.
 
-A queue's secret lies in `queue:<queue>`, made when it is first asked for. When it is rotated, the one before it signs
-too for a while, so that a receiver may change over when it likes (Standard Webhooks 1.0.0, "Signature scheme").
+A queue's secret lies in `queue:<queue>`, made when somebody sets the queue up or its first webhook needs it. When it is
+rotated, the one before it signs too for a while, so that a receiver may change over when it likes (Standard Webhooks
+1.0.0, "Signature scheme"); until then it is not rotated again, which would take from the receiver the one it has.
 """
 
 from __future__ import annotations
@@ -56,6 +57,15 @@ class Webhooks:
         """Return the body of `GET /batch/{id}/results`, None when it is gone."""
         found: bytes | None = await self._link.call("GET", keys.BATCH_RESULTS + batch_id)
         return found
+
+    async def secret(self, queue: str) -> str | None:
+        """Return a queue's present secret; None where none was made yet, and none is made for this.
+
+        Args:
+            queue: what follows `queue:` in its key.
+        """
+        found: bytes | None = await self._link.call("HGET", keys.QUEUE + queue, "secret")
+        return None if found is None else found.decode()
 
     async def secrets(self, queue: str, *, most: int | None = None) -> Secrets:
         """Return a queue's secrets; the first to ask makes one.
