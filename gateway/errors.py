@@ -24,6 +24,7 @@ from pipeline.errors import (
     MalformedCursor,
     Overloaded,
     PenstockError,
+    RotatedLately,
     TooManyQueues,
     WrongField,
 )
@@ -144,6 +145,8 @@ def problem_of(error: PenstockError, job_id: str | None = None) -> Problem | Non
             return Problem(422, "invalid_field", str(error), param=error.param[:_SHOWN_CHARS])
         case TooManyQueues():
             return Problem(409, "too_many_queues", str(error), param="queue_id")
+        case RotatedLately():
+            return Problem(409, "rotated_lately", str(error), param="queue_id")
         case MalformedCursor():
             return Problem(422, "invalid_cursor", str(error), param="after")
         case HistoryUnavailable():

@@ -672,7 +672,7 @@ async def set_queue(call: Call) -> Answer:
 
 
 async def rotate_secret(call: Call) -> Answer:
-    """Give a queue another secret; the one before it signs too for a day."""
+    """Give a queue another secret; the one before it signs too for a day, and until then there is no further one."""
     queue_id = _queue_id(call.path_id("queue_id"))
     most = call.gateway.settings.messages.max_queues
     await from_redis(call.front.rotate_secret(keys.of_tenant(call.tenant, queue_id), most=most))

@@ -575,6 +575,9 @@ class Front:
         """Give a queue another secret; the present one signs too for a day. Not to be sent again blindly.
 
         Arguments and errors as for `secrets`.
+
+        Raises:
+            RotatedLately: the one before the present one still signs, and would end at once.
         """
         found: Secrets = await within(self._webhooks.rotate(queue, most=most))
         return found

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from pipeline import keys, scripts
-from pipeline.errors import TooManyQueues
+from pipeline.errors import RotatedLately, TooManyQueues
 
 if TYPE_CHECKING:
     from pipeline.clock import Clock
@@ -80,7 +80,11 @@ class Webhooks:
         return await self._ask(queue, "", most)
 
     async def rotate(self, queue: str, *, most: int | None = None) -> Secrets:
-        """Give a queue another secret; the present one signs too for a day. Arguments and errors as for `secrets`."""
+        """Give a queue another secret; the present one signs too for a day. Arguments and errors as for `secrets`.
+
+        Raises:
+            RotatedLately: the one before the present one still signs, and would end at once.
+        """
         return await self._ask(queue, "rotate", most)
 
     async def _ask(self, queue: str, verb: str, most: int | None) -> Secrets:
@@ -88,7 +92,9 @@ class Webhooks:
         reply = await self._link.run(scripts.SECRET, (), args)
         if not reply:
             raise TooManyQueues
-        current, before = reply
+        current, before, *refused = reply
+        if refused:
+            raise RotatedLately
         return Secrets(current.decode(), before.decode() or None)
 
 

@@ -233,6 +233,8 @@ async def test_queue_gives_what_a_message_does_not_name(service: Service) -> Non
     assert again["webhook_secret"] == reply.json()["webhook_secret"]
     rotated = await service.http.post("/queue/q/rotate")
     assert rotated.json()["webhook_secret"] not in {None, again["webhook_secret"]}
+    twice = await service.http.post("/queue/q/rotate")
+    assert (twice.status_code, twice.json()["error"]["code"]) == (409, "rotated_lately")
 
 
 async def test_batch_names_the_webhook_that_tells_of_it(service: Service, settings: Settings) -> None:

@@ -14,10 +14,11 @@ import pytest
 
 from pipeline import flows, keys, scripts
 from pipeline.connection import Link
+from pipeline.errors import RotatedLately
 from pipeline.front import Front
 from pipeline.job import Job, new_id
 from pipeline.settings import Settings
-from pipeline.webhooks import OVERLAP_S, new_webhook_id
+from pipeline.webhooks import OVERLAP_S, Secrets, new_webhook_id
 from stages.webhook import build
 from tests.conftest import wait_until
 from tests.receivers import Receiver, answer, receiving, stay_silent
@@ -81,6 +82,18 @@ async def test_a_rotated_secret_signs_for_a_day(front: Front, link: Link) -> Non
     await link.call("HSET", keys.QUEUE + QUEUE, "secret_before_until_ms", front.clock.now_ms() - 1_000)
     assert (await front.secrets(QUEUE)).before is None
     assert await link.call("HKEYS", keys.QUEUE + QUEUE) == [b"secret"]
+
+
+async def test_a_secret_is_not_rotated_twice_within_its_day(front: Front, link: Link) -> None:
+    """The receiver may still have the first one, which would end at once."""
+    first = await front.secrets(QUEUE)
+    second = await front.rotate_secret(QUEUE)
+    with pytest.raises(RotatedLately):
+        await front.rotate_secret(QUEUE)
+    assert await front.secrets(QUEUE) == Secrets(second.current, first.current)
+    await link.call("HSET", keys.QUEUE + QUEUE, "secret_before_until_ms", front.clock.now_ms() - 1_000)
+    third = await front.rotate_secret(QUEUE)
+    assert third.before == second.current
 
 
 async def test_a_secret_leaves_a_queues_other_fields_alone(front: Front, link: Link) -> None:
