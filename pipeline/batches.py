@@ -281,9 +281,14 @@ class Batches:
         ttl_ms = int(self._settings.worker.completion_ttl_s * 1000)
         await self._link.run(scripts.CANCEL, (), (message_id, tenant, ttl_ms))
 
-    async def keep_results(self, batch_id: str, text: bytes) -> None:
-        """Write what the batch's results are, for good; doing it twice changes nothing."""
-        ttl_ms = int(self._settings.messages.keep_s * 1000)
+    async def keep_results(self, batch_id: str, text: bytes, *, told: bool) -> None:
+        """Write what the batch's results are, for good; doing it twice changes nothing.
+
+        Args:
+            told: somebody is to be told of them: then they are kept for as long as that may be tried, too.
+        """
+        keep_s = self._settings.messages.keep_s
+        ttl_ms = int(max(keep_s, self._settings.lifetimes.webhook_s if told else 0) * 1000)
         await self._link.call("SET", keys.BATCH_RESULTS + batch_id, text, "PX", ttl_ms)
 
     # --- reading ---------------------------------------------------------------------------------

@@ -89,7 +89,8 @@ class Aggregator(Stage):
             message = f"{len(alive)} messages of the batch have not ended yet"
             raise RetryLater(message, code="members_alive", after_s=AGAIN_S, charged=False)
         try:
-            await batches.keep_results(batch_id, results_text(batch_id, verdict, results))
+            told = payload.webhook_url is not None
+            await batches.keep_results(batch_id, results_text(batch_id, verdict, results), told=told)
         except OutOfMemory as error:
             raise RetryLater(str(error), code="out_of_memory", after_s=AGAIN_S, charged=False) from error
         now_ms = self._context.clock.now_ms()

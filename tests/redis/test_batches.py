@@ -544,6 +544,20 @@ async def test_batch_closes_as_soon_as_its_last_member_has_ended(
     assert told[0]["data"] == webhook.payload
 
 
+@pytest.mark.parametrize(("hook", "kept_s"), [(None, 60), (HOOK, 3_600)])
+async def test_results_are_kept_for_as_long_as_somebody_may_be_told(
+    link: Link, settings: Settings, front: Front, hook: str | None, kept_s: int
+) -> None:
+    """Whatever the setting says of other results: a webhook reads them when it is sent."""
+    settings = changed(settings, messages={"keep_s": 60}, lifetimes={"webhook_s": 3_600})
+    accepted = await front.submit_batch(order(1, webhook_url=hook))
+    async with aggregating(settings), Hand(settings, "owner", "llm") as owner:
+        await owner.settle(complete(await owner.take_one()))
+        await wait_until(lambda: is_closed(link, accepted.batch_id))
+    left_ms = await link.call("PTTL", keys.BATCH_RESULTS + accepted.batch_id)
+    assert (kept_s - 30) * 1000 < left_ms <= kept_s * 1000
+
+
 async def test_batch_closes_at_its_deadline_with_the_member_that_was_lost(
     link: Link, settings: Settings, front: Front
 ) -> None:
