@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 AT_ONCE: Final = 100
 """Members that one script takes: about 2 ms during which Redis serves nobody else."""
 AT_ONCE_BYTES: Final = 1 << 20
+PIECE_BYTES: Final = 4 << 20
+"""Of results, read by one command: some ten milliseconds, far from what a client waits for one answer of Redis."""
 STAGED_FOR_MS: Final = 60_000
 MESSAGE_FLOWS: Final = ("message", "message_retrieve")
 """What members of a batch may be; the second answers from the documents."""
@@ -164,16 +166,21 @@ class Queue:
 
 
 class Batches:
-    """The batches in Redis, over one connection of their own: a large one must not hold up anything else."""
+    """The batches in Redis, over connections of their own: a large one must not hold up anything else.
+
+    Results, which may be very long, are read over a second one, and piece by piece.
+    """
 
     def __init__(self, link: Link, settings: Settings, clock: Clock) -> None:
         self._link = link
+        self._reading = Link(settings.redis, "results")
         self._settings = settings
         self._clock = clock
 
     async def close(self) -> None:
-        """Close the connection."""
+        """Close the connections."""
         await self._link.close()
+        await self._reading.close()
 
     # --- accepting -------------------------------------------------------------------------------
 
@@ -335,8 +342,14 @@ class Batches:
 
     async def results(self, batch_id: str) -> bytes | None:
         """Return the text that the aggregator wrote; None while there is none."""
-        text: bytes | None = await within(self._link.call("GET", keys.BATCH_RESULTS + batch_id))
-        return text
+        key = keys.BATCH_RESULTS + batch_id
+        size = int(await within(self._reading.call("STRLEN", key)))
+        pieces: list[bytes] = []
+        for first in range(0, size, PIECE_BYTES):
+            pieces.append(await within(self._reading.call("GETRANGE", key, first, first + PIECE_BYTES - 1)))
+            if not pieces[-1]:  # they have gone meanwhile
+                return None
+        return b"".join(pieces) or None
 
     async def message(self, message_id: str, tenant: str) -> Json | None:
         """Return how a message stands; None when Redis does not know it, or not of this tenant."""

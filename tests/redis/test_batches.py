@@ -558,6 +558,31 @@ async def test_results_are_kept_for_as_long_as_somebody_may_be_told(
     assert (kept_s - 30) * 1000 < left_ms <= kept_s * 1000
 
 
+async def test_long_results_are_read_in_pieces_beside_everything_else(
+    link: Link, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No single answer of Redis is long, and nobody waits behind them; what goes meanwhile is gone as a whole."""
+    monkeypatch.setattr(batches, "PIECE_BYTES", 7)
+    text = bytes(range(256))
+    await link.call("SET", keys.BATCH_RESULTS + "b", text, "PX", 60_000)
+    assert await front.batches.results("b") == text
+    assert await front.batches.results("none") is None
+    reading, pieces = front.batches._reading.call, 0
+
+    async def call(*args: Any) -> Any:
+        nonlocal pieces
+        pieces += args[0] == "GETRANGE"
+        if pieces == 2:
+            await link.call("DEL", keys.BATCH_RESULTS + "b")
+        return await reading(*args)
+
+    monkeypatch.setattr(front.batches._reading, "call", call)
+    assert await front.batches.results("b") is None
+    monkeypatch.undo()
+    async with front.batches._reading._turn:  # somebody reads
+        assert await front.batches.standing("none", "default") is None
+
+
 async def test_batch_closes_at_its_deadline_with_the_member_that_was_lost(
     link: Link, settings: Settings, front: Front
 ) -> None:
