@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 
 from pipeline import flows, keys, scripts
-from pipeline.clock import Clock
-from pipeline.connection import Argument, Link, insist, within
+from pipeline.clock import Clock, monotonic_us
+from pipeline.connection import IN_LINE_FOR_S, Argument, Line, Link, insist, within
 from pipeline.errors import BrokerUnavailable, IdempotencyMismatch, Overloaded, TooManyQueues
 from pipeline.job import Job, Json, Priority, new_id
 
@@ -168,12 +168,17 @@ class Queue:
 class Batches:
     """The batches in Redis, over connections of their own: a large one must not hold up anything else.
 
-    Results, which may be very long, are read over a second one, and piece by piece.
+    Batches are accepted over one of these by turns, and the time that Redis has to answer runs from one's turn: nobody
+    is refused because a thousand others came at once. Results, which may be very long, are read over another one, piece
+    by piece.
     """
 
-    def __init__(self, link: Link, settings: Settings, clock: Clock) -> None:
+    def __init__(self, link: Link, settings: Settings, clock: Clock, *, accepting: Link | None = None) -> None:
+        """Work over *link*, and where many may come at once over another one that does nothing but accept."""
         self._link = link
         self._reading = Link(settings.redis, "results")
+        self._accepting = accepting or link
+        self._line = Line()
         self._settings = settings
         self._clock = clock
 
@@ -181,6 +186,7 @@ class Batches:
         """Close the connections."""
         await self._link.close()
         await self._reading.close()
+        await self._accepting.close()
 
     # --- accepting -------------------------------------------------------------------------------
 
@@ -200,24 +206,26 @@ class Batches:
             in_flight_limit: unfinished jobs its tenant may have; a batch counts as one.
 
         Raises:
-            Overloaded: too much unfinished work, of all, of this tenant (`too_many_in_flight`), or of the recorder.
+            Overloaded: too much unfinished work, of all, of this tenant (`too_many_in_flight`), or of the recorder; or
+                too many came before it.
             IdempotencyMismatch: the key was used with another body.
-            BrokerUnavailable: no answer within a second; with `unknown` the batch may have been accepted all the same.
+            BrokerUnavailable: no answer within a second of its turn; with `unknown` the batch may have been accepted.
         """
         if not self._clock.is_set:  # its deadline would be counted from a clock that may be hours off
             raise BrokerUnavailable("Redis has not been reached yet")
         plan = _Plan(order, self._settings, self._clock.now_ms())
         head = self._commit_arguments(plan, idempotency_key, body_hash, key_ttl_s, in_flight_limit)
+        until_us = monotonic_us() + int(IN_LINE_FOR_S * 1e6)
         word = answering = ""
         for _ in range(2):  # once more, should what was staged have gone again
-            word, answering = await self._place(plan, head)
+            word, answering = await self._place(plan, head, until_us)
             if word != "unstaged":
                 break
         match word:
             case "accepted":
                 return AcceptedBatch(plan.batch_id, plan.ids)
             case "repeated":
-                return AcceptedBatch(answering, await self.member_ids(answering), repeated=True)
+                return AcceptedBatch(answering, await self._ids_of(answering, until_us), repeated=True)
             case "mismatch":
                 raise IdempotencyMismatch
             case "in_flight":
@@ -229,29 +237,39 @@ class Batches:
                 raise BrokerUnavailable("Redis forgot a part of the batch while it was being accepted")
         raise Overloaded
 
-    async def _place(self, plan: _Plan, head: Sequence[Argument]) -> tuple[str, str]:
+    async def _place(self, plan: _Plan, head: Sequence[Argument], until_us: int) -> tuple[str, str]:
         portions = _portions(plan.members())
-        first = next(portions)
-        second = next(portions, None)
-        if second is None:
-            return await self._commit([*head, "here", *(part for member in first for part in member)])
+        async with self._line.turn(until_us):
+            first = next(portions)  # made in its turn: what waits in line takes no more memory than it came with
+            second = next(portions, None)
+            if second is None:
+                return await self._commit([*head, "here", *(part for member in first for part in member)])
         for portion in chain((first, second), portions):
-            await self._stage(plan, portion)
-        return await self._commit([*head, "staged", *plan.ids])
+            async with self._line.turn(until_us):
+                await self._stage(plan, portion)
+        async with self._line.turn(until_us):
+            return await self._commit([*head, "staged", *plan.ids])
 
     async def _stage(self, plan: _Plan, portion: Sequence[_Row]) -> None:
         args: list[Argument] = [plan.batch_id, STAGED_FOR_MS, plan.stream, plan.order.tenant, plan.deadline_ms]
         for member in portion:
             args += member
-        await self._insist(scripts.STAGE, args)
+        try:
+            await self._insist(scripts.STAGE, args)
+        except BrokerUnavailable as error:  # whatever became of this portion: it will not be committed
+            raise BrokerUnavailable(str(error)) from error
 
     async def _commit(self, args: Sequence[Argument]) -> tuple[str, str]:
         reply = await self._insist(scripts.BATCH, args)
         return reply[1].decode(), reply[2].decode()
 
     async def _insist(self, script: scripts.Script, args: Sequence[Argument]) -> Any:
-        cap_s = self._settings.redis.reconnect_cap_s
-        return await within(insist(self._link, script, args, self._clock, cap_s))
+        return await insist(self._accepting, script, args, self._clock, self._settings.redis.reconnect_cap_s)
+
+    async def _ids_of(self, batch_id: str, until_us: int) -> list[str]:
+        async with self._line.turn(until_us):
+            found = await within(self._accepting.call("LRANGE", keys.BATCH_MEMBERS + batch_id, 0, -1))
+        return [member.decode() for member in found]
 
     def _commit_arguments(
         self, plan: _Plan, key: str, body_hash: str, key_ttl_s: float, in_flight_limit: int | None
@@ -335,11 +353,6 @@ class Batches:
         portion: Portion | None = await within(self.gather(batch_id, first, most))
         return None if portion is None else portion.members
 
-    async def member_ids(self, batch_id: str) -> list[str]:
-        """Return the ids of all members, in order."""
-        found = await within(self._link.call("LRANGE", keys.BATCH_MEMBERS + batch_id, 0, -1))
-        return [member.decode() for member in found]
-
     async def results(self, batch_id: str) -> bytes | None:
         """Return the text that the aggregator wrote; None while there is none."""
         key = keys.BATCH_RESULTS + batch_id
@@ -369,7 +382,8 @@ class Batches:
         """Return a queue's defaults: empty ones of a queue that nobody has set up."""
         names = Queue.__slots__
         key = keys.QUEUE + keys.of_tenant(tenant, queue_id)
-        found = await within(self._link.call("HMGET", key, *names))
+        async with self._line.turn():  # every batch asks this before it is accepted
+            found = await within(self._accepting.call("HMGET", key, *names))
         return Queue(*(value.decode() if value is not None else None for value in found))
 
     async def set_queue(self, tenant: str, queue_id: str, queue: Queue, *, most: int) -> None:

@@ -304,7 +304,7 @@ class Chats:
 
     async def _insist(self, script: scripts.Script, args: Sequence[Argument]) -> Any:
         cap_s = self._settings.redis.reconnect_cap_s
-        return await within(insist(self._link, script, args, self.clock, cap_s))
+        return await insist(self._link, script, args, self.clock, cap_s)
 
 
 class ChatWatch:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import hiredis
@@ -50,6 +51,12 @@ _NOT_NOW_ERRORS: Final = (
 
 ANSWER_WITHIN_S: Final = 0.9
 """With Redis away a gateway's client hears 503 within a second."""
+
+_SLICES: Final = 9
+"""Redis' time is counted in so many parts; a process that stands still meanwhile loses one of them, not all."""
+
+IN_LINE_FOR_S: Final = 20.0
+"""A thousand who come at once have all had their turn by then; many clients give up after thirty seconds."""
 
 _PING_EVERY_S: Final = 1.0
 """A subscription silent for so long is probed: hints are missed no longer than this and one reply's time-out."""
@@ -161,7 +168,7 @@ class Link:
 
     async def _connect(self, at_most_s: float) -> None:
         try:
-            async with asyncio.timeout(min(self._settings.connect_timeout_s, at_most_s)):
+            async with _time_of_redis(min(self._settings.connect_timeout_s, at_most_s)):
                 await self._connection.connect()  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
         except redis_errors.AuthenticationError as error:
             raise ConfigError(f"Redis refuses the credentials in its URL: {error}") from error
@@ -202,6 +209,33 @@ class Link:
 
     def __repr__(self) -> str:
         return f"<Link {self.name} connected={self.connected_at_us is not None}>"
+
+
+@asynccontextmanager
+async def _time_of_redis(span_s: float) -> AsyncGenerator[None, None]:
+    """End the block with `TimeoutError` after *span_s* seconds, without the time that this process itself stood still.
+
+    A thousand requests that arrive together take a second before one of them can look whether Redis has answered. That
+    is not Redis' fault, and its answer lies there.
+    """
+    loop = asyncio.get_running_loop()
+    left = _SLICES
+    timer: asyncio.TimerHandle
+
+    def ring() -> None:
+        nonlocal left, timer
+        left -= 1
+        if left:
+            timer = loop.call_later(span_s / _SLICES, ring)
+        else:
+            limit.reschedule(loop.time())
+
+    async with asyncio.timeout(None) as limit:
+        timer = loop.call_later(span_s / _SLICES, ring)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 class _Turn(asyncio.Lock):
@@ -249,7 +283,7 @@ def _make_connection(settings: RedisSettings, name: str) -> AbstractConnection:
         "protocol": 2,
         "client_name": name,
         "socket_timeout": None,
-        "socket_connect_timeout": settings.connect_timeout_s,
+        "socket_connect_timeout": None,  # `_connect` has its own
         "retry": Retry(NoBackoff(), 0),
         "retry_on_error": [],
         "health_check_interval": 0,
@@ -322,7 +356,7 @@ async def within(call: Awaitable[A]) -> A:
         BrokerUnavailable: nothing came within ANSWER_WITHIN_S; what was asked for may have been done.
     """
     try:
-        async with asyncio.timeout(ANSWER_WITHIN_S):
+        async with _time_of_redis(ANSWER_WITHIN_S):
             return await call
     except TimeoutError as error:
         raise BrokerUnavailable("Redis does not answer", unknown=True) from error
@@ -335,20 +369,75 @@ async def insist(link: Link, script: Script, args: Sequence[Argument], clock: Cl
         cap_s: the longest wait between two tries.
 
     Raises:
+        BrokerUnavailable: no answer within ANSWER_WITHIN_S; `unknown` where it was sent at all.
         Overloaded: Redis is out of memory.
     """
     backoff = Backoff(cap_s)
-    while True:
+    unknown = False  # whether any try so far may have run
+    sent_us: int | None = None  # when the present try was sent; None while there is no connection to send it over
+    try:
+        async with _time_of_redis(ANSWER_WITHIN_S):
+            while True:
+                try:
+                    sent_us = None
+                    await link.open(ANSWER_WITHIN_S)
+                    sent_us = monotonic_us()
+                    reply = await link.run(script, (), args)
+                except BrokerUnavailable as error:
+                    unknown = unknown or error.unknown
+                    sent_us = None
+                    await backoff.failed(error)
+                except OutOfMemory as error:
+                    raise Overloaded("Redis is out of memory; try again later") from error
+                else:
+                    clock.observe(int(reply[0]), sent_us)
+                    return reply
+    except TimeoutError as error:
+        raise BrokerUnavailable("Redis does not answer", unknown=unknown or sent_us is not None) from error
+
+
+class Line:
+    """Those who want the same connection, in the order in which they came; the time of each runs from its turn.
+
+    So nobody is refused for those before. When Redis does not answer the one whose turn it is, all who had come by then
+    hear so at once: nothing of theirs was sent, and each of them would wait as long again.
+    """
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()
+        self._failures = 0
+
+    @asynccontextmanager
+    async def turn(self, until_us: int | None = None) -> AsyncGenerator[None, None]:
+        """Return a block that is one's turn.
+
+        Args:
+            until_us: how long to wait for it, on the monotonic clock; None: for IN_LINE_FOR_S.
+
+        Raises:
+            Overloaded: it did not come in time.
+            BrokerUnavailable: Redis did not answer those before.
+        """
+        failures = self._failures
+        left_s = IN_LINE_FOR_S if until_us is None else (until_us - monotonic_us()) / 1e6
         try:
-            sent_us = monotonic_us()
-            reply = await link.run(script, (), args)
-        except BrokerUnavailable as error:
-            await backoff.failed(error)
-        except OutOfMemory as error:
-            raise Overloaded("Redis is out of memory; try again later") from error
-        else:
-            clock.observe(int(reply[0]), sent_us)
-            return reply
+            async with asyncio.timeout(left_s):
+                await self._turn.acquire()
+        except TimeoutError as error:
+            raise Overloaded("too many came at once; try again later") from error
+        try:
+            if failures != self._failures:
+                raise BrokerUnavailable("Redis does not answer those before")
+            try:
+                yield
+            except BrokerUnavailable:
+                self._failures += 1
+                raise
+        finally:
+            self._turn.release()
+
+    def __repr__(self) -> str:
+        return f"<Line taken={self._turn.locked()} failures={self._failures}>"
 
 
 def parse_info(text: bytes) -> dict[str, str]:

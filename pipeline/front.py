@@ -25,7 +25,7 @@ from pipeline.batches import AcceptedBatch, Batches, Order
 from pipeline.batching import Batcher
 from pipeline.chats import Chats, ChatWatch, Message, Said
 from pipeline.clock import Clock, monotonic_us
-from pipeline.connection import ANSWER_WITHIN_S, Argument, Backoff, Link, Outage, OutOfMemory, parse_info, within
+from pipeline.connection import ANSWER_WITHIN_S, Argument, Backoff, Line, Link, Outage, OutOfMemory, parse_info, within
 from pipeline.errors import (
     BrokerUnavailable,
     DeadlineExceeded,
@@ -142,12 +142,14 @@ class Front:
         self._submitter = Link(settings.redis, "submit")
         self._link = Link(settings.redis, "front")
         self._webhooks = Webhooks(self._link, self.clock)
+        self._secrets_line = Line()
         self._sweeper = Link(settings.redis, "sweep")
         self._reader = Link(settings.redis, "replies")
         # A look is some forty commands, so it may take its time; each of them is given up as any other.
         within_s = min(settings.redis.reply_timeout_s, ANSWER_WITHIN_S)
         self._looker = Link(settings.redis.model_copy(update={"reply_timeout_s": within_s}), "overview")
-        self.batches = Batches(Link(settings.redis, "batches"), settings, self.clock)
+        accepting = Link(settings.redis, "accept")
+        self.batches = Batches(Link(settings.redis, "batches"), settings, self.clock, accepting=accepting)
         self.chats = Chats(Link(settings.redis, "chats"), settings, self.clock)
         self.chat_watch = ChatWatch(Link(settings.redis, "chat-watch"), settings.redis.reconnect_cap_s)
         self._reports = Reports(Link(settings.redis, "reports"), settings, self.clock)
@@ -568,7 +570,8 @@ class Front:
         Raises:
             TooManyQueues: it would be one more.
         """
-        found: Secrets = await within(self._webhooks.secrets(queue, most=most))
+        async with self._secrets_line.turn():  # every batch with a webhook asks this before it is accepted
+            found: Secrets = await within(self._webhooks.secrets(queue, most=most))
         return found
 
     async def rotate_secret(self, queue: str, *, most: int | None = None) -> Secrets:

@@ -291,6 +291,14 @@ async def test_idempotency_key_outlives_what_redis_keeps_of_its_batch(service: S
     assert again.headers["idempotent-replayed"] == "true"
 
 
+async def test_thousand_batches_at_once_are_all_accepted(service: Service) -> None:
+    """Each with a webhook, so that its queue is asked for defaults and a secret, too."""
+    bodies = [{"messages": [{"prompt": "a"}] * (1 + number % 50), "webhook_url": HOOK} for number in range(1_000)]
+    replies = await asyncio.gather(*(service.create(**body) for body in bodies))
+    assert [reply.status_code for reply in replies] == [200] * len(bodies)
+    assert await service.link.call("ZCARD", keys.LIVE_INDEX) == sum(len(body["messages"]) + 1 for body in bodies)
+
+
 FIRST = {"prompt": "a"}
 
 

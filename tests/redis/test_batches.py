@@ -11,7 +11,7 @@ import orjson
 import pytest
 from prometheus_client import REGISTRY
 
-from pipeline import batches, keys, scripts
+from pipeline import batches, connection, keys, scripts
 from pipeline.batches import AcceptedBatch, Batches, Message, Order
 from pipeline.connection import CommandRefused, Link
 from pipeline.dead import DeadLetters
@@ -219,7 +219,7 @@ async def test_batch_sent_again_is_one_batch(
     link: Link, front: Front, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     """Every reply is lost once; the gateway sends again, and the scripts know what they have done."""
-    run, lost = front.batches._link.run, 0
+    run, lost = front.batches._accepting.run, 0
 
     async def deaf(*args: Any, **more: Any) -> Any:
         nonlocal lost
@@ -229,7 +229,7 @@ async def test_batch_sent_again_is_one_batch(
             raise BrokerUnavailable("the reply was lost", unknown=True)
         return reply
 
-    monkeypatch.setattr(front.batches._link, "run", deaf)
+    monkeypatch.setattr(front.batches._accepting, "run", deaf)
     accepted = await front.submit_batch(order(count))
     assert lost == 2 * (1 if count == 2 else 4)
     assert await link.call("ZCARD", keys.LIVE_INDEX) == count + 1
@@ -243,7 +243,7 @@ async def test_gateway_that_dies_while_it_stages_leaves_nothing_that_counts(
     link: Link, settings: Settings, front: Front, monkeypatch: pytest.MonkeyPatch, survived: int
 ) -> None:
     """However many portions were staged: no index, no stream, no list knows them, and they go by themselves."""
-    run, calls = front.batches._link.run, 0
+    run, calls = front.batches._accepting.run, 0
 
     async def die(*args: Any, **more: Any) -> Any:
         nonlocal calls
@@ -252,7 +252,7 @@ async def test_gateway_that_dies_while_it_stages_leaves_nothing_that_counts(
         calls += 1
         return await run(*args, **more)
 
-    monkeypatch.setattr(front.batches._link, "run", die)
+    monkeypatch.setattr(front.batches._accepting, "run", die)
     with pytest.raises(asyncio.CancelledError):
         await front.submit_batch(order(9))
     staged = await link.call("KEYS", keys.LIVE + "*")
@@ -273,7 +273,7 @@ async def test_batch_that_lost_a_part_while_it_was_staged_is_staged_again(
     link: Link, front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The commit finds that a member is gone and changes nothing; then all of it is there."""
-    run, commits = front.batches._link.run, 0
+    run, commits = front.batches._accepting.run, 0
 
     async def forgetful(script: scripts.Script, *args: Any, **more: Any) -> Any:
         nonlocal commits
@@ -283,7 +283,7 @@ async def test_batch_that_lost_a_part_while_it_was_staged_is_staged_again(
                 await link.call("DEL", (await link.call("KEYS", keys.LIVE + "*"))[0])
         return await run(script, *args, **more)
 
-    monkeypatch.setattr(front.batches._link, "run", forgetful)
+    monkeypatch.setattr(front.batches._accepting, "run", forgetful)
     await front.submit_batch(order(5))
     assert commits == 2
     assert await link.call("ZCARD", keys.LIVE_INDEX) == 6
@@ -295,14 +295,14 @@ async def test_portion_that_arrives_after_the_commit_changes_nothing(
     link: Link, front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It lay in the buffer of a connection that nobody listens to any more."""
-    run, staged = front.batches._link.run, []
+    run, staged = front.batches._accepting.run, []
 
     async def note(script: scripts.Script, names: Any, args: Any, **more: Any) -> Any:
         if script is scripts.STAGE:
             staged.append(args)
         return await run(script, names, args, **more)
 
-    monkeypatch.setattr(front.batches._link, "run", note)
+    monkeypatch.setattr(front.batches._accepting, "run", note)
     await front.submit_batch(order(5))
     before = await all_but_replies(link)
     for args in staged:
@@ -331,6 +331,77 @@ async def test_refused_batch_leaves_nothing(link: Link, settings: Settings, fron
     assert await link.call("XLEN", keys.EVENTS) == 1
     for name in await link.call("KEYS", keys.LIVE + "*"):
         assert await link.call("PTTL", name) > 0
+
+
+async def test_many_batches_at_once_are_all_accepted(link: Link, front: Front) -> None:
+    """However long each of them waits for those before it; Redis is well."""
+    sizes = [1 + number % 50 for number in range(1_000)]
+    accepted = await asyncio.gather(*(front.submit_batch(order(size)) for size in sizes))
+    assert [len(one.message_ids) for one in accepted] == sizes
+    assert await link.call("ZCARD", keys.LIVE_INDEX) == sum(sizes) + len(sizes)
+
+
+@pytest.mark.usefixtures("portions")
+@pytest.mark.parametrize("count", [2, 8])
+async def test_those_in_line_hear_at_once_that_redis_does_not_answer(
+    link: Link, front: Front, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Only the one whose commit was under way may have been accepted; who comes later is served."""
+    monkeypatch.setattr(connection, "ANSWER_WITHIN_S", 0.1)
+    run = front.batches._accepting.run
+
+    async def deaf(script: scripts.Script, *args: Any, **more: Any) -> Any:
+        if script is scripts.BATCH:
+            await asyncio.Event().wait()
+        return await run(script, *args, **more)
+
+    monkeypatch.setattr(front.batches._accepting, "run", deaf)
+    found = await asyncio.gather(*(front.submit_batch(order(count)) for _ in range(50)), return_exceptions=True)
+    refused = [error for error in found if isinstance(error, BrokerUnavailable)]
+    assert len(refused) == 50
+    assert sum(error.unknown for error in refused) == 1
+    monkeypatch.undo()
+    assert await link.call("KEYS", keys.BATCH + "*") == []
+    await front.submit_batch(order(count))
+
+
+async def test_batch_whose_turn_does_not_come_is_told_so_and_not_accepted(
+    link: Link, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code is that of too much work: Redis is there."""
+    monkeypatch.setattr(connection, "ANSWER_WITHIN_S", 10.0)
+    run, entered, go_on = front.batches._accepting.run, asyncio.Event(), asyncio.Event()
+
+    async def slow(*args: Any, **more: Any) -> Any:
+        entered.set()
+        await go_on.wait()
+        return await run(*args, **more)
+
+    monkeypatch.setattr(front.batches._accepting, "run", slow)
+    first = asyncio.create_task(front.submit_batch(order(1)))
+    await entered.wait()
+    monkeypatch.setattr(batches, "IN_LINE_FOR_S", 0.01)
+    with pytest.raises(Overloaded) as caught:
+        await front.submit_batch(order(1))
+    assert caught.value.code == "overloaded"
+    go_on.set()
+    accepted = await first
+    assert await link.call("KEYS", keys.BATCH_MEMBERS + "*") == [(keys.BATCH_MEMBERS + accepted.batch_id).encode()]
+
+
+async def test_batch_that_was_never_sent_was_certainly_not_accepted(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There was no connection to send it over."""
+    monkeypatch.setattr(connection, "ANSWER_WITHIN_S", 0.1)
+
+    async def refuse(*args: Any) -> None:
+        raise BrokerUnavailable("no connection to Redis")
+
+    monkeypatch.setattr(front.batches._accepting, "open", refuse)
+    with pytest.raises(BrokerUnavailable) as caught:
+        await front.submit_batch(order(1))
+    assert not caught.value.unknown
 
 
 async def test_key_of_a_wrong_type_refuses_the_whole_batch(link: Link, front: Front) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from random import Random
 
 import pytest
 from structlog.testing import capture_logs
 
-from pipeline.connection import Backoff, CommandRefused, GroupMissing, Link, Outage, reconnect_delay_s
+from pipeline import connection
+from pipeline.connection import Backoff, CommandRefused, GroupMissing, Link, Outage, reconnect_delay_s, within
 from pipeline.errors import BrokerUnavailable, ConfigError
 from pipeline.settings import RedisSettings
 from tests.conftest import wait_until
@@ -21,6 +23,23 @@ def own_server(redis_server: RedisServer) -> Iterator[RedisServer]:
     """A server that this test may freeze."""
     with RedisServer(redis_server.binary) as server:
         yield server
+
+
+async def test_time_in_which_the_process_stood_still_does_not_count_against_redis(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer lay there all the time; a silent Redis is given up all the same."""
+    monkeypatch.setattr(connection, "ANSWER_WITHIN_S", 0.01)
+
+    async def stand_still() -> None:
+        time.sleep(0.1)  # nobody else has a turn
+
+    async with asyncio.TaskGroup() as group:
+        answer = group.create_task(within(link.call("PING")))
+        group.create_task(stand_still())
+    assert answer.result() == b"PONG"
+    with pytest.raises(BrokerUnavailable):
+        await within(asyncio.Event().wait())
 
 
 async def test_cancelled_calls_never_shift_replies(link: Link) -> None:
