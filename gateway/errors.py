@@ -56,7 +56,7 @@ RETRY_SOON_S: Final = 1
 """Retry-After where nothing better is known: an outage is seen to end within about a second."""
 
 _SHOWN_FIELDS: Final = 10  # a body may hold a hundred thousand wrong fields; the answer stays readable
-_SHOWN_CHARS: Final = 128  # of one field's path
+MOST_PATH_CHARS: Final = 128  # of one field's path
 
 
 class Problem(PenstockError):
@@ -142,7 +142,7 @@ def problem_of(error: PenstockError, job_id: str | None = None) -> Problem | Non
         case IdempotencyMismatch():
             return Problem(422, "idempotency_mismatch", str(error), param="Idempotency-Key")
         case WrongField():
-            return Problem(422, "invalid_field", str(error), param=error.param[:_SHOWN_CHARS])
+            return Problem(422, "invalid_field", str(error), param=error.param[:MOST_PATH_CHARS])
         case TooManyQueues():
             return Problem(409, "too_many_queues", str(error), param="queue_id")
         case RotatedLately():
@@ -213,4 +213,4 @@ def _path_in(location: tuple[int | str, ...], body: Json, first: int, *, missing
         known = list(location)
     if len(known) > 1 and isinstance(known[1], int):
         known[1] += first
-    return field_path(tuple(known))[:_SHOWN_CHARS]
+    return field_path(tuple(known))[:MOST_PATH_CHARS]

@@ -71,7 +71,7 @@ class MessageRequest(Payload):
 
     queue_id: QueueId
     prompt: Text | None = None
-    messages: list[MessageItem] | None = Field(None, min_length=1)
+    messages: Annotated[list[MessageItem], Field(min_length=1, fail_fast=True)] | None = None
     system_prompt: Text | None = Field(None, description="of a single message; the queue's when absent")
     supportive_variable: dict[str, Value] | None = Field(None, description="of a single message")
     retrieve: bool = Field(False, description="answer from the indexed documents")
@@ -197,8 +197,9 @@ async def create(call: Call) -> Answer:
     `webhook_url` somebody is told when all has ended.
     """
     settings = call.gateway.settings
-    request = await call.read(MessageRequest, settings.messages.max_body_bytes, long="messages")
-    items = _items(request, settings.messages.max_batch)
+    bounds = settings.messages
+    request = await call.read(MessageRequest, bounds.max_body_bytes, long="messages", most=bounds.max_batch)
+    items = _items(request)
     due_ms = _due_ms(call, request.schedule_at)
     if request.webhook_url is not None:
         check_url(call, request.webhook_url, param="webhook_url")
@@ -258,7 +259,7 @@ def _created(accepted: AcceptedBatch, *, single: bool, retry_of: str | None = No
     return answer(body, 200, [(b"idempotent-replayed", b"true")] if accepted.repeated else [])
 
 
-def _items(request: MessageRequest, most: int) -> list[tuple[str, MessageItem]]:
+def _items(request: MessageRequest) -> list[tuple[str, MessageItem]]:
     """Return the messages asked for, each with the beginning of its fields' paths."""
     if request.messages is None:
         if request.prompt is None:
@@ -274,8 +275,6 @@ def _items(request: MessageRequest, most: int) -> list[tuple[str, MessageItem]]:
     for name in ("system_prompt", "supportive_variable"):
         if getattr(request, name) is not None:
             raise _wrong(name, "in a batch it stands in each of `messages`, or in the queue's defaults")
-    if len(request.messages) > most:
-        raise _wrong("messages", f"at most {most} in one batch")
     return [(f"messages[{number}].", item) for number, item in enumerate(request.messages)]
 
 

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from itertools import islice
 from types import TracebackType
 from typing import Any, Final, Protocol, Self, TypeVar, cast
 
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.types import Receive, Scope
 
 from gateway.auth import Callers
-from gateway.errors import BrokenKey, ClientGone, Headers, Problem, invalid
+from gateway.errors import MOST_PATH_CHARS, BrokenKey, ClientGone, Headers, Problem, invalid
 from gateway.idempotency import read_key
 from gateway.limits import read_body
 from pipeline.clock import monotonic_us
@@ -35,6 +36,8 @@ SomePayload = TypeVar("SomePayload", bound=Payload)
 JSON: Final = b"application/json"
 AT_ONCE: Final = 500
 """Elements of a long list that are checked in one go: some 2 ms during which nobody else is served."""
+MOST_FIELDS: Final = 1_000
+"""Of one JSON object: a body has room for millions of wrong ones, and describing each takes microseconds and memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,12 +257,15 @@ class Call:
             raise HistoryUnavailable
         return self.gateway.records
 
-    async def read(self, model: type[Model], max_bytes: int | None = None, *, long: str = "") -> Model:
+    async def read(
+        self, model: type[Model], max_bytes: int | None = None, *, long: str = "", most: int | None = None
+    ) -> Model:
         """Read and check the body.
 
         Args:
             max_bytes: its largest size; the setting's when None.
             long: the field whose list may be so long that others must have their turn while it is checked.
+            most: elements of that list; of a longer one none is looked at.
 
         Raises:
             Problem: too large, not JSON, not an object, or with wrong fields.
@@ -275,12 +281,14 @@ class Call:
             raise Problem(400, "not_an_object", "the body must be a JSON object")
         self.body = value
         items = value.get(long)
+        if isinstance(items, list) and most is not None and len(items) > most:
+            raise Problem(422, "invalid_field", f"{long}: at most {most} in one request", param=long)
         if not isinstance(items, list) or len(items) <= AT_ONCE:
-            return _checked(model, value)
-        found = _checked(model, value | {long: items[:AT_ONCE]})
+            return _checked(model, value, long=long)
+        found = _checked(model, value | {long: items[:AT_ONCE]}, long=long)
         for first in range(AT_ONCE, len(items), AT_ONCE):
             await asyncio.sleep(0)
-            more = _checked(model, value | {long: items[first : first + AT_ONCE]}, first)
+            more = _checked(model, value | {long: items[first : first + AT_ONCE]}, first, long=long)
             getattr(found, long).extend(getattr(more, long))
         return found
 
@@ -346,7 +354,29 @@ class Call:
         return completion.id == job_id and completion.tenant == self.tenant
 
 
-def _checked(model: type[Model], value: Json, first: int = 0) -> Model:
+def _refuse_breadth(value: Any, path: str) -> None:
+    """Refuse an object with more fields than anybody needs, before anything is said of each of them.
+
+    Raises:
+        Problem: this one, or one that is right within it.
+    """
+    if not isinstance(value, dict):
+        return
+    for name, inner in (
+        (path, value),
+        *((f"{path}.{name}", inner) for name, inner in islice(value.items(), MOST_FIELDS)),
+    ):
+        if isinstance(inner, dict) and len(inner) > MOST_FIELDS:
+            name = name.removeprefix(".")[:MOST_PATH_CHARS]
+            raise Problem(422, "invalid_field", f"{name or 'body'}: at most {MOST_FIELDS} fields", param=name or None)
+
+
+def _checked(model: type[Model], value: Json, first: int = 0, *, long: str = "") -> Model:
+    _refuse_breadth(value, "")
+    items = value.get(long)
+    if isinstance(items, list):
+        for number, item in enumerate(items, first):
+            _refuse_breadth(item, f"{long}[{number}]")
     try:
         return model.model_validate(value, strict=True)
     except ValidationError as error:

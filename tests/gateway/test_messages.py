@@ -7,16 +7,20 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import httpx
 import orjson
 import pytest
+from pydantic import ValidationError
 
+from gateway import operation
 from gateway.app import create_app
+from gateway.errors import Problem, invalid
 from gateway.messages import MessageItem, fill_in
-from gateway.operation import AT_ONCE
+from gateway.operation import AT_ONCE, MOST_FIELDS
 from pipeline import keys
 from pipeline.connection import Link
 from pipeline.dead import DeadLetters
@@ -361,6 +365,39 @@ async def test_wrong_field_is_named_by_its_place_in_a_long_list(
     messages[number] = wrong | {"supportive_variable": {}} if isinstance(wrong, dict) else wrong
     reply = await service.create(messages=messages)
     assert (reply.status_code, reply.json()["error"]["param"]) == (422, f"messages[{number}]{field}")
+    assert await service.is_untouched()
+
+
+FLOOD = {f"field {number}": [] for number in range(MOST_FIELDS + 1)}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": [0] * 700_000}, "messages"),
+        ({"messages": [FLOOD | FIRST] * 100}, "messages[0]"),
+        ({"messages": [FIRST, FIRST | {"supportive_variable": FLOOD}]}, "messages[1].supportive_variable"),
+        ({"prompt": "a", "supportive_variable": FLOOD}, "supportive_variable"),
+        (FLOOD, None),
+        ({"messages": [dict(islice(FLOOD.items(), MOST_FIELDS))] * 400}, "messages[0].prompt"),
+        ({"messages": [0] * 10_000}, "messages[0]"),
+    ],
+)
+async def test_flood_of_wrong_fields_is_not_described_one_by_one(
+    service: Service, monkeypatch: pytest.MonkeyPatch, body: Json, param: str | None
+) -> None:
+    """A body of a megabyte would stop the gateway for many seconds; what is looked at is bounded."""
+    described: list[int] = []
+
+    def counting(error: ValidationError, *args: Any, **more: Any) -> Problem:
+        described.append(error.error_count())
+        return invalid(error, *args, **more)
+
+    monkeypatch.setattr(operation, "invalid", counting)
+    reply = await service.create(**body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (422, param)
+    assert sum(described) <= 5 * MOST_FIELDS
+    assert len(reply.content) < 4_000
     assert await service.is_untouched()
 
 
