@@ -1,9 +1,10 @@
 """Clients that send batches of messages, and what they saw, Redis holds and the history has in the end.
 
 Each batch is sent under an Idempotency-Key, again and again until its client hears a decision. That it is closed is
-seen in `job:completion:<batch id>`, as another program would see it; then its results are read over HTTP, and once more
-when all is quiet: neither they nor its standing ever change. Every fifth batch is to be answered from the documents. A
-batch of one is sent as a single message every other time.
+seen in `batch:<id>`, as another program would see it (its completion may be gone when a client hears at last of being
+accepted); then its results are read over HTTP, and once more when all is quiet: neither they nor its standing ever
+change. Every fifth batch is to be answered from the documents. A batch of one is sent as a single message every other
+time.
 
 One line of JSON each:
 
@@ -145,9 +146,12 @@ class Senders:
                 ids = list(self._open)
                 for i in range(0, len(ids), LOOK_AT_ONCE):
                     some = ids[i : i + LOOK_AT_ONCE]
-                    values = await self._cluster.redis.mget([keys.COMPLETION + batch_id for batch_id in some])
-                    for batch_id, value in zip(some, values, strict=True):
-                        if value is not None:
+                    async with self._cluster.redis.pipeline(transaction=False) as asked:
+                        for batch_id in some:
+                            asked.hexists(keys.BATCH + batch_id, "closed_ms")
+                        closed = await asked.execute()
+                    for batch_id, is_closed in zip(some, closed, strict=True):
+                        if is_closed:
                             await self._see(batch_id, self._open[batch_id])
                             self._open.pop(batch_id)
                             self.closed += 1
