@@ -21,7 +21,7 @@ from gateway.operation import Answer, Call, Operation, Parameter, answer
 from pipeline.errors import HistoryUnavailable
 from pipeline.flows import Name
 from pipeline.job import Completion, Json
-from pipeline.reports import ReportRequest
+from pipeline.reports import ReportRequest, read_request
 
 State = Literal["pending", "processing", "completed", "failed", "expired", "cancelled"]
 
@@ -85,6 +85,7 @@ async def create(call: Call) -> Answer:
     tells how it stands.
     """
     await call.read(ReportRequest)
+    read_request(call.body)  # what is wrong in itself is said without asking Redis
     job = await call.front.report_job(call.body, call.tenant)
     accepted = await call.submit(job, wait=False)
     headers = [(b"idempotent-replayed", b"true")] if accepted.repeated else []

@@ -284,7 +284,7 @@ def read_request(body: Json) -> tuple[ReportRequest, Json, str]:
         return request, beside, ""
     if beside:
         name = sorted(beside)[0][:128]
-        raise WrongField(f"{name}: there is no such field beside `inputs`", param=name)
+        raise WrongField(f"{name}: there is no such field", param=name)
     return request, dict(request.inputs), "inputs."
 
 

@@ -207,7 +207,7 @@ async def _repeated(link: Link, wanted: int) -> bool:
         ({"inputs": PATIENT | {"vitals": {"temperature_c": 400.0}}}, "inputs.vitals.temperature_c: "),
         ({"inputs": PATIENT | {"colour": "red"}}, "inputs.colour: there is no such field"),
         ({"report_type": "horoscope"}, "report_type: there is none of that name; known are medical"),
-        ({"colour": "x"}, "colour: there is no such field beside `inputs`"),
+        ({"colour": "x"}, "colour: there is no such field"),
         ({"user_id": "a b"}, "user_id: "),
         ({"user_id": None}, "user_id: "),
         ({"language": "klingon please"}, "language: "),
