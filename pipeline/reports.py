@@ -202,11 +202,14 @@ class RequestStream(GroupReader):
             flows.record_of(job), admission.max_jobs, history.max_backlog,
         )  # fmt: skip
 
-    async def refuse(self, entry: Entry, request_id: str, code: str, message: str, worker: str, *, bury: bool) -> str:
+    async def refuse(
+        self, entry: Entry, request_id: str, code: str, message: str, worker: str, *, bury: bool, user_id: str = ""
+    ) -> str:
         """Answer a request with an error where its id could be read; return the script's word.
 
         Args:
             request_id: "" where none could be read.
+            user_id: whom it is about; "" where that could not be read.
             message: quotes nothing that was sent.
             bury: whether the entry goes to the dead letters.
         """
@@ -223,7 +226,7 @@ class RequestStream(GroupReader):
         letter = self._letter(entry, request_id, code, message, worker) if bury else b""
         return await self._let_go(
             entry, request_id, "refuse", orjson.dumps(response)[1:-1], self._settings.reports.max_responses, letter,
-            dead.max_letters, int(dead.max_age_s * 1000),
+            dead.max_letters, int(dead.max_age_s * 1000), user_id,
         )  # fmt: skip
 
     async def drop(self, entry: Entry) -> None:

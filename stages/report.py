@@ -221,22 +221,24 @@ class Requests(Loop):
             await self._stream.drop(entry)
             return
         data = data_of(entry) or b""
-        request_id = ""
+        request_id = user_id = ""
         try:
             body = self._read(data, entry.deliveries)
             request_id = body.pop("request_id")
+            if is_valid_id(body.get("user_id")):
+                user_id = body["user_id"]
             job = await self._reports.job(body, request_id=request_id)
         except MalformedEntry as error:
             word = await self._refuse(entry, error.job_id or "", error.code, str(error), bury=True)
             if word == "refused":
                 word = "poison" if error.code == "poison" else "malformed"
         except WrongField as error:
-            word = await self._refuse(entry, request_id, "invalid_field", str(error), bury=False)
+            word = await self._refuse(entry, request_id, "invalid_field", str(error), bury=False, user_id=user_id)
         except PenstockError:
             raise
         except Exception as error:  # noqa: BLE001 - a kind of report has broken; what it says may quote somebody
             message = f"the request could not be read: {type(error).__name__}"
-            word = await self._refuse(entry, request_id, "handler_error", message, bury=True)
+            word = await self._refuse(entry, request_id, "handler_error", message, bury=True, user_id=user_id)
         else:
             word = await self._accept(entry, job)
         REQUESTS.labels(word).inc()
@@ -273,8 +275,10 @@ class Requests(Loop):
             self.not_ready = "there is too much unfinished work; requests wait"
             await asyncio.sleep(FULL_AGAIN_S)
 
-    async def _refuse(self, entry: Entry, request_id: str, code: str, message: str, *, bury: bool) -> str:
-        word = await self._stream.refuse(entry, request_id, code, message, self._worker, bury=bury)
+    async def _refuse(
+        self, entry: Entry, request_id: str, code: str, message: str, *, bury: bool, user_id: str = ""
+    ) -> str:
+        word = await self._stream.refuse(entry, request_id, code, message, self._worker, bury=bury, user_id=user_id)
         if word == "refused":
             log.warning("a request was refused", stage=self.name, worker=self._worker, code=code)
             if bury:

@@ -4,7 +4,7 @@
 --   are kept (ms)  ARGV[6] 'accept' | 'refuse', and then
 --   accept: job id, tail, stream, deadline_ms, record (see prelude), max live jobs, max events that wait to be recorded
 --   refuse: response without its braces and its request, responses at most, dead letter ('' none), letters at most, their
---     greatest age (ms)
+--     greatest age (ms), the person it is about as keys name them ('' nobody that could be read)
 -- Returns: time (us), 'accepted' | 'refused' | 'repeated' (its id is known: no second answer) | 'lost' (another's entry)
 --   | 'overloaded' | 'backlog' (the entry stays), dead letters dropped.
 -- Invariant: one job, or one refusal, per request id, for as long as its response is kept; no entry goes without either.
@@ -34,8 +34,13 @@ if ARGV[6] == 'accept' then
     digits(tonumber(keep_ms) + math.max(0, tonumber(deadline_ms) - math.floor(now_us / 1000))))
   accept(id, tail, stream, 'default', deadline_ms, 0, now_us, more)
 else
+  local owner = ARGV[12]
   check_type(KEY.dead, 'stream')
-  if request ~= '' then respond(request, ARGV[7], keep_ms, ARGV[8], now_us) end
+  if owner ~= '' then check_type(KEY.user_data .. owner, 'zset') end
+  if request ~= '' then
+    local response = respond(request, ARGV[7], keep_ms, ARGV[8], now_us)
+    if owner ~= '' then keep_of_person({owner = owner, keep_ms = keep_ms}, 'response', response, now_us) end
+  end
   if ARGV[9] ~= '' then dropped = bury(ARGV[9], ARGV[10], tonumber(ARGV[11]), now_us) end
 end
 remove(KEY.report_requests, group, entry)

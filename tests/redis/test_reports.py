@@ -651,7 +651,8 @@ async def test_what_is_kept_of_a_person_can_be_erased(link: Link, settings: Sett
         await ask(link, "r2", inputs=PATIENT | {"age": 1})
         await ask(link, "r3", user="ben", inputs=PATIENT | {"age": 2})
         await ask(link, "r4", user="ben", inputs=PATIENT | {"age": 1})
-        await answered(link, 4)
+        await ask(link, "r5", inputs=PATIENT | {"age": -3})
+        await answered(link, 5)
     await reports.erase("ann", "default")
     await reports.discard_letters("ann", "default")
     assert {response["request_id"] for response in await responses(link)} == {"r3", "r4"}
