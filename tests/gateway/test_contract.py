@@ -25,7 +25,7 @@ from tests.gateway.fake import RESULT
 from tests.rig import Scripted, working
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
-PATIENCE_S = 100
+PATIENCE_S = 200
 ENDLESS = ["/chat/{chat_id}/events"]
 """Whoever waits for the end of such an answer waits for ever; `test_chats.py` reads from it."""
 
@@ -42,7 +42,7 @@ async def sometimes(job: Job) -> Done:
     return Done(RESULT)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 async def test_every_answer_is_one_that_the_description_allows(
     link: Link, front: Front, settings: Settings, tmp_path: Path
 ) -> None:
