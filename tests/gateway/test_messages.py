@@ -368,7 +368,7 @@ async def test_wrong_field_is_named_by_its_place_in_a_long_list(
     assert await service.is_untouched()
 
 
-FLOOD = {f"field {number}": [] for number in range(MOST_FIELDS + 1)}
+FLOOD: Json = {f"field {number}": [] for number in range(MOST_FIELDS + 1)}
 
 
 @pytest.mark.parametrize(
