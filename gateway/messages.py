@@ -29,6 +29,7 @@ from pipeline.connection import CommandRefused
 from pipeline.errors import MalformedEntry
 from pipeline.flows import MAX_QUERY_CHARS, ModelName, Payload
 from pipeline.job import Json
+from pipeline.settings import MessagesSettings
 from pipeline.webhooks import Secrets
 
 T = TypeVar("T")
@@ -210,7 +211,7 @@ async def create(call: Call) -> Answer:
     order = Order(
         tenant=call.tenant,
         queue_id=request.queue_id,
-        messages=await fill_in(items, queue.system_prompt, retrieve=request.retrieve),
+        messages=await fill_in(items, queue.system_prompt, retrieve=request.retrieve, bounds=bounds),
         single=request.messages is None,
         model=request.model or queue.model,
         retrieve=request.retrieve,
@@ -279,26 +280,37 @@ def _items(request: MessageRequest) -> list[tuple[str, MessageItem]]:
 
 
 async def fill_in(
-    items: Sequence[tuple[str, MessageItem]], system_default: str | None, *, retrieve: bool
+    items: Sequence[tuple[str, MessageItem]], system_default: str | None, *, retrieve: bool, bounds: MessagesSettings
 ) -> list[Message]:
-    """Return the messages as they go to the model; of a long list portion by portion: others have their turn."""
+    """Return the messages as they go to the model; of a long list portion by portion: others have their turn.
+
+    A short body may hold a long value for a placeholder that stands there often, and a queue's system prompt comes with
+    each of its messages; so what is made of the body is bounded, too.
+    """
     found: list[Message] = []
-    for first in range(0, len(items), AT_ONCE):
-        if first:
+    chars = 0
+    for number, (path, item) in enumerate(items):
+        if number and number % AT_ONCE == 0:
             await asyncio.sleep(0)
-        found += [
-            _message(item, path, system_default, retrieve=retrieve) for path, item in items[first : first + AT_ONCE]
-        ]
+        message = _message(item, path, system_default, retrieve=retrieve, most=bounds.max_text_chars)
+        chars += len(message.prompt) + len(message.system_prompt or "")
+        if chars > bounds.max_batch_chars:
+            said = f"with this text the request has more than {bounds.max_batch_chars} characters, placeholders filled"
+            raise _wrong(f"{path}prompt", said)
+        found.append(message)
     return found
 
 
-def _message(item: MessageItem, path: str, system_default: str | None, *, retrieve: bool) -> Message:
+def _message(item: MessageItem, path: str, system_default: str | None, *, retrieve: bool, most: int) -> Message:
     prompt, system_prompt = item.prompt, item.system_prompt or system_default
     if item.supportive_variable is not None:
         values = {name: _text_of(value) for name, value in item.supportive_variable.items()}
-        prompt = _fill(prompt, values, f"{path}prompt")
+        prompt = _fill(prompt, values, f"{path}prompt", most)
         if system_prompt is not None:
-            system_prompt = _fill(system_prompt, values, f"{path}system_prompt") or None
+            system_prompt = _fill(system_prompt, values, f"{path}system_prompt", most) or None
+    for name, text in (("prompt", prompt), ("system_prompt", system_prompt)):
+        if text is not None and len(text) > most:
+            raise _wrong(path + name, f"at most {most} characters, placeholders filled")
     if not prompt:
         raise _wrong(f"{path}prompt", "holds nothing once its placeholders are filled")
     if retrieve and not prompt.strip():
@@ -308,12 +320,18 @@ def _message(item: MessageItem, path: str, system_default: str | None, *, retrie
     return Message(prompt, system_prompt)
 
 
-def _fill(text: str, values: Mapping[str, str], path: str) -> str:
+def _fill(text: str, values: Mapping[str, str], path: str, most: int) -> str:
+    filled = 0
+
     def value_of(found: re.Match[str]) -> str:
+        nonlocal filled
         value = values.get(found[1])
         if value is None:
             message = f"{{{{{found[1]}}}}} has no value: name it in `supportive_variable`"
             raise _wrong(path, message, code="missing_variable")
+        filled += len(value)
+        if filled > most:  # before all of it is in memory
+            raise _wrong(path, f"at most {most} characters, placeholders filled")
         return value
 
     return _PLACEHOLDER.sub(value_of, text)

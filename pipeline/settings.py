@@ -275,6 +275,8 @@ class MessagesSettings(Section):
 
     max_batch: int = Field(10_000, ge=1, le=100_000, description="members of one batch")
     max_body_bytes: int = Field(32 << 20, ge=1024, description="of a request that creates messages")
+    max_text_chars: int = Field(1 << 20, ge=1, description="of one prompt or system prompt, placeholders filled")
+    max_batch_chars: int = Field(32 << 20, ge=1, description="of all texts of one request, placeholders filled")
     low_priority_from: int = Field(10, ge=0, description="batches above this size wait behind everything else")
     aggregator_slots: int = Field(4, ge=1, le=256, description="batches that one aggregator gathers at once")
     keep_s: float = Field(7 * 86_400, ge=60, le=366 * 86_400, description="results, once their batch has closed")

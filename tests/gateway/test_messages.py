@@ -28,7 +28,7 @@ from pipeline.errors import BrokerUnavailable, HistoryUnavailable, MalformedEntr
 from pipeline.front import Front
 from pipeline.job import Done, Job
 from pipeline.records import Event, Records
-from pipeline.settings import Settings
+from pipeline.settings import MessagesSettings, Settings
 from stages.aggregator import Aggregator
 from tests.conftest import wait_until
 from tests.rig import Scripted, changed, working
@@ -411,6 +411,42 @@ async def test_long_list_is_taken_in_the_order_given(service: Service) -> None:
         assert f'"number {number}"'.encode() in live
 
 
+BOUNDS = {"messages": {"max_text_chars": 100, "max_batch_chars": 250}}
+FILLED: Json = {"prompt": "{{a}}" * 10, "supportive_variable": {"a": "0123456789"}}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": [FILLED, FILLED]}, None),
+        ({"messages": [FIRST, FILLED | {"prompt": FILLED["prompt"] + "b"}]}, "messages[1].prompt"),
+        ({"messages": [FIRST, FILLED | {"prompt": "a", "system_prompt": "{{a}}" * 11}]}, "messages[1].system_prompt"),
+        ({"messages": [FILLED, FILLED, FILLED]}, "messages[2].prompt"),
+        ({"prompt": "a" * 101}, "prompt"),
+        ({"queue_id": "wordy", "messages": [FIRST, FIRST]}, None),
+        ({"queue_id": "wordy", "messages": [FIRST, FIRST, FIRST]}, "messages[2].prompt"),
+    ],
+)
+@pytest.mark.parametrize("service", [BOUNDS], indirect=True)
+async def test_what_is_made_of_a_body_is_bounded(service: Service, body: Json, param: str | None) -> None:
+    """Each text with its placeholders filled, and all of them together with what the queue adds."""
+    assert (await service.http.put("/queue/wordy", json={"system_prompt": "b" * 99})).status_code == 200
+    reply = await service.create(**body)
+    if param is None:
+        assert reply.status_code == 200
+        return
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"], error["code"]) == (422, param, "invalid_field")
+    assert await service.link.call("EXISTS", keys.LIVE_INDEX) == 0
+
+
+async def test_filling_stops_where_a_text_becomes_too_long() -> None:
+    """Not afterwards: a hundred thousand times a hundred thousand characters are no text to hold in memory."""
+    item = MessageItem(prompt="{{a}}" * 100_000, supportive_variable={"a": "b" * 100_000})
+    with pytest.raises(Problem, match="at most"):
+        await fill_in([("", item)], None, retrieve=False, bounds=MessagesSettings())
+
+
 async def test_others_have_their_turn_while_a_long_list_is_filled_in() -> None:
     """Once for each portion after the first."""
     turns = 0
@@ -423,7 +459,7 @@ async def test_others_have_their_turn_while_a_long_list_is_filled_in() -> None:
 
     task = asyncio.create_task(other())
     items = [("", MessageItem(prompt="a"))] * (3 * AT_ONCE)
-    assert len(await fill_in(items, None, retrieve=False)) == len(items)
+    assert len(await fill_in(items, None, retrieve=False, bounds=MessagesSettings())) == len(items)
     task.cancel()
     assert turns >= 2
 
