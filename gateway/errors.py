@@ -22,6 +22,7 @@ from pipeline.errors import (
     IdempotencyMismatch,
     JobLost,
     MalformedCursor,
+    MaybeAccepted,
     Overloaded,
     PenstockError,
     RotatedLately,
@@ -161,6 +162,8 @@ def problem_of(error: PenstockError, job_id: str | None = None) -> Problem | Non
             return Problem(503, "overloaded", message, kind="overloaded", retry_after_s=RETRY_SOON_S, job_id=job_id)
         case CommandRefused():
             return BrokenKey(str(error), job_id)
+        case MaybeAccepted():
+            return Problem(503, "maybe_accepted", str(error), retry_after_s=RETRY_SOON_S, job_id=job_id)
         case BrokerUnavailable():
             message = "Redis cannot be reached for now"
             return Problem(503, "redis_unavailable", message, retry_after_s=RETRY_SOON_S, job_id=job_id)

@@ -45,7 +45,12 @@ CHAT_CLEARED: Final = Counter("penstock_chat_cleared_total", "What clears of cha
 
 QUERY_OUTCOME: Final = {outcome: QUERIES.labels(outcome) for outcome in OUTCOMES}
 
-for _reason in ("overloaded", "too_many_in_flight", "redis_unavailable"):  # one that begins at 1 shows no increase
+for _reason in (
+    "overloaded",
+    "too_many_in_flight",
+    "redis_unavailable",
+    "maybe_accepted",
+):  # one that begins at 1 shows no increase
     REFUSALS.labels(_reason)
 for _met in ("started", "joined", "merged", "interrupted", "duplicate"):
     CHAT_MESSAGES.labels(_met)

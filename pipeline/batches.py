@@ -21,7 +21,7 @@ import orjson
 from pipeline import flows, keys, scripts
 from pipeline.clock import Clock, monotonic_us
 from pipeline.connection import IN_LINE_FOR_S, Argument, Line, Link, insist, within
-from pipeline.errors import BrokerUnavailable, IdempotencyMismatch, Overloaded, TooManyQueues
+from pipeline.errors import BrokerUnavailable, IdempotencyMismatch, MaybeAccepted, Overloaded, TooManyQueues
 from pipeline.job import Job, Json, Priority, new_id
 
 if TYPE_CHECKING:
@@ -209,7 +209,8 @@ class Batches:
             Overloaded: too much unfinished work, of all, of this tenant (`too_many_in_flight`), or of the recorder; or
                 too many came before it.
             IdempotencyMismatch: the key was used with another body.
-            BrokerUnavailable: no answer within a second of its turn; with `unknown` the batch may have been accepted.
+            MaybeAccepted: no answer within a second of its turn, and the batch may be there all the same.
+            BrokerUnavailable: no answer within a second of its turn.
         """
         if not self._clock.is_set:  # its deadline would be counted from a clock that may be hours off
             raise BrokerUnavailable("Redis has not been reached yet")
@@ -260,7 +261,12 @@ class Batches:
             raise BrokerUnavailable(str(error)) from error
 
     async def _commit(self, args: Sequence[Argument]) -> tuple[str, str]:
-        reply = await self._insist(scripts.BATCH, args)
+        try:
+            reply = await self._insist(scripts.BATCH, args)
+        except BrokerUnavailable as error:
+            if error.unknown:
+                raise MaybeAccepted from error
+            raise
         return reply[1].decode(), reply[2].decode()
 
     async def _insist(self, script: scripts.Script, args: Sequence[Argument]) -> Any:

@@ -160,5 +160,12 @@ class BrokerUnavailable(PenstockError):
         self.unknown = unknown
 
 
+class MaybeAccepted(BrokerUnavailable):
+    """Redis did not say whether it took this: send it again under the same Idempotency-Key, then it is done once."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message, unknown=True)
+
+
 class JobLost(PenstockError):
     """Redis knows nothing of this job any more: neither an outcome nor a live record."""

@@ -279,7 +279,7 @@ class Load:
                     self._edits[job_id] = number
                 self._open[job_id] = number
             return True
-        if code == "redis_unavailable":
+        if code in {"redis_unavailable", "maybe_accepted"}:
             self._writer.write("unknown", n=number, code=code)
             return False
         self.refused[code] += 1

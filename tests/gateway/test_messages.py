@@ -21,7 +21,7 @@ from gateway.app import create_app
 from gateway.errors import Problem, invalid
 from gateway.messages import MessageItem, fill_in
 from gateway.operation import AT_ONCE, MOST_FIELDS
-from pipeline import keys
+from pipeline import connection, keys, scripts
 from pipeline.connection import Link
 from pipeline.dead import DeadLetters
 from pipeline.errors import BrokerUnavailable, HistoryUnavailable, MalformedEntry, Reject
@@ -301,6 +301,28 @@ async def test_thousand_batches_at_once_are_all_accepted(service: Service) -> No
     replies = await asyncio.gather(*(service.create(**body) for body in bodies))
     assert [reply.status_code for reply in replies] == [200] * len(bodies)
     assert await service.link.call("ZCARD", keys.LIVE_INDEX) == sum(len(body["messages"]) + 1 for body in bodies)
+
+
+async def test_batch_that_may_have_been_accepted_is_told_so(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says what to do, and that has the batch made once."""
+    monkeypatch.setattr(connection, "ANSWER_WITHIN_S", 0.2)
+    run = service.front.batches._accepting.run
+
+    async def deaf(script: scripts.Script, *args: Any, **more: Any) -> Any:
+        reply = await run(script, *args, **more)
+        if script is scripts.BATCH:
+            await asyncio.Event().wait()
+        return reply
+
+    monkeypatch.setattr(service.front.batches._accepting, "run", deaf)
+    key, body = {"idempotency-key": "k"}, {"messages": [{"prompt": "a"}, {"prompt": "b"}]}
+    error = (await service.create(key, **body)).json()["error"]
+    assert error["code"] == "maybe_accepted"
+    assert "same Idempotency-Key" in error["message"]
+    monkeypatch.undo()
+    again = await service.create(key, **body)
+    assert (again.status_code, again.headers["idempotent-replayed"]) == (200, "true")
+    assert await service.link.call("ZCARD", keys.LIVE_INDEX) == 3
 
 
 FIRST = {"prompt": "a"}
