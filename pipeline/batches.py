@@ -245,6 +245,10 @@ class Batches:
             second = next(portions, None)
             if second is None:
                 return await self._commit([*head, "here", *(part for member in first for part in member)])
+        async with self._line.turn(until_us):  # what is refused anyway is not staged: it would lie there for a minute
+            reply = await self._prepare(scripts.BATCH, [*head, "ask", len(plan.ids)])
+        if reply[1] != b"free":
+            return reply[1].decode(), reply[2].decode()
         for portion in chain((first, second), portions):
             async with self._line.turn(until_us):
                 await self._stage(plan, portion)
@@ -255,9 +259,13 @@ class Batches:
         args: list[Argument] = [plan.batch_id, STAGED_FOR_MS, plan.stream, plan.order.tenant, plan.deadline_ms]
         for member in portion:
             args += member
+        await self._prepare(scripts.STAGE, args)
+
+    async def _prepare(self, script: scripts.Script, args: Sequence[Argument]) -> Any:
+        """Do what comes before a commit: whatever becomes of it, nothing is accepted by it."""
         try:
-            await self._insist(scripts.STAGE, args)
-        except BrokerUnavailable as error:  # whatever became of this portion: it will not be committed
+            return await self._insist(script, args)
+        except BrokerUnavailable as error:
             raise BrokerUnavailable(str(error)) from error
 
     async def _commit(self, args: Sequence[Argument]) -> tuple[str, str]:

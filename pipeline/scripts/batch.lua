@@ -6,16 +6,16 @@
 -- ARGV[12] key life (ms)  ARGV[13] tail of the batch's own job  ARGV[14] its stream  ARGV[15] its deadline_ms
 -- ARGV[16] its due_ms, when the batch closes in any case  ARGV[17] how long results are kept (ms)  ARGV[18] queue
 -- ARGV[19] what the recorder is told of the batch, kept as `asked` (JSON)  ARGV[20] when it was asked for (ms)
--- ARGV[21] 'staged' | 'here'
--- then per member its id, and when it is 'here' its tail and its row for the recorder (JSON)
--- Returns: time (us), 'accepted' | 'repeated' | 'mismatch' | 'overloaded' | 'backlog' | 'in_flight' | 'unstaged' (some
+-- ARGV[21] 'staged' | 'here' | 'ask' (before any of it is staged: change nothing, say what speaks against it)
+-- then per member its id, and when it is 'here' its tail and its row for the recorder (JSON); after 'ask' their number
+-- Returns: time (us), 'free' (nothing speaks against it now) | 'accepted' | 'repeated' | 'mismatch' | 'overloaded' | 'backlog' | 'in_flight' | 'unstaged' (some
 --   members are gone again: begin anew), the id of the batch that answers.
 -- Invariant: one batch per id and per idempotency key, however often this is sent; no part of a batch without the rest.
 --   Members begin in the order given: each is due a thousandth of a millisecond after the one before.
 local now_us = clock_us()
 local now_ms = math.floor(now_us / 1000)
 local id, tenant, stream, deadline_ms, set, idem = ARGV[1], ARGV[2], ARGV[3], ARGV[5], ARGV[8], ARGV[10]
-local due_ms, closes_ms, staged = tonumber(ARGV[4]), ARGV[16], ARGV[21] == 'staged'
+local due_ms, closes_ms, staged, asks = tonumber(ARGV[4]), ARGV[16], ARGV[21] == 'staged', ARGV[21] == 'ask'
 local key, members, rows, FIRST, CHUNK = KEY.batch .. id, KEY.batch_members .. id, KEY.rows .. id, 22, 1000
 
 local function answer(word, answering)
@@ -23,7 +23,9 @@ local function answer(word, answering)
 end
 
 local ids = {}
-for i = FIRST, #ARGV, staged and 1 or 3 do ids[#ids + 1] = ARGV[i] end
+if not asks then
+  for i = FIRST, #ARGV, staged and 1 or 3 do ids[#ids + 1] = ARGV[i] end
+end
 -- Call `use` with the ids of each portion, since a call takes so many arguments only.
 local function in_portions(use)
   for first = 1, #ids, CHUNK do use(first, math.min(first + CHUNK - 1, #ids)) end
@@ -39,12 +41,14 @@ check_accept()
 for name, wanted in pairs({[stream] = 'stream', [ARGV[14]] = 'stream', [KEY.events] = 'stream', [rows] = 'list'}) do
   check_type(name, wanted)
 end
-if call('ZCARD', KEY.live_index) + #ids + 1 > tonumber(ARGV[6]) then return answer('overloaded') end
+local wanted = asks and tonumber(ARGV[FIRST]) or #ids
+if call('ZCARD', KEY.live_index) + wanted + 1 > tonumber(ARGV[6]) then return answer('overloaded') end
 if call('XLEN', KEY.events) >= tonumber(ARGV[7]) then return answer('backlog') end
 if set ~= '' then
   check_type(set, 'set')
   if call('SCARD', set) >= tonumber(ARGV[9]) then return answer('in_flight') end
 end
+if asks then return answer('free') end
 if staged then
   local found = call('EXISTS', rows) - 1
   in_portions(function(first, last)
