@@ -51,7 +51,7 @@ PORTION: Final = 200
 _OWN_ID: Final = re.compile(r"[0-9a-f]{32}")
 _PLACE: Final = re.compile(r"[0-9]{1,9}")
 _LIMIT_TEXT: Final = re.compile(r"[0-9]{1,3}")
-_PLACEHOLDER: Final = re.compile(r"\{\{\s*([A-Za-z0-9_.-]{1,128})\s*\}\}")
+_PLACEHOLDER: Final = re.compile(r"\{\{([^{}]++)\}\}")
 _QUEUE_ID: Final[TypeAdapter[str]] = TypeAdapter(QueueId)
 
 # --- What is asked and answered ----------------------------------------------------------------
@@ -304,7 +304,7 @@ async def fill_in(
 def _message(item: MessageItem, path: str, system_default: str | None, *, retrieve: bool, most: int) -> Message:
     prompt, system_prompt = item.prompt, item.system_prompt or system_default
     if item.supportive_variable is not None:
-        values = {name: _text_of(value) for name, value in item.supportive_variable.items()}
+        values = {name.strip(): _text_of(value) for name, value in item.supportive_variable.items()}
         prompt = _fill(prompt, values, f"{path}prompt", most)
         if system_prompt is not None:
             system_prompt = _fill(system_prompt, values, f"{path}system_prompt", most) or None
@@ -325,9 +325,12 @@ def _fill(text: str, values: Mapping[str, str], path: str, most: int) -> str:
 
     def value_of(found: re.Match[str]) -> str:
         nonlocal filled
-        value = values.get(found[1])
+        name = found[1].strip()
+        if not name or "\n" in name:  # a piece of a program, say
+            return found[0]
+        value = values.get(name)
         if value is None:
-            message = f"{{{{{found[1]}}}}} has no value: name it in `supportive_variable`"
+            message = f"{{{{{name[:128]}}}}} has no value: name it in `supportive_variable`"
             raise _wrong(path, message, code="missing_variable")
         filled += len(value)
         if filled > most:  # before all of it is in memory

@@ -488,9 +488,25 @@ async def test_others_have_their_turn_while_a_long_list_is_filled_in() -> None:
 
 async def test_missing_value_is_named(service: Service) -> None:
     """The placeholder, so that the sender knows what to give."""
-    reply = await service.create(prompt="Hi {{first name}} {{last_name}}", supportive_variable={"first": "Ann"})
-    assert "{{last_name}}" in reply.json()["error"]["message"]
-    assert reply.json()["error"]["code"] == "missing_variable"
+    for name in ("last_name", "last name", "имя", "a:b"):
+        reply = await service.create(prompt=f"Hi {{{{first}}}} {{{{ {name} }}}}", supportive_variable={"first": "Ann"})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (422, "missing_variable")
+        assert f"{{{{{name}}}}}" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "values", "filled"),
+    [
+        ("{{имя}}, {{ first name }}!", {"имя": "Аня", "first name": "Ann"}, "Аня, Ann!"),
+        ("{{a:b}} {{ c }}", {"a:b": 1, " c ": True}, "1 true"),
+        ("{{{a}}} {{}} {{ }} {{if x:\n y}} {{a", {"a": "b"}, "{b} {{}} {{ }} {{if x:\n y}} {{a"),
+    ],
+)
+async def test_placeholder_may_have_any_name(prompt: str, values: Json, filled: str) -> None:
+    """In any script, with blanks in it; what is no name stays as it is."""
+    item = MessageItem(prompt=prompt, supportive_variable=values)
+    (message,) = await fill_in([("", item)], None, retrieve=False, bounds=MessagesSettings())
+    assert message.prompt == filled
 
 
 async def test_scheduled_message_waits(service: Service) -> None:
