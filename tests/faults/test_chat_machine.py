@@ -24,6 +24,8 @@ import pytest
 from hypothesis import HealthCheck, settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
+from pipeline import chats as chats_module
+from pipeline import front as front_module
 from pipeline import keys, scripts
 from pipeline.chats import Chats, Message, Persona
 from pipeline.clock import Clock
@@ -473,8 +475,12 @@ def ends_since_clear(ends: list[Json]) -> list[Json]:
 
 
 @pytest.mark.timeout(3_600 if EXAMPLES else 300)
-def test_any_order_of_events_keeps_the_promises_of_chats(redis_server: RedisServer) -> None:
+def test_any_order_of_events_keeps_the_promises_of_chats(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every message answered once, in order, or told otherwise; no two runs; nothing from before a clear after it."""
+    for module in (chats_module, front_module):  # a machine that stands still for a second is waited for
+        monkeypatch.setattr(module, "ANSWER_WITHIN_S", PATIENCE_S)
     profile = settings(
         settings.get_profile("steady"),
         max_examples=EXAMPLES or 40,
