@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 from urllib.parse import parse_qs
 
 import orjson
-from pydantic import BaseModel, Field, StringConstraints, TypeAdapter
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints, TypeAdapter
 
 from gateway.errors import RETRY_SOON_S, BrokenKey, Problem
 from gateway.idempotency import read_key
@@ -35,8 +35,17 @@ from pipeline.webhooks import Secrets
 T = TypeVar("T")
 
 QueueId = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._-]+$")]
-Text = Annotated[str, StringConstraints(min_length=1)]
-Value = str | int | float | bool
+
+
+def _storable(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds the character U+0000, which no database takes")
+    return text
+
+
+Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_storable)]
+Model = Annotated[ModelName, AfterValidator(_storable)]
+Value = Annotated[str, AfterValidator(_storable)] | int | float | bool
 Event = Literal["on_complete"]
 MessageState = Literal["pending", "processing", "completed", "failed", "expired", "cancelled"]
 BatchState = Literal["pending", "processing", "completed", "completed_with_errors", "cancelled"]
@@ -76,7 +85,7 @@ class MessageRequest(Payload):
     system_prompt: Text | None = Field(None, description="of a single message; the queue's when absent")
     supportive_variable: dict[str, Value] | None = Field(None, description="of a single message")
     retrieve: bool = Field(False, description="answer from the indexed documents")
-    model: ModelName | None = Field(None, description="the queue's when absent")
+    model: Model | None = Field(None, description="the queue's when absent")
     webhook_url: str | None = Field(None, description="told when all has ended; the queue's when absent")
     webhook_event: Event | None = Field(None, description="when to tell: `on_complete`, the default")
     schedule_at: str | None = Field(None, description="begin then: RFC 3339 with a time zone, `2027-01-31T08:00:00Z`")
@@ -169,7 +178,7 @@ class Cancelled(BaseModel):
 class QueueDefaults(Payload):
     """What messages of a queue get where they name nothing themselves."""
 
-    model: ModelName | None = None
+    model: Model | None = None
     system_prompt: Text | None = None
     webhook_url: str | None = None
     webhook_event: Event | None = None
