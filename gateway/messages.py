@@ -50,6 +50,8 @@ Event = Literal["on_complete"]
 MessageState = Literal["pending", "processing", "completed", "failed", "expired", "cancelled"]
 BatchState = Literal["pending", "processing", "completed", "completed_with_errors", "cancelled"]
 
+EXAMPLE: Final = "2026-12-01T08:00:00Z"
+"""An instant as clients write them. One that is past is taken at any time: it means now."""
 MOST_LISTED: Final = 200
 LISTED: Final = 50
 MOST_REMEMBERED: Final = 1_000
@@ -88,7 +90,7 @@ class MessageRequest(Payload):
     model: Model | None = Field(None, description="the queue's when absent")
     webhook_url: str | None = Field(None, description="told when all has ended; the queue's when absent")
     webhook_event: Event | None = Field(None, description="when to tell: `on_complete`, the default")
-    schedule_at: str | None = Field(None, description="begin then: RFC 3339 with a time zone, `2027-01-31T08:00:00Z`")
+    schedule_at: str | None = Field(None, description=f"begin then: RFC 3339 with a time zone, `{EXAMPLE}`")
 
 
 class MessageCreated(BaseModel):
@@ -359,7 +361,8 @@ def _due_ms(call: Call, text: str | None) -> int | None:
     due_ms = _instant_ms(text, "schedule_at")
     now_ms, most_s = call.front.clock.now_ms(), call.gateway.settings.messages.max_schedule_s
     if due_ms > now_ms + most_s * 1000:
-        raise _wrong("schedule_at", f"at most {most_s:g} seconds ahead")
+        span = f"{most_s / 86_400:g} days" if most_s >= 86_400 else f"{most_s:g} seconds"
+        raise _wrong("schedule_at", f"at most {span} ahead")
     return due_ms if due_ms > now_ms else None
 
 
@@ -370,7 +373,7 @@ def _instant_ms(text: str, path: str) -> int:
             return int(instant.astimezone(UTC).timestamp() * 1000)
     except (ValueError, OverflowError):
         pass
-    raise _wrong(path, "an instant as in RFC 3339, with a time zone: 2027-01-31T08:00:00Z")
+    raise _wrong(path, f"an instant as in RFC 3339, with a time zone: {EXAMPLE}")
 
 
 def _wrong(path: str, message: str, code: str = "invalid_field") -> Problem:

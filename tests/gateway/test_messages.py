@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from gateway import operation
 from gateway.app import create_app
 from gateway.errors import Problem, invalid
-from gateway.messages import MessageItem, fill_in
+from gateway.messages import EXAMPLE, MessageItem, fill_in
 from gateway.operation import AT_ONCE, MOST_FIELDS
 from pipeline import connection, keys, scripts
 from pipeline.connection import Link
@@ -133,6 +133,11 @@ async def workers(link: Link, settings: Settings) -> AsyncIterator[None]:
     stages = [Scripted("encoder", answering), Scripted("retriever", answering), Scripted("llm", answering)]
     async with working(settings, [*stages, Aggregator(settings)]):
         yield
+
+
+def in_a_day(service: Service, days: float = 1) -> str:
+    """An instant that is still to come whenever this runs."""
+    return datetime.fromtimestamp(service.front.clock.now_ms() / 1000 + days * 86_400, UTC).isoformat()
 
 
 guarded = pytest.mark.parametrize("service", [TENANTS], indirect=True)
@@ -524,6 +529,16 @@ async def test_scheduled_message_waits(service: Service) -> None:
     assert abs(float(await service.link.call("ZSCORE", keys.DELAYED, body["message_id"])) - due_ms) <= 1
 
 
+async def test_bound_of_a_schedule_is_told_in_days(service: Service) -> None:
+    """And the example that the documents give can be sent, now and in any year."""
+    reply = await service.create(prompt="a", schedule_at=in_a_day(service, 31))
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (422, "schedule_at")
+    assert "at most 30 days ahead" in error["message"]
+    assert (await service.create(prompt="a", schedule_at=EXAMPLE)).status_code == 200
+    assert EXAMPLE in (Path(__file__).parents[2] / "docs/MESSAGES.md").read_text()
+
+
 @pytest.mark.parametrize(
     "service", [{"messages": {"max_body_bytes": 2 << 20}, "gateway": {"max_body_bytes": 1024}}], indirect=True
 )
@@ -749,7 +764,7 @@ async def test_lists_are_filtered_and_up_to_date(service: Service) -> None:
     second = (await service.create(prompt="bad", queue_id="other")).json()
     await service.ended(second["batch_id"])
     await service.record()
-    third = (await service.create(prompt="three", schedule_at="2026-12-20T00:00:00Z")).json()
+    third = (await service.create(prompt="three", schedule_at=in_a_day(service))).json()
     await service.record()
 
     async def ids(**query: Any) -> list[str]:
@@ -815,7 +830,7 @@ async def test_batch_is_cancelled(service: Service, settings: Settings) -> None:
 @pytest.mark.usefixtures("workers")
 async def test_retry_is_a_new_message_that_names_the_old_one(service: Service) -> None:
     """In a batch of its own, with what the old one asked for; a message that has not ended is 409."""
-    waiting = (await service.create(prompt="later", schedule_at="2026-12-20T00:00:00Z")).json()
+    waiting = (await service.create(prompt="later", schedule_at=in_a_day(service))).json()
     reply = await service.http.post(f"/message/{waiting['message_id']}/retry")
     assert (reply.status_code, reply.json()["error"]["code"]) == (409, "message_pending")
     old = (
