@@ -217,6 +217,8 @@ async def create(call: Call) -> Answer:
         check_url(call, request.webhook_url, param="webhook_url")
     queue = await from_redis(call.front.batches.queue(call.tenant, request.queue_id))
     webhook_url = request.webhook_url or queue.webhook_url
+    if webhook_url is None and request.webhook_event is not None:
+        raise _wrong("webhook_event", "there is no webhook_url to tell, neither here nor in the queue's defaults")
     if webhook_url is not None:  # its queue signs; one that the tenant may not have is refused now
         await from_redis(_secrets(call, request.queue_id))
     order = Order(

@@ -236,6 +236,7 @@ async def test_queue_gives_what_a_message_does_not_name(service: Service) -> Non
     ]  # fmt: skip
     ((_, fields),) = await service.link.call("XRANGE", keys.stream("webhook"), "-", "+")
     assert orjson.loads(fields[1])["payload"]["url"] == HOOK
+    assert (await service.create(prompt="a", webhook_event="on_complete")).status_code == 200  # the queue has the URL
     await service.http.put("/queue/q", json={})
     again = await service.get("/queue/q")
     assert (again["model"], again["webhook_url"]) == (None, None)
@@ -356,6 +357,7 @@ FIRST = {"prompt": "a"}
         ({"prompt": "a", "webhook_url": "ftp://example.com"}, "webhook_url"),
         ({"prompt": "a", "webhook_url": "http://127.0.0.1/"}, "webhook_url"),
         ({"prompt": "a", "webhook_event": "sometimes"}, "webhook_event"),
+        ({"prompt": "a", "webhook_event": "on_complete"}, "webhook_event"),
         ({"prompt": "a", "schedule_at": "tomorrow"}, "schedule_at"),
         ({"prompt": "a", "schedule_at": "2027-01-31T08:00:00"}, "schedule_at"),
         ({"prompt": "a", "schedule_at": "9999-01-31T08:00:00Z"}, "schedule_at"),
