@@ -156,7 +156,7 @@ async def remembered_keys(front: Front, records: Records) -> AsyncIterator[None]
 
 
 class _Keeper:
-    """Asks history when Redis holds no keys: once, until Redis has held some again."""
+    """Asks history when Redis holds no keys; once where history knows of none either, until Redis has held some."""
 
     def __init__(self, front: Front, records: Records) -> None:
         self._front = front
@@ -169,8 +169,9 @@ class _Keeper:
             if await self._front.look_for_api_keys():
                 self._has_asked = False
             elif not self._has_asked:
-                await self._front.revive_api_keys(await self._records.api_keys())
-                self._has_asked = True
+                rows = await self._records.api_keys()
+                await self._front.revive_api_keys(rows)
+                self._has_asked = not rows  # else Redis holds some now, and may lose them before the next look
         except PenstockError as error:
             self._outage.begins(error)
         else:
