@@ -21,7 +21,14 @@ import orjson
 from pipeline import flows, keys, scripts
 from pipeline.clock import Clock, monotonic_us
 from pipeline.connection import IN_LINE_FOR_S, Argument, Line, Link, insist, within
-from pipeline.errors import BrokerUnavailable, IdempotencyMismatch, MaybeAccepted, Overloaded, TooManyQueues
+from pipeline.errors import (
+    AnswerForgotten,
+    BrokerUnavailable,
+    IdempotencyMismatch,
+    MaybeAccepted,
+    Overloaded,
+    TooManyQueues,
+)
 from pipeline.job import Job, Json, Priority, new_id
 
 if TYPE_CHECKING:
@@ -209,6 +216,7 @@ class Batches:
             Overloaded: too much unfinished work, of all, of this tenant (`too_many_in_flight`), or of the recorder; or
                 too many came before it.
             IdempotencyMismatch: the key was used with another body.
+            AnswerForgotten: the key was used for a batch that Redis does not keep any more.
             MaybeAccepted: no answer within a second of its turn, and the batch may be there all the same.
             BrokerUnavailable: no answer within a second of its turn.
         """
@@ -226,7 +234,10 @@ class Batches:
             case "accepted":
                 return AcceptedBatch(plan.batch_id, plan.ids)
             case "repeated":
-                return AcceptedBatch(answering, await self._ids_of(answering, until_us), repeated=True)
+                ids = await self._ids_of(answering, until_us)
+                if not ids:
+                    raise AnswerForgotten(answering)
+                return AcceptedBatch(answering, ids, repeated=True)
             case "mismatch":
                 raise IdempotencyMismatch
             case "in_flight":
