@@ -195,6 +195,7 @@ async def test_an_image_follows_the_reply(whole: Outside) -> None:
     assert found.content.startswith(b"\x89PNG\r\n\x1a\n")
 
 
+@pytest.mark.timeout(180)  # it starts everything twice
 async def test_history_is_whole_after_everything_was_restarted() -> None:
     """All turns, in order, from before and after."""
     with System(**AT_ONCE) as system:
