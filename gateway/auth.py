@@ -156,7 +156,7 @@ async def remembered_keys(front: Front, records: Records) -> AsyncIterator[None]
 
 
 class _Keeper:
-    """Asks history when Redis holds no keys; once where history knows of none either, until Redis has held some."""
+    """Asks history when Redis holds no keys: once, or over and over where there were some."""
 
     def __init__(self, front: Front, records: Records) -> None:
         self._front = front
@@ -166,12 +166,9 @@ class _Keeper:
 
     async def look(self) -> None:
         try:
-            if await self._front.look_for_api_keys():
-                self._has_asked = False
-            elif not self._has_asked:
-                rows = await self._records.api_keys()
-                await self._front.revive_api_keys(rows)
-                self._has_asked = not rows  # else Redis holds some now, and may lose them before the next look
+            if not await self._front.look_for_api_keys() and (self._front.knows_api_keys or not self._has_asked):
+                await self._front.revive_api_keys(await self._records.api_keys())
+                self._has_asked = True
         except PenstockError as error:
             self._outage.begins(error)
         else:
