@@ -7,6 +7,7 @@ import signal
 from typing import Final
 
 import orjson
+import pytest
 
 from pipeline import keys
 from tests.conftest import wait_until
@@ -104,6 +105,7 @@ async def test_replicas_that_say_429_are_obeyed(whole: Outside) -> None:
     assert [row["attempts"] for row in results] == [1, 1, 1]
 
 
+@pytest.mark.timeout(180)
 async def test_ten_thousand_messages_are_accepted_in_one_call(whole: Outside) -> None:
     """All of them; and cancelled together: none is left."""
     body = await create(whole, 0, 10_000)
