@@ -55,9 +55,9 @@ def own_redis() -> Iterator[RedisServer]:
 
 
 @asynccontextmanager
-async def following(url: str) -> AsyncIterator[Screen]:
+async def following(url: str, reply_timeout_s: float = 0.2) -> AsyncIterator[Screen]:
     screen = Screen()
-    settings = RedisSettings(url=url, reply_timeout_s=0.2, connect_timeout_s=0.2)
+    settings = RedisSettings(url=url, reply_timeout_s=reply_timeout_s, connect_timeout_s=reply_timeout_s)
     task = asyncio.create_task(follow(lambda: Link(settings, "penstock"), screen.console, EVERY_S))
     try:
         yield screen
@@ -82,10 +82,10 @@ async def test_redis_may_go_away_and_come_back(own_redis: RedisServer) -> None:
 
 
 async def test_a_slow_redis_is_not_told_to_be_away(own_redis: RedisServer) -> None:
-    """A look is some fifty commands; what counts is that each of them is answered."""
+    """A look is some fifty commands, which take longer together than one may; what counts is each of them."""
     async with Proxy(own_redis.socket) as proxy:
         proxy.slow(0.03)
-        async with following(proxy.redis_url) as screen:
+        async with following(proxy.redis_url, reply_timeout_s=1.0) as screen:
             await screen.until("0 jobs alive", but_not="Redis is")
             assert "Redis is" not in screen.file.getvalue()
 
