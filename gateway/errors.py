@@ -16,7 +16,6 @@ from pydantic import ValidationError
 
 from pipeline.connection import CommandRefused, OutOfMemory
 from pipeline.errors import (
-    AnswerForgotten,
     BrokerUnavailable,
     DeadlineExceeded,
     HistoryUnavailable,
@@ -143,8 +142,6 @@ def problem_of(error: PenstockError, job_id: str | None = None) -> Problem | Non
             return Problem(503, error.code, str(error), kind="overloaded", retry_after_s=error.after_s)
         case IdempotencyMismatch():
             return Problem(422, "idempotency_mismatch", str(error), param="Idempotency-Key")
-        case AnswerForgotten():
-            return Problem(409, "answer_forgotten", str(error), param="Idempotency-Key", job_id=error.job_id)
         case WrongField():
             return Problem(422, "invalid_field", str(error), param=error.param[:MOST_PATH_CHARS])
         case TooManyQueues():

@@ -21,14 +21,7 @@ import orjson
 from pipeline import flows, keys, scripts
 from pipeline.clock import Clock, monotonic_us
 from pipeline.connection import IN_LINE_FOR_S, Argument, Line, Link, insist, within
-from pipeline.errors import (
-    AnswerForgotten,
-    BrokerUnavailable,
-    IdempotencyMismatch,
-    MaybeAccepted,
-    Overloaded,
-    TooManyQueues,
-)
+from pipeline.errors import BrokerUnavailable, IdempotencyMismatch, MaybeAccepted, Overloaded, TooManyQueues
 from pipeline.job import Job, Json, Priority, new_id
 
 if TYPE_CHECKING:
@@ -85,7 +78,11 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class AcceptedBatch:
-    """A batch was accepted, now or earlier under the same Idempotency-Key (`repeated`)."""
+    """A batch was accepted, now or earlier under the same Idempotency-Key (`repeated`).
+
+    Attributes:
+        message_ids: in the order given; none where Redis has let go of the batch since.
+    """
 
     batch_id: str
     message_ids: Sequence[str]
@@ -216,7 +213,6 @@ class Batches:
             Overloaded: too much unfinished work, of all, of this tenant (`too_many_in_flight`), or of the recorder; or
                 too many came before it.
             IdempotencyMismatch: the key was used with another body.
-            AnswerForgotten: the key was used for a batch that Redis does not keep any more.
             MaybeAccepted: no answer within a second of its turn, and the batch may be there all the same.
             BrokerUnavailable: no answer within a second of its turn.
         """
@@ -234,10 +230,7 @@ class Batches:
             case "accepted":
                 return AcceptedBatch(plan.batch_id, plan.ids)
             case "repeated":
-                ids = await self._ids_of(answering, until_us)
-                if not ids:
-                    raise AnswerForgotten(answering)
-                return AcceptedBatch(answering, ids, repeated=True)
+                return AcceptedBatch(answering, await self._ids_of(answering, until_us), repeated=True)
             case "mismatch":
                 raise IdempotencyMismatch
             case "in_flight":

@@ -138,18 +138,6 @@ class IdempotencyMismatch(PenstockError):
     """This Idempotency-Key was used before with another body."""
 
 
-class AnswerForgotten(PenstockError):
-    """What was done under this Idempotency-Key is no longer kept, so the first answer cannot be given again.
-
-    Attributes:
-        job_id: what was accepted then.
-    """
-
-    def __init__(self, job_id: str) -> None:
-        super().__init__()
-        self.job_id = job_id
-
-
 # --- The database ------------------------------------------------------------------------------
 
 
