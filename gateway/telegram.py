@@ -24,7 +24,7 @@ import uvloop
 
 from pipeline import keys, logs
 from pipeline.chats import Chats, Message
-from pipeline.clock import Clock
+from pipeline.clock import Clock, monotonic_us
 from pipeline.connection import Backoff, Link, Outage
 from pipeline.errors import ConfigError, Overloaded, PenstockError
 
@@ -243,8 +243,8 @@ class Connector:
     async def _say(self, number: int, chat_id: str, message: Json, text: str) -> None:
         chat = keys.of_tenant(self._tenant, chat_id)
         if not self._clock.is_set:
-            seconds, micros = await self._link.call("TIME")
-            self._clock.observe(int(seconds) * 1_000_000 + int(micros), 0)
+            sent_us = monotonic_us()
+            self._clock.observe(await self._link.time_us(), sent_us)
         # What was told before anybody spoke here is nobody's; then the chat is one to look at.
         last = await self._chats.last_event(chat)
         await self._link.call("SET", self._cursor(chat), last, "NX", "PX", self._keep_ms)

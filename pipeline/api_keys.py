@@ -86,7 +86,7 @@ class KeyRing:
                 message = f"{what[:80]!r} is no name: 1 to 64 out of A-Z a-z 0-9 . _ -"
                 raise Reject(message, code="malformed_name")
         key = MARK + secrets.token_urlsafe(32)
-        record = ApiKey(name, tenant, await self._now_ms())
+        record = ApiKey(name, tenant, await self._link.time_us() // 1000)
         told = {"digest": digest_of(key.encode()), "created_ms": record.created_ms}
         if not await self._keep(digest_of(key.encode()), None, record, 0, told):
             raise Reject(f"there is a key {name!r} already, revoked or not: choose another name", code="name_taken")
@@ -116,7 +116,7 @@ class KeyRing:
             record = ApiKey.decode(text)
             if record.revoked_ms is not None:
                 return
-            now_ms = await self._now_ms()
+            now_ms = await self._link.time_us() // 1000
             revoked = replace(record, revoked_ms=now_ms)
             if await self._keep(digest.decode(), record, revoked, 10, {"revoked_ms": now_ms}):
                 return
@@ -134,7 +134,3 @@ class KeyRing:
         was = before.encode() if before else b""
         args = (record.name, digest, was, record.encode(), record.tenant, rank, orjson.dumps(told))
         return bool(await self._link.run(scripts.KEEP_KEY, (), args) == b"kept")
-
-    async def _now_ms(self) -> int:
-        seconds, micros = await self._link.call("TIME")
-        return int(seconds) * 1000 + int(micros) // 1000

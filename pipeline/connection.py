@@ -127,6 +127,11 @@ class Link:
             except _ScriptMissing:
                 return await self._call(("EVAL", script.text, len(keys), *keys, *args), timeout_s)
 
+    async def time_us(self) -> int:
+        """Return Redis' clock, in microseconds since the epoch; errors as for `call`."""
+        seconds, micros = await self.call("TIME")
+        return int(seconds) * 1_000_000 + int(micros)
+
     def held_for_s(self) -> float:
         """Return how long the present connection has held, in seconds; 0 while there is none."""
         return 0.0 if self.connected_at_us is None else (monotonic_us() - self.connected_at_us) / 1e6

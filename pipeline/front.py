@@ -487,8 +487,7 @@ class Front:
 
     async def _observe_clock(self) -> None:
         sent_us = monotonic_us()
-        seconds, micros = await self._link.call("TIME")
-        self.clock.observe(int(seconds) * 1_000_000 + int(micros), sent_us)
+        self.clock.observe(await self._link.time_us(), sent_us)
 
     async def _healthy_replicas(self) -> list[str]:
         known = read_registry(await self._link.call("HGETALL", keys.REPLICAS))

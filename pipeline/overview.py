@@ -134,8 +134,7 @@ async def look(link: Link, *, thorough: bool = True) -> Overview:
         BrokerUnavailable: Redis does not answer.
         CommandRefused, ValueError, TypeError, LookupError: a key is not what it should be.
     """
-    seconds, micros = await link.call("TIME")
-    now_ms = int(seconds) * 1000 + int(micros) // 1000
+    now_ms = await link.time_us() // 1000
     workers, lapsed = await _workers(link, now_ms)
     stages = {stage for flow in flows.FLOWS.values() for stage in flow.route}
     stages |= {stage for worker in workers for stage in worker.stages if stage not in worker.loops}

@@ -123,8 +123,7 @@ async def look_closely(link: Link, *, thorough: bool = True) -> Picture:
 
 
 async def _health(link: Link, urls: list[str]) -> dict[str, ReplicaHealth]:
-    seconds, micros = await link.call("TIME")
-    now_ms = int(seconds) * 1000 + int(micros) // 1000
+    now_ms = await link.time_us() // 1000
     registered = read_registry(await link.call("HGETALL", keys.REPLICAS))
     found = {}
     for url in urls:

@@ -28,7 +28,7 @@ from pipeline import chats as chats_module
 from pipeline import front as front_module
 from pipeline import keys, scripts
 from pipeline.chats import Chats, Message, Persona
-from pipeline.clock import Clock
+from pipeline.clock import Clock, monotonic_us
 from pipeline.connection import Link
 from pipeline.front import Front
 from pipeline.job import Completion, Done, Job, decode, error_body
@@ -145,8 +145,8 @@ class Machine(RuleBasedStateMachine):
 
     async def _begin(self) -> None:
         await self.link.call("FLUSHALL")
-        seconds, micros = await self.link.call("TIME")
-        self.clock.observe(int(seconds) * 1_000_000 + int(micros), 0)
+        sent_us = monotonic_us()
+        self.clock.observe(await self.link.time_us(), sent_us)
         await self.stage.start(cast("Context", SimpleNamespace(chats=self.chats, clock=self.clock)))
         await self.chats.set_persona("default", "hasty", Persona(policy="interrupt"))
         for _ in range(WORKERS):

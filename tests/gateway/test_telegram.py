@@ -157,6 +157,16 @@ async def test_what_people_write_is_answered(link: Link, settings: Settings, bot
     assert b'"user_id":"7"' in first
 
 
+async def test_chats_are_noted_by_redis_own_time(link: Link, settings: Settings, bot: BotServer) -> None:
+    """The very first one, too: one that seems to lie in the future would be looked at for too long, or others not."""
+    before_ms = await link.time_us() // 1000
+    bot.write("hello")
+    async with Connected(settings):
+        await wait_until(lambda: waits(link, CHAT, 1))
+    noted_ms = float(await link.call("ZSCORE", f"{keys.TELEGRAM}123", CHAT))
+    assert before_ms <= noted_ms <= await link.time_us() // 1000
+
+
 async def waits(link: Link, chat: str, count: int) -> bool:
     return int(await link.call("LLEN", keys.CHAT_QUEUE + chat)) == count
 

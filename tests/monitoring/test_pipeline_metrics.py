@@ -215,9 +215,8 @@ async def test_a_command_that_waits_for_its_turn_is_timed_and_one_that_does_not_
 
 
 async def _is_past(link: Link, health: str) -> bool:
-    seconds, micros = await link.call("TIME")
     open_until_ms = float(await link.call("HGET", health, "open_until_ms"))
-    return int(seconds) * 1000 + int(micros) / 1000 > open_until_ms
+    return await link.time_us() / 1000 > open_until_ms
 
 
 class _Told:

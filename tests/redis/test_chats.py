@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import keys
 from pipeline.chats import Chats, ChatWatch, Message, Persona
-from pipeline.clock import Clock
+from pipeline.clock import Clock, monotonic_us
 from pipeline.connection import Link
 from pipeline.errors import Overloaded, RetryLater
 from pipeline.front import Front
@@ -42,9 +42,8 @@ async def hand(link: Link, settings: Settings) -> AsyncIterator[Hand]:
 
 
 async def clock_of(link: Link) -> Clock:
-    clock = Clock()
-    seconds, micros = await link.call("TIME")
-    clock.observe(int(seconds) * 1_000_000 + int(micros), 0)
+    clock, sent_us = Clock(), monotonic_us()
+    clock.observe(await link.time_us(), sent_us)
     return clock
 
 

@@ -55,8 +55,7 @@ async def test_what_the_dead_hold_is_shown(link: Link, settings: Settings, front
 
 async def test_an_entry_of_any_size_has_an_age(link: Link) -> None:
     """The age is that of the oldest, whatever it holds; it comes from Redis without the entry."""
-    seconds, micros = await link.call("TIME")
-    born_ms = int(seconds) * 1000 + int(micros) // 1000 - 90_000
+    born_ms = await link.time_us() // 1000 - 90_000
     await link.call("XADD", "job:encoder_in", f"{born_ms}-0", "data", "x" * 100_000)
     await link.call("XADD", "job:encoder_in", "*", "data", "young")
     assert (await look_closely(link)).oldest_ms["job:encoder_in"] >= 90_000
