@@ -24,9 +24,7 @@ import pytest
 from hypothesis import HealthCheck, settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from pipeline import chats as chats_module
-from pipeline import front as front_module
-from pipeline import keys, scripts
+from pipeline import connection, keys, scripts
 from pipeline.chats import Chats, Message, Persona
 from pipeline.clock import Clock, monotonic_us
 from pipeline.connection import Link
@@ -479,8 +477,8 @@ def test_any_order_of_events_keeps_the_promises_of_chats(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every message answered once, in order, or told otherwise; no two runs; nothing from before a clear after it."""
-    for module in (chats_module, front_module):  # a machine that stands still for a second is waited for
-        monkeypatch.setattr(module, "ANSWER_WITHIN_S", PATIENCE_S)
+    # A machine that stands still for a second is waited for.
+    monkeypatch.setattr(connection, "ANSWER_WITHIN_S", PATIENCE_S)
     profile = settings(
         settings.get_profile("steady"),
         max_examples=EXAMPLES or 40,
