@@ -8,8 +8,8 @@
 -- ARGV[19] what the recorder is told of the batch, kept as `asked` (JSON)  ARGV[20] when it was asked for (ms)
 -- ARGV[21] 'staged' | 'here' | 'ask' (before any of it is staged: change nothing, say what speaks against it)
 -- then per member its id, and when it is 'here' its tail and its row for the recorder (JSON); after 'ask' their number
--- Returns: time (us), 'free' (nothing speaks against it now) | 'accepted' | 'repeated' | 'mismatch' | 'overloaded' | 'backlog' | 'in_flight' | 'unstaged' (some
---   members are gone again: begin anew), the id of the batch that answers.
+-- Returns: time (us), 'free' (nothing speaks against it now) | 'accepted' | 'repeated' | 'mismatch' | 'overloaded' |
+--   'backlog' | 'in_flight' | 'unstaged' (some members are gone again: begin anew), the id of the batch that answers.
 -- Invariant: one batch per id and per idempotency key, however often this is sent; no part of a batch without the rest.
 --   Members begin in the order given: each is due a thousandth of a millisecond after the one before.
 local now_us = clock_us()

@@ -304,7 +304,7 @@ class Machine(RuleBasedStateMachine):
         if self.runs:
             run = self.runs[data.draw(strategies.sampled_from(sorted(self.runs)), "run")]
             self.do(self.link.call("ZADD", keys.LIVE_INDEX, "XX", 1, run))
-            self.do(self.link.run(scripts.EXPIRE, (), (100, 60_000)))
+            self.do(self.link.run(scripts.EXPIRE, (), (100, 60_000, 100, FAR_MS)))
             far_ms = self.clock.now_ms() + FAR_MS  # where it was put off: no other step may depend on the time
             self.do(self.link.call("ZADD", keys.LIVE_INDEX, "XX", far_ms, run))
 
@@ -414,7 +414,7 @@ class Machine(RuleBasedStateMachine):
         while await self.link.call("ZCARD", keys.LIVE_INDEX):
             rounds += 1
             assert rounds < 200, "nothing goes on"
-            await self.link.run(scripts.EXPIRE, (), (100, 60_000))
+            await self.link.run(scripts.EXPIRE, (), (100, 60_000, 100, FAR_MS))
             for stage, hand in heir.hands.items():
                 await self._claim(heir, stage)
                 heir.held += [Held(entry) for entry in await hand.take(100)]

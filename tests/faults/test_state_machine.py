@@ -768,7 +768,8 @@ class Machine(RuleBasedStateMachine):
         self.is_sound = False
         ended = self.model.expire()
         ttl_ms = int(self.settings.worker.completion_ttl_s * 1000)
-        assert tuple(self.do(self.link.run(scripts.EXPIRE, (), (100, ttl_ms)))[1:]) == ended
+        args = (100, ttl_ms, MOST_LETTERS, int(self.settings.dead.max_age_s * 1000))
+        assert tuple(self.do(self.link.run(scripts.EXPIRE, (), args))[1:]) == ended
         put_off = [job.id for job in self.model.jobs.values() if job.expires is None]
         self.look(unchanged=not put_off and not any(ended))
         for job_id in put_off:
