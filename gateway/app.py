@@ -17,7 +17,7 @@ import structlog
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway import chats, discovery, documents, health, jobs, messages, openapi, page, query, reports, webhooks
+from gateway import chats, discovery, documents, health, jobs, messages, openapi, page, query, queues, reports, webhooks
 from gateway.auth import Callers, refuse_cross_site
 from gateway.errors import RETRY_SOON_S, BrokenKey, ClientGone, Problem, problem_of
 from gateway.metrics import REFUSALS
@@ -38,6 +38,7 @@ def operations() -> tuple[Operation, ...]:
         *query.OPERATIONS,
         *documents.OPERATIONS,
         *messages.OPERATIONS,
+        *queues.OPERATIONS,
         *chats.OPERATIONS,
         *reports.OPERATIONS,
         *webhooks.OPERATIONS,

@@ -9,33 +9,28 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final, Literal, TypeVar
-from urllib.parse import parse_qs
+from typing import Annotated, Any, Final, Literal
 
 import orjson
 from pydantic import BaseModel, Field, StringConstraints, TypeAdapter
 
-from gateway.errors import BrokenKey, Problem
+from gateway.asked import LIMIT, Asked, from_redis, wrong
+from gateway.errors import Problem
 from gateway.idempotency import read_key
 from gateway.metrics import CHAT_CLEARED, CHAT_MESSAGES
 from gateway.operation import Answer, Call, Operation, Parameter, answer
 from pipeline import keys
 from pipeline.chats import LOOK_EVERY_S, Message, Persona, Policy
-from pipeline.connection import CommandRefused
 from pipeline.errors import PenstockError
 from pipeline.flows import ModelName, Name, Payload
 from pipeline.job import Json, Priority, is_valid_id, new_id
 
-T = TypeVar("T")
-
 ChatId = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._-]+$")]
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=32_000)]
 
-MOST_LISTED: Final = 200
-LISTED: Final = 50
 PING_S: Final = 15.0
 """Proxies close a connection on which nothing is said for a while, a minute usually."""
 EVENT_STREAM: Final = b"text/event-stream"
@@ -145,10 +140,10 @@ async def say(call: Call) -> Answer:
     chat_id = _chat_id(call)
     most = call.gateway.settings.chats.max_text_chars
     if len(request.text) > most:
-        raise _wrong("text", f"at most {most} characters")
+        raise wrong("text", f"at most {most} characters")
     message = Message(request.message_id or new_id(), request.user_id, request.text, request.priority)
     key = read_key(call.headers, call.tenant, call.path, call.body)
-    said = await _from_redis(
+    said = await from_redis(
         call.front.say(call.tenant, chat_id, message, idempotency=key, in_flight_limit=call.in_flight_limit)
     )
     CHAT_MESSAGES.labels(said.what if said.is_new else "duplicate").inc()
@@ -164,7 +159,7 @@ async def say(call: Call) -> Answer:
 async def typing(call: Call) -> Answer:
     """Say that somebody is typing: what waits in the chat is answered a little later."""
     chat_id = _chat_id(call)
-    waiting = await _from_redis(call.front.chats.typing(keys.of_tenant(call.tenant, chat_id)))
+    waiting = await from_redis(call.front.chats.typing(keys.of_tenant(call.tenant, chat_id)))
     return answer({"chat_id": chat_id, "queue_length": waiting}, 202)
 
 
@@ -181,13 +176,13 @@ async def set_chat_persona(call: Call) -> Answer:
     request = await call.read(ChatPersonaRequest)
     chat_id = _chat_id(call)
     name = request.persona
-    if name is not None and await _from_redis(call.front.chats.persona(call.tenant, name)) is None:
-        raise _wrong("persona", "nobody has set up a persona of this name: PUT /persona/{name}", "unknown_persona")
+    if name is not None and await from_redis(call.front.chats.persona(call.tenant, name)) is None:
+        raise wrong("persona", "nobody has set up a persona of this name: PUT /persona/{name}", "unknown_persona")
     return answer(await _clear(call, chat_id, name or "") | {"persona": name})
 
 
 async def _clear(call: Call, chat_id: str, persona: str | None) -> Json:
-    epoch, cleared, dropped = await _from_redis(call.front.chats.clear(call.tenant, chat_id, persona=persona))
+    epoch, cleared, dropped = await from_redis(call.front.chats.clear(call.tenant, chat_id, persona=persona))
     CHAT_CLEARED.labels("messages").inc(cleared)
     CHAT_CLEARED.labels("replies").inc(dropped)
     return {"chat_id": chat_id, "epoch": epoch, "cleared": cleared, "reply_dropped": dropped}
@@ -204,14 +199,14 @@ async def events(call: Call) -> Answer:
     nothing that is kept, about a thousand events; one that names none hears what comes from now on.
     """
     chat = keys.of_tenant(call.tenant, _chat_id(call))
-    given = _parameters(call, {"after"})
+    given = Asked(call, {"after"})
     sent = call.headers.get(b"last-event-id")
-    after = sent.decode("latin-1") if sent is not None else given.get("after")
+    after = sent.decode("latin-1") if sent is not None else given.text("after")
     if after is None:
-        after = await _from_redis(call.front.chats.last_event(chat))
+        after = await from_redis(call.front.chats.last_event(chat))
     elif _EVENT_ID.fullmatch(after) is None:
         param = "Last-Event-ID" if sent is not None else "after"
-        raise _wrong(param, "the id of an event, as it came with it", "invalid_cursor")
+        raise wrong(param, "the id of an event, as it came with it", "invalid_cursor")
     headers = [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
     return Answer(200, b": welcome\n\n", headers, EVENT_STREAM, stream=_events(call, chat, after))
 
@@ -254,7 +249,7 @@ async def _wait(stop: asyncio.Task[Any], news: asyncio.Event) -> None:
 async def image(call: Call) -> Answer:
     """Fetch an image that followed a reply; kept for a day."""
     chat, image_id = keys.of_tenant(call.tenant, _chat_id(call)), call.path_id("image_id")
-    found = await _from_redis(call.front.chats.image(chat, image_id)) if is_valid_id(image_id) else None
+    found = await from_redis(call.front.chats.image(chat, image_id)) if is_valid_id(image_id) else None
     if found is None:
         raise Problem(404, "image_not_found", f"there is no image {image_id[:128]!r} (any more)")
     data, content_type = found
@@ -268,13 +263,13 @@ async def history(call: Call) -> Answer:
     What history does not have yet, and Redis has, is told on the last page.
     """
     chat_id = _chat_id(call)
-    given = _parameters(call, {"after", "limit"})
-    after, limit = _number(given, "after", 0, 10**18), _number(given, "limit", LISTED, MOST_LISTED, least=1)
+    asked = Asked(call, {"after", "limit"})
+    after, limit = asked.number("after", 0, most=10**18), asked.limit()
     rows, following = await call.history.chat_turns(call.tenant, chat_id, after=after, limit=limit)
     shown = [_turn(row) for row in rows]
     if following is None:
         last = rows[-1]["seq"] if rows else after
-        turns = await _from_redis(call.front.chats.turns(keys.of_tenant(call.tenant, chat_id)))
+        turns = await from_redis(call.front.chats.turns(keys.of_tenant(call.tenant, chat_id)))
         shown += [_turn(turn) for turn in turns if turn["seq"] > last]
     return answer({"messages": shown, "next": None if following is None else str(following)})
 
@@ -292,7 +287,7 @@ def _turn(row: Json) -> Json:
 async def look_at_persona(call: Call) -> Answer:
     """Tell how a persona is set up."""
     name = _chat_id(call, "name")
-    persona = await _from_redis(call.front.chats.persona(call.tenant, name))
+    persona = await from_redis(call.front.chats.persona(call.tenant, name))
     if persona is None:
         raise Problem(404, "persona_not_found", f"there is no persona {name!r}")
     return answer(_shown_persona(name, persona))
@@ -309,7 +304,7 @@ async def set_persona(call: Call) -> Answer:
         request.system_prompt, request.state_prompt, request.model, request.temperature, request.image_prompt,
         request.policy,
     )  # fmt: skip
-    await _from_redis(call.front.chats.set_persona(call.tenant, name, persona))
+    await from_redis(call.front.chats.set_persona(call.tenant, name, persona))
     return answer(_shown_persona(name, persona))
 
 
@@ -324,39 +319,7 @@ def _chat_id(call: Call, name: str = "chat_id") -> str:
     try:
         return _CHAT_ID.validate_python(call.path_id(name))
     except ValueError:
-        raise _wrong(name, "1 to 128 characters out of A-Z a-z 0-9 . _ -") from None
-
-
-def _parameters(call: Call, known: set[str]) -> dict[str, str]:
-    """Return what stands behind the `?`, each name once."""
-    given = parse_qs(call.query_string, keep_blank_values=True)
-    for name, values in sorted(given.items()):
-        if name not in known:
-            raise _wrong(name[:128], "there is no such parameter")
-        if len(values) > 1:
-            raise _wrong(name, "given more than once")
-    return {name: values[0] for name, values in given.items()}
-
-
-def _number(given: dict[str, str], name: str, default: int, most: int, *, least: int = 0) -> int:
-    text = given.get(name)
-    if text is None:
-        return default
-    if not (text.isascii() and text.isdigit() and len(text) <= 19 and least <= int(text) <= most):
-        raise _wrong(name, f"a number from {least} to {most}")
-    return int(text)
-
-
-def _wrong(path: str, message: str, code: str = "invalid_field") -> Problem:
-    return Problem(422, code, f"{path}: {message}", param=path)
-
-
-async def _from_redis(question: Awaitable[T]) -> T:
-    """Ask Redis; a key that holds what Penstock never wrote is an operator's to mend."""
-    try:
-        return await question
-    except (ValueError, KeyError, CommandRefused) as error:
-        raise BrokenKey(str(error)) from error
+        raise wrong(name, "1 to 128 characters out of A-Z a-z 0-9 . _ -") from None
 
 
 _IN_PATH: Final = Parameter("chat_id", "the chat, as clients name it", required=True, type=ChatId)
@@ -426,9 +389,7 @@ OPERATIONS: Final = (
         parameters=(
             _IN_PATH,
             Parameter("after", "`next` of the page before", type=Annotated[int, Field(ge=0, le=10**18)]),
-            Parameter(
-                "limit", f"turns in the page, {LISTED} unless said", type=Annotated[int, Field(ge=1, le=MOST_LISTED)]
-            ),
+            LIMIT,
         ),
     ),
     Operation(

@@ -7,12 +7,11 @@ holds is asked of the index itself, through its stage: no copy of that knowledge
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Final
-from urllib.parse import parse_qs
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
+from gateway.asked import Asked, wrong
 from gateway.errors import Problem, problem_of_outcome
 from gateway.operation import Answer, Call, Operation, Parameter, answer, payload_of
 from pipeline.flows import MAX_LOOKUP, Collection, DocumentDeletion, DocumentLookup, DocumentPayload, Name
@@ -55,9 +54,9 @@ async def delete(call: Call) -> Answer:
     It is no error when there is none: the job then says that nothing was deleted.
     """
     document_id = call.path_id("id")
-    given = _read_query(call, {"collection"})
+    asked = Asked(call, {"collection"})
     try:
-        payload = DocumentDeletion(document_id=document_id, collection=_collection(given))
+        payload = DocumentDeletion(document_id=document_id, collection=_collection(asked))
     except ValidationError:
         message = "id: 1 to 128 characters out of A-Z a-z 0-9 . _ : -"
         raise Problem(422, "invalid_field", message, param="id") from None
@@ -84,9 +83,9 @@ async def look(call: Call) -> Answer:
 
     Asks the index, behind the writes that were accepted before.
     """
-    given = _read_query(call, {"ids", "collection"})
-    ids = [part for text in given.get("ids", []) for part in text.split(",") if part]
-    collection = _collection(given)
+    asked = Asked(call, {"ids", "collection"}, often=["ids"])
+    ids = [part for text in asked.texts("ids") for part in text.split(",") if part]
+    collection = _collection(asked)
     try:
         payload = DocumentLookup(document_ids=ids, collection=collection)
     except ValidationError as error:
@@ -101,21 +100,11 @@ async def look(call: Call) -> Answer:
     return answer({"documents": (completion.result or {}).get("documents", {})})
 
 
-def _read_query(call: Call, known: set[str]) -> dict[str, list[str]]:
-    given = parse_qs(call.query_string, keep_blank_values=True)
-    if unknown := sorted(set(given) - known):
-        raise Problem(422, "invalid_field", f"{unknown[0][:128]}: there is no such parameter", param=unknown[0][:128])
-    return given
-
-
-def _collection(given: dict[str, list[str]]) -> str | None:
-    values: Sequence[str | None] = given.get("collection") or [None]
+def _collection(asked: Asked) -> str | None:
     try:
-        [name] = values
-        return _COLLECTION.validate_python(name)
+        return _COLLECTION.validate_python(asked.text("collection"))
     except ValueError:
-        message = "collection: 1 to 64 characters out of A-Z a-z 0-9 . _ -"
-        raise Problem(422, "invalid_field", message, param="collection") from None
+        raise wrong("collection", "1 to 64 characters out of A-Z a-z 0-9 . _ -") from None
 
 
 _COLLECTION: Final[TypeAdapter[str | None]] = TypeAdapter(Collection | None)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from typing import Annotated, Any, Final, Literal
-from urllib.parse import parse_qs
 
 import structlog
 from pydantic import BaseModel, Field
 
+from gateway.asked import Asked, from_redis, wrong
 from gateway.errors import BrokenKey, Problem
 from gateway.operation import Answer, Call, Operation, Parameter, answer
-from pipeline.connection import CommandRefused
 from pipeline.flows import Name
 from pipeline.job import Json, error_body, is_valid_id
 
@@ -82,13 +81,9 @@ async def look(call: Call) -> Answer:
 
 async def look_at_many(call: Call) -> Answer:
     """Tell how several jobs stand."""
-    given = parse_qs(call.query_string, keep_blank_values=True)
-    unknown = sorted(set(given) - {"ids"})
-    if unknown:
-        raise Problem(422, "invalid_field", f"{unknown[0][:128]}: there is no such parameter", param=unknown[0][:128])
-    ids = [part for text in given.get("ids", []) for part in text.split(",")]
+    ids = [part for text in Asked(call, {"ids"}, often=["ids"]).texts("ids") for part in text.split(",")]
     if not 1 <= len(ids) <= MAX_IDS or "" in ids:
-        raise Problem(422, "invalid_field", f"ids: 1 to {MAX_IDS} ids, separated by commas", param="ids")
+        raise wrong("ids", f"1 to {MAX_IDS} ids, separated by commas")
     found = await asyncio.gather(*(_look_among_others(call, job_id) for job_id in ids))
     return answer({"jobs": dict(zip(ids, found, strict=True))})
 
@@ -120,10 +115,7 @@ async def _look_among_others(call: Call, job_id: str) -> Json | None:
 async def _look(call: Call, job_id: str) -> Json | None:
     if not is_valid_id(job_id):
         return None
-    try:
-        found = await call.front.look(job_id, call.tenant)
-    except (ValueError, CommandRefused) as error:
-        raise BrokenKey(str(error), job_id) from error
+    found = await from_redis(call.front.look(job_id, call.tenant), job_id)
     if found is None:
         return None
     if isinstance(found, str):

@@ -9,61 +9,36 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
-from typing import Annotated, Any, Final, Literal, TypeVar
-from urllib.parse import parse_qs
+from typing import Annotated, Any, Final, Literal
 
 import orjson
-from pydantic import AfterValidator, BaseModel, Field, StringConstraints, TypeAdapter
+from pydantic import AfterValidator, BaseModel, Field
 
-from gateway.errors import RETRY_SOON_S, BrokenKey, Problem
+from gateway.asked import AFTER, EXAMPLE, LIMIT, Asked, from_redis, instant_ms, not_found, own_id, wrong
+from gateway.errors import RETRY_SOON_S, Problem
 from gateway.idempotency import read_key
 from gateway.jobs import JobError
 from gateway.operation import AT_ONCE, Answer, Call, Operation, Parameter, answer
+from gateway.queues import Event, Model, QueueId, Text, queue_id_of, secrets, storable
 from gateway.webhooks import check_url
-from pipeline import keys
-from pipeline.batches import LOST, AcceptedBatch, Member, Message, Order, Queue, Standing, results_text, webhook_id_of
-from pipeline.connection import CommandRefused
-from pipeline.errors import MalformedEntry
-from pipeline.flows import MAX_QUERY_CHARS, ModelName, Payload
+from pipeline.batches import LOST, AcceptedBatch, Member, Message, Order, Standing, results_text, webhook_id_of
+from pipeline.flows import MAX_QUERY_CHARS, Payload
 from pipeline.job import Json
 from pipeline.settings import MessagesSettings
-from pipeline.webhooks import Secrets
 
-T = TypeVar("T")
-
-QueueId = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._-]+$")]
-
-
-def _storable(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("holds the character U+0000, which no database takes")
-    return text
-
-
-Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_storable)]
-Model = Annotated[ModelName, AfterValidator(_storable)]
-Value = Annotated[str, AfterValidator(_storable)] | int | float | bool
-Event = Literal["on_complete"]
+Value = Annotated[str, AfterValidator(storable)] | int | float | bool
 MessageState = Literal["pending", "processing", "completed", "failed", "expired", "cancelled"]
 BatchState = Literal["pending", "processing", "completed", "completed_with_errors", "cancelled"]
 
-EXAMPLE: Final = "2026-12-01T08:00:00Z"
-"""An instant as clients write them. One that is past is taken at any time: it means now."""
-MOST_LISTED: Final = 200
-LISTED: Final = 50
 MOST_REMEMBERED: Final = 1_000
 """Members read from history at once."""
 PORTION: Final = 200
 """Members read from Redis by one call."""
 
-_OWN_ID: Final = re.compile(r"[0-9a-f]{32}")
 _PLACE: Final = re.compile(r"[0-9]{1,9}")
-_LIMIT_TEXT: Final = re.compile(r"[0-9]{1,3}")
 _PLACEHOLDER: Final = re.compile(r"\{\{([^{}]++)\}\}")
-_QUEUE_ID: Final[TypeAdapter[str]] = TypeAdapter(QueueId)
 
 # --- What is asked and answered ----------------------------------------------------------------
 
@@ -177,28 +152,6 @@ class Cancelled(BaseModel):
     batch_id: str | None = None
 
 
-class QueueDefaults(Payload):
-    """What messages of a queue get where they name nothing themselves."""
-
-    model: Model | None = None
-    system_prompt: Text | None = None
-    webhook_url: str | None = None
-    webhook_event: Event | None = None
-
-
-class QueueShown(BaseModel):
-    """A queue; one that nobody has set up has no defaults."""
-
-    queue_id: str
-    model: str | None
-    system_prompt: str | None
-    webhook_url: str | None
-    webhook_event: str | None
-    webhook_secret: str | None = Field(
-        description="signs the webhooks of this queue; null until the queue is set up or has its first webhook"
-    )
-
-
 # --- Creating ----------------------------------------------------------------------------------
 
 
@@ -218,9 +171,9 @@ async def create(call: Call) -> Answer:
     queue = await from_redis(call.front.batches.queue(call.tenant, request.queue_id))
     webhook_url = request.webhook_url or queue.webhook_url
     if webhook_url is None and request.webhook_event is not None:
-        raise _wrong("webhook_event", "there is no webhook_url to tell, neither here nor in the queue's defaults")
+        raise wrong("webhook_event", "there is no webhook_url to tell, neither here nor in the queue's defaults")
     if webhook_url is not None:  # its queue signs; one that the tenant may not have is refused now
-        await from_redis(_secrets(call, request.queue_id))
+        await from_redis(secrets(call, request.queue_id))
     order = Order(
         tenant=call.tenant,
         queue_id=request.queue_id,
@@ -277,7 +230,7 @@ def _items(request: MessageRequest) -> list[tuple[str, MessageItem]]:
     """Return the messages asked for, each with the beginning of its fields' paths."""
     if request.messages is None:
         if request.prompt is None:
-            raise _wrong("prompt", "give either `prompt` (one message) or `messages` (a batch)")
+            raise wrong("prompt", "give either `prompt` (one message) or `messages` (a batch)")
         item = MessageItem(
             prompt=request.prompt,
             system_prompt=request.system_prompt,
@@ -285,10 +238,10 @@ def _items(request: MessageRequest) -> list[tuple[str, MessageItem]]:
         )
         return [("", item)]
     if request.prompt is not None:
-        raise _wrong("messages", "give either `prompt` or `messages`, and only one of them")
+        raise wrong("messages", "give either `prompt` or `messages`, and only one of them")
     for name in ("system_prompt", "supportive_variable"):
         if getattr(request, name) is not None:
-            raise _wrong(name, "in a batch it stands in each of `messages`, or in the queue's defaults")
+            raise wrong(name, "in a batch it stands in each of `messages`, or in the queue's defaults")
     return [(f"messages[{number}].", item) for number, item in enumerate(request.messages)]
 
 
@@ -309,7 +262,7 @@ async def fill_in(
         chars += len(message.prompt) + len(message.system_prompt or "")
         if chars > bounds.max_batch_chars:
             said = f"with this text the request has more than {bounds.max_batch_chars} characters, placeholders filled"
-            raise _wrong(f"{path}prompt", said)
+            raise wrong(f"{path}prompt", said)
         found.append(message)
     return found
 
@@ -323,13 +276,13 @@ def _message(item: MessageItem, path: str, system_default: str | None, *, retrie
             system_prompt = _fill(system_prompt, values, f"{path}system_prompt", most) or None
     for name, text in (("prompt", prompt), ("system_prompt", system_prompt)):
         if text is not None and len(text) > most:
-            raise _wrong(path + name, f"at most {most} characters, placeholders filled")
+            raise wrong(path + name, f"at most {most} characters, placeholders filled")
     if not prompt:
-        raise _wrong(f"{path}prompt", "holds nothing once its placeholders are filled")
+        raise wrong(f"{path}prompt", "holds nothing once its placeholders are filled")
     if retrieve and not prompt.strip():
-        raise _wrong(f"{path}prompt", "holds nothing but white space, for which no document can be found")
+        raise wrong(f"{path}prompt", "holds nothing but white space, for which no document can be found")
     if retrieve and len(prompt) > MAX_QUERY_CHARS:
-        raise _wrong(f"{path}prompt", f"with `retrieve` at most {MAX_QUERY_CHARS} characters")
+        raise wrong(f"{path}prompt", f"with `retrieve` at most {MAX_QUERY_CHARS} characters")
     return Message(prompt, system_prompt)
 
 
@@ -344,10 +297,10 @@ def _fill(text: str, values: Mapping[str, str], path: str, most: int) -> str:
         value = values.get(name)
         if value is None:
             message = f"{{{{{name[:128]}}}}} has no value: name it in `supportive_variable`"
-            raise _wrong(path, message, code="missing_variable")
+            raise wrong(path, message, code="missing_variable")
         filled += len(value)
         if filled > most:  # before all of it is in memory
-            raise _wrong(path, f"at most {most} characters, placeholders filled")
+            raise wrong(path, f"at most {most} characters, placeholders filled")
         return value
 
     return _PLACEHOLDER.sub(value_of, text)
@@ -360,26 +313,12 @@ def _text_of(value: Value) -> str:
 def _due_ms(call: Call, text: str | None) -> int | None:
     if text is None:
         return None
-    due_ms = _instant_ms(text, "schedule_at")
+    due_ms = instant_ms(text, "schedule_at")
     now_ms, most_s = call.front.clock.now_ms(), call.gateway.settings.messages.max_schedule_s
     if due_ms > now_ms + most_s * 1000:
         span = f"{most_s / 86_400:g} days" if most_s >= 86_400 else f"{most_s:g} seconds"
-        raise _wrong("schedule_at", f"at most {span} ahead")
+        raise wrong("schedule_at", f"at most {span} ahead")
     return due_ms if due_ms > now_ms else None
-
-
-def _instant_ms(text: str, path: str) -> int:
-    try:
-        instant = datetime.fromisoformat(text)
-        if instant.tzinfo is not None:
-            return int(instant.astimezone(UTC).timestamp() * 1000)
-    except (ValueError, OverflowError):
-        pass
-    raise _wrong(path, f"an instant as in RFC 3339, with a time zone: {EXAMPLE}")
-
-
-def _wrong(path: str, message: str, code: str = "invalid_field") -> Problem:
-    return Problem(422, code, f"{path}: {message}", param=path)
 
 
 # --- Messages ----------------------------------------------------------------------------------
@@ -387,7 +326,7 @@ def _wrong(path: str, message: str, code: str = "invalid_field") -> Problem:
 
 async def look(call: Call) -> Answer:
     """Tell how a message stands."""
-    return answer(await _find_message(call, _own_id(call, "message_id", "message")))
+    return answer(await _find_message(call, own_id(call, "message_id", "message")))
 
 
 async def list_messages(call: Call) -> Answer:
@@ -399,9 +338,9 @@ async def list_messages(call: Call) -> Answer:
     status = asked.one_of("status", MessageState)
     rows, after = await call.history.messages(
         call.tenant,
-        queue=asked.queue_id(),
+        queue=_queue_of(asked),
         status="pending" if status == "processing" else status,
-        batch_id=asked.batch_id(),
+        batch_id=asked.own_id("batch_id", "batch"),
         since_ms=asked.instant_ms("since"),
         until_ms=asked.instant_ms("until"),
         after=asked.text("after"),
@@ -416,7 +355,7 @@ async def cancel(call: Call) -> Answer:
 
     200: it had not begun, and never will. 202: a worker holds it and has been told.
     """
-    message_id = _own_id(call, "message_id", "message")
+    message_id = own_id(call, "message_id", "message")
     found = await _find_message(call, message_id)
     done = "finished"
     if found["status"] in _OPEN:
@@ -431,7 +370,7 @@ async def retry(call: Call) -> Answer:
 
     The old outcome stands; the new message names the old one in `retry_of`.
     """
-    message_id = _own_id(call, "message_id", "message")
+    message_id = own_id(call, "message_id", "message")
     found = await _find_message(call, message_id)
     if found["status"] in _OPEN:
         raise Problem(409, "message_pending", "the message has not ended yet", job_id=message_id)
@@ -464,7 +403,7 @@ async def _find_message(call: Call, message_id: str) -> Json:
         return found
     row = await call.history.message(call.tenant, message_id)
     if row is None:
-        raise _not_found("message", message_id)
+        raise not_found("message", message_id)
     return await _up_to_date(call, _of_row(row))
 
 
@@ -497,7 +436,7 @@ def _of_row(row: Json) -> Json:
 
 async def look_at_batch(call: Call) -> Answer:
     """Tell how a batch stands."""
-    return answer(await _find_batch(call, _own_id(call, "batch_id", "batch")))
+    return answer(await _find_batch(call, own_id(call, "batch_id", "batch")))
 
 
 async def list_batches(call: Call) -> Answer:
@@ -509,7 +448,7 @@ async def list_batches(call: Call) -> Answer:
     status = asked.one_of("status", BatchState)
     rows, after = await call.history.batches(
         call.tenant,
-        queue=asked.queue_id(),
+        queue=_queue_of(asked),
         status="pending" if status == "processing" else status,
         since_ms=asked.instant_ms("since"),
         until_ms=asked.instant_ms("until"),
@@ -522,22 +461,22 @@ async def list_batches(call: Call) -> Answer:
 
 async def list_members(call: Call) -> Answer:
     """List the messages of a batch, in the order given."""
-    batch_id = _own_id(call, "batch_id", "batch")
+    batch_id = own_id(call, "batch_id", "batch")
     asked = Asked(call, {"after", "limit"})
     after, limit = asked.text("after"), asked.limit()
     standing = await _standing(call, batch_id)
     if standing is None:
         row = await call.history.batch(call.tenant, batch_id)
         if row is None:
-            raise _not_found("batch", batch_id)
+            raise not_found("batch", batch_id)
         if after is not None and _PLACE.fullmatch(after):
-            raise _wrong("after", "this list is read from history by now: begin anew", code="invalid_cursor")
+            raise wrong("after", "this list is read from history by now: begin anew", code="invalid_cursor")
         rows, following = await call.history.messages(call.tenant, batch_id=batch_id, after=after, limit=limit)
         about_open = _LOST if (await _batch_up_to_date(call, row))["status"] not in _OPEN else {}
         shown = [_of_row(row) | (about_open if row["status"] in _OPEN else {}) for row in rows]
         return answer({"messages": shown, "next": following})
     if after is not None and not _PLACE.fullmatch(after):
-        raise _wrong("after", "this is no `next` of this list", code="invalid_cursor")
+        raise wrong("after", "this is no `next` of this list", code="invalid_cursor")
     first = int(after or 0)
     members = await from_redis(call.front.batches.members(batch_id, first, limit)) or []
     about = {"batch_id": batch_id, "queue_id": standing.queue_id, "created_ms": standing.created_ms}
@@ -553,7 +492,7 @@ async def results(call: Call) -> Answer:
 
     Of a batch that has not been closed, those that have not ended are pending or processing.
     """
-    batch_id = _own_id(call, "batch_id", "batch")
+    batch_id = own_id(call, "batch_id", "batch")
     standing = await _standing(call, batch_id)
     if standing is None:
         return Answer(200, await _remembered_results(call, batch_id))
@@ -579,7 +518,7 @@ async def _result(call: Call, member: Member) -> Json:
 async def _remembered_results(call: Call, batch_id: str) -> bytes:
     row = await call.history.batch(call.tenant, batch_id)
     if row is None:
-        raise _not_found("batch", batch_id)
+        raise not_found("batch", batch_id)
     batch = await _batch_up_to_date(call, row)
     about_open = _LOST if batch["status"] not in _OPEN else {}
     found: list[bytes] = []
@@ -605,7 +544,7 @@ async def cancel_batch(call: Call) -> Answer:
 
     202: the messages that have not begun never will, and those that run are stopped; then the batch is closed.
     """
-    batch_id = _own_id(call, "batch_id", "batch")
+    batch_id = own_id(call, "batch_id", "batch")
     found = await _find_batch(call, batch_id)
     done = "finished"
     if found["status"] in _OPEN:
@@ -621,7 +560,7 @@ async def _find_batch(call: Call, batch_id: str) -> Json:
         return _of_standing(standing)
     row = await call.history.batch(call.tenant, batch_id)
     if row is None:
-        raise _not_found("batch", batch_id)
+        raise not_found("batch", batch_id)
     return await _batch_up_to_date(call, row)
 
 
@@ -683,127 +622,10 @@ def _progress(ended: int, wanted: int) -> float:
     return round(ended / wanted, 4) if wanted else 1.0
 
 
-# --- Queues ------------------------------------------------------------------------------------
-
-
-async def look_at_queue(call: Call) -> Answer:
-    """Tell a queue's defaults, and the secret that signs its webhooks."""
-    queue_id = _queue_id(call.path_id("queue_id"))
-    return await _shown_queue(call, queue_id)
-
-
-async def set_queue(call: Call) -> Answer:
-    """Set a queue's defaults, all of them: what is not named is taken away. Its secret stays."""
-    asked = await call.read(QueueDefaults)
-    queue_id = _queue_id(call.path_id("queue_id"))
-    if asked.webhook_url is not None:
-        check_url(call, asked.webhook_url, param="webhook_url")
-    queue = Queue(asked.model, asked.system_prompt, asked.webhook_url, asked.webhook_event)
-    most = call.gateway.settings.messages.max_queues
-    await from_redis(call.front.batches.set_queue(call.tenant, queue_id, queue, most=most))
-    await from_redis(_secrets(call, queue_id))
-    return await _shown_queue(call, queue_id)
-
-
-async def rotate_secret(call: Call) -> Answer:
-    """Give a queue another secret; the one before it signs too for a day, and until then there is no further one."""
-    queue_id = _queue_id(call.path_id("queue_id"))
-    most = call.gateway.settings.messages.max_queues
-    await from_redis(call.front.rotate_secret(keys.of_tenant(call.tenant, queue_id), most=most))
-    return await _shown_queue(call, queue_id)
-
-
-async def _shown_queue(call: Call, queue_id: str) -> Answer:
-    queue = await from_redis(call.front.batches.queue(call.tenant, queue_id))
-    secret = await from_redis(call.front.secret(keys.of_tenant(call.tenant, queue_id)))
-    defaults = {name: getattr(queue, name) for name in Queue.__slots__}
-    return answer({"queue_id": queue_id, "webhook_secret": secret} | defaults)
-
-
-async def _secrets(call: Call, queue_id: str) -> Secrets:
-    most = call.gateway.settings.messages.max_queues
-    return await call.front.secrets(keys.of_tenant(call.tenant, queue_id), most=most)
-
-
-def _queue_id(given: str) -> str:
-    try:
-        return _QUEUE_ID.validate_python(given)
-    except ValueError:
-        raise _wrong("queue_id", "1 to 128 characters out of A-Z a-z 0-9 . _ -") from None
-
-
-# --- Small parts -------------------------------------------------------------------------------
-
-
-def _own_id(call: Call, name: str, what: str) -> str:
-    """Return the id in the path; one that we never gave is no record's, and is never made a part of a key."""
-    given = call.path_id(name)
-    if _OWN_ID.fullmatch(given) is None:
-        raise _not_found(what, given)
-    return given
-
-
-def _not_found(what: str, given: str) -> Problem:
-    return Problem(404, f"{what}_not_found", f"there is no {what} {given[:128]!r}")
-
-
-async def from_redis(question: Awaitable[T]) -> T:
-    """Ask Redis; a key that holds what Penstock never wrote is an operator's to mend."""
-    try:
-        return await question
-    except (ValueError, CommandRefused, MalformedEntry) as error:
-        raise BrokenKey(str(error)) from error
-
-
-class Asked:
-    """What stands behind the `?`, each name once."""
-
-    def __init__(self, call: Call, known: set[str]) -> None:
-        self._given = parse_qs(call.query_string, keep_blank_values=True)
-        for name, values in sorted(self._given.items()):
-            if name not in known:
-                raise _wrong(name[:128], "there is no such parameter")
-            if len(values) > 1:
-                raise _wrong(name, "given more than once")
-
-    def text(self, name: str) -> str | None:
-        """Return a value as it was given."""
-        values = self._given.get(name)
-        return values[0] if values else None
-
-    def queue_id(self) -> str | None:
-        """Return the queue of which something is wanted."""
-        value = self.text("queue_id")
-        return None if value is None else _queue_id(value)
-
-    def batch_id(self) -> str | None:
-        """Return the batch of which something is wanted."""
-        value = self.text("batch_id")
-        if value is not None and not _OWN_ID.fullmatch(value):
-            raise _wrong("batch_id", "this is no id of a batch")
-        return value
-
-    def one_of(self, name: str, choices: Any) -> str | None:
-        """Return a value that is one of a literal's."""
-        value = self.text(name)
-        known: Sequence[str] = choices.__args__
-        if value is not None and value not in known:
-            raise _wrong(name, f"one of {', '.join(known)}")
-        return value
-
-    def instant_ms(self, name: str) -> int | None:
-        """Return an instant, in milliseconds since the epoch."""
-        value = self.text(name)
-        return None if value is None else _instant_ms(value, name)
-
-    def limit(self) -> int:
-        """Return how many rows are wanted."""
-        value = self.text("limit")
-        if value is None:
-            return LISTED
-        if not (_LIMIT_TEXT.fullmatch(value) and 1 <= int(value) <= MOST_LISTED):
-            raise _wrong("limit", f"a number from 1 to {MOST_LISTED}")
-        return int(value)
+def _queue_of(asked: Asked) -> str | None:
+    """Return the queue of which something is wanted."""
+    value = asked.text("queue_id")
+    return None if value is None else queue_id_of(value)
 
 
 def _id(name: str) -> Parameter:
@@ -813,11 +635,6 @@ def _id(name: str) -> Parameter:
 _QUEUE: Final = Parameter("queue_id", "of this queue only", type=QueueId)
 _SINCE: Final = Parameter("since", "created then or later (RFC 3339)")
 _UNTIL: Final = Parameter("until", "created before (RFC 3339)")
-_AFTER: Final = Parameter("after", "`next` of the page before")
-_LIMIT: Final = Parameter(
-    "limit", f"rows in the page, {LISTED} unless said", type=Annotated[int, Field(ge=1, le=MOST_LISTED)]
-)
-_IN_PATH: Final = Parameter("queue_id", "the queue, as clients name it", required=True, type=QueueId)
 
 OPERATIONS: Final = (
     Operation(
@@ -850,8 +667,8 @@ OPERATIONS: Final = (
             Parameter("batch_id", "of this batch only"),
             _SINCE,
             _UNTIL,
-            _AFTER,
-            _LIMIT,
+            AFTER,
+            LIMIT,
         ),
     ),
     Operation(
@@ -885,7 +702,7 @@ OPERATIONS: Final = (
         list_members,
         answers={200: MessagePage},
         errors=(404, 422),
-        parameters=(_id("batch_id"), _AFTER, _LIMIT),
+        parameters=(_id("batch_id"), AFTER, LIMIT),
     ),
     Operation(
         "GET",
@@ -901,7 +718,7 @@ OPERATIONS: Final = (
         list_batches,
         answers={200: BatchPage},
         errors=(422,),
-        parameters=(_QUEUE, Parameter("status", "as it stands now", type=BatchState), _SINCE, _UNTIL, _AFTER, _LIMIT),
+        parameters=(_QUEUE, Parameter("status", "as it stands now", type=BatchState), _SINCE, _UNTIL, AFTER, LIMIT),
     ),
     Operation(
         "POST",
@@ -910,26 +727,5 @@ OPERATIONS: Final = (
         answers={202: Cancelled},
         errors=(404, 409),
         parameters=(_id("batch_id"),),
-    ),
-    Operation(
-        "GET", "/queue/{queue_id}", look_at_queue, answers={200: QueueShown}, errors=(422,), parameters=(_IN_PATH,)
-    ),
-    Operation(
-        "PUT",
-        "/queue/{queue_id}",
-        set_queue,
-        body=QueueDefaults,
-        answers={200: QueueShown},
-        errors=(409,),
-        parameters=(_IN_PATH,),
-        example={"system_prompt": "Answer in one sentence.", "webhook_url": "https://example.com/hook"},
-    ),
-    Operation(
-        "POST",
-        "/queue/{queue_id}/rotate",
-        rotate_secret,
-        answers={200: QueueShown},
-        errors=(409, 422),
-        parameters=(_IN_PATH,),
     ),
 )

@@ -8,15 +8,13 @@ history; a person's reports are listed from history.
 from __future__ import annotations
 
 import asyncio
-import re
 import time
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter
 
-from gateway.errors import Problem
+from gateway.asked import AFTER, LIMIT, Asked, from_redis, is_own_id, not_found, wrong
 from gateway.jobs import JobError
-from gateway.messages import LISTED, MOST_LISTED, Asked, from_redis
 from gateway.operation import Answer, Call, Operation, Parameter, answer
 from pipeline.errors import HistoryUnavailable
 from pipeline.flows import Name
@@ -29,7 +27,6 @@ ERASED_WITHIN_S: Final = 3.0
 """How long a deletion waits for the history to have done it; the recorder usually takes some hundredths of that."""
 LOOK_EVERY_S: Final = 0.05
 
-_OWN_ID: Final = re.compile(r"[0-9a-f]{32}")
 _USER_ID: Final[TypeAdapter[str]] = TypeAdapter(Name)
 
 
@@ -95,9 +92,9 @@ async def create(call: Call) -> Answer:
 async def look(call: Call) -> Answer:
     """Tell how a report stands, and the report when it is there."""
     report_id = call.path_id("report_id")
-    found = await _find(call, report_id) if _OWN_ID.fullmatch(report_id) else None
+    found = await _find(call, report_id) if is_own_id(report_id) else None
     if found is None:
-        raise Problem(404, "report_not_found", f"there is no report {report_id[:128]!r}")
+        raise not_found("report", report_id)
     return answer(found)
 
 
@@ -182,8 +179,7 @@ def _user_id(call: Call) -> str:
     try:
         return _USER_ID.validate_python(call.path_id("user_id"))
     except ValueError:
-        message = "user_id: 1 to 128 characters out of A-Z a-z 0-9 . _ : -"
-        raise Problem(422, "invalid_field", message, param="user_id") from None
+        raise wrong("user_id", "1 to 128 characters out of A-Z a-z 0-9 . _ : -") from None
 
 
 _USER: Final = Parameter("user_id", "whom the reports are about", required=True, type=Name)
@@ -214,10 +210,8 @@ OPERATIONS: Final = (
         errors=(422,),
         parameters=(
             _USER,
-            Parameter("after", "`next` of the page before"),
-            Parameter(
-                "limit", f"rows in the page, {LISTED} unless said", type=Annotated[int, Field(ge=1, le=MOST_LISTED)]
-            ),
+            AFTER,
+            LIMIT,
         ),
     ),
     Operation(

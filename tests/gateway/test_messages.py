@@ -18,8 +18,9 @@ from pydantic import ValidationError
 
 from gateway import operation
 from gateway.app import create_app
+from gateway.asked import EXAMPLE
 from gateway.errors import Problem, invalid
-from gateway.messages import EXAMPLE, MessageItem, fill_in
+from gateway.messages import MessageItem, fill_in
 from gateway.operation import AT_ONCE, MOST_FIELDS
 from pipeline import connection, keys, scripts
 from pipeline.connection import Link

@@ -1,0 +1,135 @@
+"""What callers ask for beside the body, in the path and behind the `?`, and how they are told that it cannot be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, TypeVar
+from urllib.parse import parse_qs
+
+from pydantic import Field
+
+from gateway.errors import BrokenKey, Problem
+from gateway.operation import Call, Parameter
+from pipeline.connection import CommandRefused
+from pipeline.errors import MalformedEntry
+
+T = TypeVar("T")
+
+EXAMPLE: Final = "2026-12-01T08:00:00Z"
+"""An instant as clients write them."""
+MOST_LISTED: Final = 200
+LISTED: Final = 50
+
+_OWN_ID: Final = re.compile(r"[0-9a-f]{32}")
+
+AFTER: Final = Parameter("after", "`next` of the page before")
+LIMIT: Final = Parameter(
+    "limit", f"rows in the page, {LISTED} unless said", type=Annotated[int, Field(ge=1, le=MOST_LISTED)]
+)
+
+
+class Asked:
+    """What stands behind the `?`, each name once.
+
+    Args:
+        known: the names that may stand there.
+        often: those of them that may stand there several times.
+    """
+
+    def __init__(self, call: Call, known: set[str], *, often: Sequence[str] = ()) -> None:
+        self._given = parse_qs(call.query_string, keep_blank_values=True)
+        for name, values in sorted(self._given.items()):
+            if name not in known:
+                raise wrong(name[:128], "there is no such parameter")
+            if len(values) > 1 and name not in often:
+                raise wrong(name, "given more than once")
+
+    def texts(self, name: str) -> list[str]:
+        """Return all values of a name, as they were given."""
+        return self._given.get(name, [])
+
+    def text(self, name: str) -> str | None:
+        """Return a value as it was given; None where there is none."""
+        values = self.texts(name)
+        return values[0] if values else None
+
+    def own_id(self, name: str, what: str) -> str | None:
+        """Return an id of ours; None where there is none."""
+        value = self.text(name)
+        if value is not None and not is_own_id(value):
+            raise wrong(name, f"this is no id of a {what}")
+        return value
+
+    def one_of(self, name: str, choices: Any) -> str | None:
+        """Return a value that is one of a literal's; None where there is none."""
+        value = self.text(name)
+        known: Sequence[str] = choices.__args__
+        if value is not None and value not in known:
+            raise wrong(name, f"one of {', '.join(known)}")
+        return value
+
+    def instant_ms(self, name: str) -> int | None:
+        """Return an instant, in milliseconds since the epoch; None where there is none."""
+        value = self.text(name)
+        return None if value is None else instant_ms(value, name)
+
+    def number(self, name: str, default: int, *, least: int = 0, most: int) -> int:
+        """Return a number; *default* where there is none."""
+        value = self.text(name)
+        if value is None:
+            return default
+        if not (value.isascii() and value.isdigit() and len(value) <= len(str(most)) and least <= int(value) <= most):
+            raise wrong(name, f"a number from {least} to {most}")
+        return int(value)
+
+    def limit(self) -> int:
+        """Return how many rows are wanted."""
+        return self.number("limit", LISTED, least=1, most=MOST_LISTED)
+
+
+def instant_ms(text: str, path: str) -> int:
+    """Return an instant as clients write it, in milliseconds since the epoch.
+
+    Args:
+        path: where it stands, for whoever is told that it is none.
+    """
+    try:
+        instant = datetime.fromisoformat(text)
+        if instant.tzinfo is not None:
+            return int(instant.astimezone(UTC).timestamp() * 1000)
+    except (ValueError, OverflowError):
+        pass
+    raise wrong(path, f"an instant as in RFC 3339, with a time zone: {EXAMPLE}")
+
+
+def is_own_id(text: str) -> bool:
+    """Say whether this can be an id that we gave: one that we never gave is never made a part of a key."""
+    return _OWN_ID.fullmatch(text) is not None
+
+
+def own_id(call: Call, name: str, what: str) -> str:
+    """Return the id in the path; one that we never gave is no record's."""
+    given = call.path_id(name)
+    if not is_own_id(given):
+        raise not_found(what, given)
+    return given
+
+
+def not_found(what: str, given: str) -> Problem:
+    """Return the 404 for a record that there is not."""
+    return Problem(404, f"{what}_not_found", f"there is no {what} {given[:128]!r}")
+
+
+def wrong(path: str, message: str, code: str = "invalid_field") -> Problem:
+    """Return the 422 that names a field or a parameter."""
+    return Problem(422, code, f"{path}: {message}", param=path)
+
+
+async def from_redis(question: Awaitable[T], job_id: str | None = None) -> T:
+    """Ask Redis; a key that holds what Penstock never wrote is an operator's to mend."""
+    try:
+        return await question
+    except (ValueError, KeyError, CommandRefused, MalformedEntry) as error:
+        raise BrokenKey(str(error), job_id) from error
