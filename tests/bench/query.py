@@ -12,10 +12,10 @@ from typing import Any, Final
 
 from gateway.client import Client
 from loadtest.questions import BUILT_IN
-from pipeline.local import free_port
 from tests.bench import loads
 from tests.bench.figures import Report, Window, errors_of, spread
 from tests.bench.processes import Broken, Processes
+from tests.ports import take_port
 from tests.retrieval.stdlib_docs import documents
 from tests.servers import RedisServer
 
@@ -89,11 +89,11 @@ def start(
     """
     mocks = []
     for number in range(replicas):
-        port = free_port("127.0.0.1", 0)
+        port = take_port()
         options = ("--port", str(port), "--latency", f"fixed:{mock_s:g}", "--slots", str(slots))
         processes.start(f"replica{number}", "penstock", "mock-llm", *options)
         mocks.append(f"http://127.0.0.1:{port}")
-    port = free_port("127.0.0.1", 0)
+    port = take_port()
     environ = {
         "PENSTOCK_REDIS__URL": redis.url,
         "PENSTOCK_LLM__URLS": ",".join(mocks),

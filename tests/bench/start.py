@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests.bench.figures import Report, spread
 from tests.bench.processes import Processes
+from tests.ports import take_port
 
 
 def run(*, rounds: int = 5, once: bool = False) -> Report:
@@ -40,7 +41,9 @@ def first_answer_s(data_dir: Path) -> tuple[float, float]:
     """Return the seconds until `ready` was said, and until a question sent then was answered."""
     with Processes() as processes:
         began = time.monotonic()
-        up = processes.start("up", "penstock", "up", "--port", "0", "--data-dir", str(data_dir), talks=True)
+        up = processes.start(
+            "up", "penstock", "up", "--port", str(take_port()), "--data-dir", str(data_dir), talks=True
+        )
         word, _, url = up.line().partition(" ")
         assert word == "ready"
         ready = time.monotonic() - began

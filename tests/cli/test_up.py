@@ -23,6 +23,7 @@ from pipeline import local
 from pipeline.errors import ConfigError
 from tests.cli.conftest import clean_environment, lives
 from tests.conftest import wait_until
+from tests.ports import take_port
 
 PARTS = [
     "aggregator", "chat", "encoder", "gateway", "image", "llm", "mock1", "mock2", "mock3", "recorder", "redis",
@@ -72,7 +73,14 @@ async def up(data_dir: Path, *options: str) -> AsyncIterator[Up]:
     log = data_dir.with_suffix(".log")
     with log.open("ab") as stderr:
         process = await penstock(
-            "up", "--data-dir", str(data_dir), "--port", "0", *options, stdout=asyncio.subprocess.PIPE, stderr=stderr
+            "up",
+            "--data-dir",
+            str(data_dir),
+            "--port",
+            str(take_port()),
+            *options,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=stderr,
         )
     try:
         running = Up(process, "", data_dir)

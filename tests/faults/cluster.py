@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import signal
 import sys
 import time
@@ -27,13 +26,12 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from pipeline import keys, leash
-from pipeline.errors import ConfigError
 from pipeline.job import PRIORITIES
-from pipeline.local import free_port
 from pipeline.private_redis import wait_until_ready
 from tests.cli.conftest import clean_environment
 from tests.conftest import wait_until
 from tests.faults.proxy import Proxy
+from tests.ports import take_port
 from tests.servers import server_binary
 
 LEASE_S: Final = 3.0
@@ -43,7 +41,6 @@ STOP_S: Final = 30.0
 METRICS_WITHIN: Final = aiohttp.ClientTimeout(total=5.0)
 METRICS_PATIENCE_S: Final = 10.0
 """As long as a process may take to start, and one that was frozen or blocked to answer again."""
-PORTS: Final = range(20_000, 30_000)
 STAGES: Final = ("encoder", "retriever", "llm")
 AFTERWARDS: Final = ("aggregator", "webhook", "recorder")
 """What batches need besides: no other scenario runs them."""
@@ -386,16 +383,8 @@ class Cluster:
             own = ("127.0.0.1", self.ports[name]) if name.startswith("replica") else None
             self.proxies[name] = await Proxy(own or self.server.socket).__aenter__()
 
-    def _free_port(self) -> int:
-        """Return a port that nobody has now, from a range that outgoing connections are not given."""
-        while True:
-            with suppress(ConfigError):
-                port = free_port("127.0.0.1", secrets.choice(PORTS))
-                if port not in self.ports.values():
-                    return port
-
     def _add(self, name: str, module: Sequence[str]) -> None:
-        port = self.ports[name] = self._free_port()
+        port = self.ports[name] = take_port()
         command = [*self.layout.wrap.get(name, ()), sys.executable, "-P", "-m", *module]
         environ = {}
         if name.startswith("replica"):

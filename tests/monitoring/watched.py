@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 import httpx
 
 from pipeline import leash
-from pipeline.local import free_port
 from tests.monitoring.files import PROMETHEUS
+from tests.ports import take_port
 
 INTERVAL: Final = "1s"
 STOP_S: Final = 10.0
@@ -35,7 +35,7 @@ class Prometheus:
         self.directory = Path(self._folder.name)
         self.log = self.directory / "log"
         self._config = self._make_config(urlsplit(gateway).netloc)
-        self._port = free_port("127.0.0.1", 0)
+        self._port = take_port()
         self._binary = binary
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -31,6 +31,7 @@ from pipeline import keys
 from tests.cli.conftest import clean_environment, lives
 from tests.conftest import wait_until
 from tests.faults.checkers import leftovers
+from tests.ports import take_port
 
 Json = dict[str, Any]
 
@@ -113,7 +114,7 @@ class System:
         self._close()
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                command("up", "--port", "0", "--data-dir", str(self.data_dir), *self._options),
+                command("up", "--port", str(take_port()), "--data-dir", str(self.data_dir), *self._options),
                 cwd="/",
                 env=environment(**self._environ),
                 stdin=subprocess.DEVNULL,
