@@ -40,22 +40,18 @@ LATENCY: Final = Histogram(
 )
 REPLICA_LOAD: Final = Gauge("api_gateway_replica_load", "Jobs now leased to an LLM replica", ["replica"])
 REFUSALS: Final = Counter("penstock_gateway_refusals_total", "Requests refused, by error code", ["reason"])
-CHAT_MESSAGES: Final = Counter("penstock_chat_messages_total", "Messages of chats, by what they met", ["met"])
-CHAT_CLEARED: Final = Counter("penstock_chat_cleared_total", "What clears of chats threw away", ["what"])
+CHAT_MESSAGES: Final = Counter("penstock_chat_messages_total", "Messages of chats, by what they met", ["outcome"])
+CHAT_CLEARED: Final = Counter("penstock_chat_cleared_total", "What clears of chats threw away", ["record"])
 
 QUERY_OUTCOME: Final = {outcome: QUERIES.labels(outcome) for outcome in OUTCOMES}
 
-for _reason in (
-    "overloaded",
-    "too_many_in_flight",
-    "redis_unavailable",
-    "maybe_accepted",
-):  # one that begins at 1 shows no increase
+# One that begins at 1 shows no increase.
+for _reason in ("overloaded", "too_many_in_flight", "redis_unavailable", "maybe_accepted"):
     REFUSALS.labels(_reason)
-for _met in ("started", "joined", "merged", "interrupted", "duplicate"):
-    CHAT_MESSAGES.labels(_met)
-for _what in ("messages", "replies"):
-    CHAT_CLEARED.labels(_what)
+for _outcome in ("started", "joined", "merged", "interrupted", "duplicate"):
+    CHAT_MESSAGES.labels(_outcome)
+for _record in ("messages", "replies"):
+    CHAT_CLEARED.labels(_record)
 
 
 def pipeline_metrics(overview: Overview | None, *, redis_up: bool, max_jobs: int, max_backlog: int) -> list[Metric]:
