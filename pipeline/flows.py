@@ -158,8 +158,8 @@ class ReportPayload(Payload):
         collection: the part of the index that is searched; None: the type has no knowledge base.
         request_id: of the request that waits on the stream of responses.
         is_fresh: to be written even where a finished one would serve.
-        keep_ms: how long its response is kept, and then `keep_most`, how many there may be, and `cache_ms`, how long
-            the report may serve who asks the same.
+        keep_ms: how long its response is kept, and then `keep_most`, how many there may be, `cache_ms`, how long the
+            report may serve who asks the same, and `input_ms`, how long the inputs are the person's last ones.
     """
 
     report_type: Name
@@ -175,6 +175,7 @@ class ReportPayload(Payload):
     keep_ms: int = Field(ge=1)
     keep_most: int = Field(ge=1)
     cache_ms: int = Field(ge=1)
+    input_ms: int = Field(ge=1)
 
 
 class ImagePayload(Payload):
@@ -395,8 +396,8 @@ def record_of(job: Job) -> bytes:
         return b"%b %b" % (kind.encode(), orjson.dumps(payload | again))
     created_ms = job.at_us // 1000
     owner = payload["user_id"] if job.tenant == DEFAULT_TENANT else f"{job.tenant}:{payload['user_id']}"
-    terms = (created_ms, payload["keep_ms"], payload["keep_most"], payload["cache_ms"], payload["epoch"], owner)
-    head = " ".join(map(str, (kind, *terms, payload.get("request_id", "-"))))
+    terms = [payload[name] for name in ("keep_ms", "keep_most", "cache_ms", "input_ms", "epoch")]
+    head = " ".join(map(str, (kind, created_ms, *terms, owner, payload.get("request_id", "-"))))
     told = ("user_id", "epoch", "report_type", "inputs", "language", "request_id")
     asked = {name: payload[name] for name in told if name in payload} | {"created_ms": created_ms}
     return b"%b %b" % (head.encode(), orjson.dumps(asked))

@@ -46,9 +46,9 @@ key                        type    life                         written by      
 `report_counts`            hash    for ever, two numbers        report, who ends a job  gateways
 `report:<hash>`            string  setting, 24 h                who ends a job          report
 `report_making:<hash>`     string  as long as its job may live  report                  report
-`input:<user_id>`          string  setting, 1 h                 report, gateways        report, gateways
+`input:<user_id>`          string  setting, 1 h                 who begins a job        report, gateways
 `user:<user_id>`           hash    as the last response, longer report, gateways        report, who ends a job
-`user_data:<user_id>`      zset    as the last response         who begins or ends a job  gateways
+`user_data:<user_id>`      zset    as the longest that it names who begins or ends a job  gateways
 `queues:<tenant>`          set     for ever, a setting bounds it gateways, webhook      gateways
 `telegram:<bot>`           zset    as chats, after their last   telegram connector      telegram connector
 `telegram_at:<bot>:<chat>` string  as its chat; `updates`: 1 day telegram connector      telegram connector

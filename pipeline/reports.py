@@ -58,11 +58,9 @@ class Person:
     """Whom a report is about.
 
     Attributes:
-        owner: the person as keys name them.
         last_input: what was last asked for them, by `report_type` and `inputs`; empty when that is too long ago.
     """
 
-    owner: str
     epoch: str
     last_input: Json
 
@@ -71,7 +69,7 @@ class Person:
 class Found:
     """What there is of a report that a job asks for."""
 
-    word: Literal["cached", "wait", "write"]
+    word: Literal["cached", "wait", "write", "forgotten"]
     report: bytes = b""
 
 
@@ -90,7 +88,7 @@ class Reports:
     # --- asking ----------------------------------------------------------------------------------
 
     async def job(self, body: Json, tenant: str = DEFAULT_TENANT, request_id: str | None = None) -> Job:
-        """Return the job that a request asks for; nothing is begun yet.
+        """Return the job that a request asks for; nothing is begun yet, and the clock of its life runs.
 
         Args:
             request_id: of a request that waits on the stream of responses.
@@ -104,13 +102,12 @@ class Reports:
         if request.reuse_last_input and person.last_input.get("report_type") == kind.name:
             given = person.last_input["inputs"] | given
         inputs = kind.read_inputs(given, prefix)
-        checked = inputs.model_dump(mode="json", exclude_none=True)
         settings = self._settings.reports
         payload = ReportPayload(
             report_type=kind.name,
             user_id=request.user_id,
             epoch=person.epoch,
-            inputs=checked,
+            inputs=inputs.model_dump(mode="json", exclude_none=True),
             language=request.language,
             query=kind.query(inputs),
             collection=kind.collection,
@@ -120,6 +117,7 @@ class Reports:
             keep_ms=int(settings.keep_s * 1000),
             keep_most=settings.max_responses,
             cache_ms=int(settings.cache_ttl_s * 1000),
+            input_ms=int(settings.input_ttl_s * 1000),
         )
         job = flows.new_job(
             "report",
@@ -131,17 +129,12 @@ class Reports:
         )
         if kind.collection is None:
             job.route = [stage for stage in job.route if stage not in {"encoder", "retriever"}]
-        await self._keep_input(person, {"report_type": kind.name, "inputs": checked})
         return job
 
     async def _person(self, owner: str) -> Person:
         known_ms = int((self._settings.reports.keep_s + self._settings.lifetimes.report_s) * 1000)
         _, epoch, last = await self._link.run(scripts.PERSON, (), (owner, new_id(), known_ms))
-        return Person(owner, epoch.decode(), _read_last(last))
-
-    async def _keep_input(self, person: Person, given: Json) -> None:
-        ttl_ms = int(self._settings.reports.input_ttl_s * 1000)
-        await self._link.run(scripts.INPUT, (), (person.owner, person.epoch, orjson.dumps(given), ttl_ms))
+        return Person(epoch.decode(), _read_last(last))
 
     # --- writing ---------------------------------------------------------------------------------
 
@@ -153,7 +146,9 @@ class Reports:
         """
         longest_ms = int(FLOWS[job.flow].longest_s * 1000)
         fresh = "fresh" if job.payload.get("is_fresh") else ""
-        word, report = await self._link.run(scripts.REPORT, (), (what, job.id, longest_ms, fresh))
+        owner = keys.of_tenant(job.tenant, job.payload["user_id"])
+        args = (what, job.id, longest_ms, fresh, owner, job.payload["epoch"])
+        word, report = await self._link.run(scripts.REPORT, (), args)
         return Found(word.decode(), report)
 
     # --- forgetting ------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ class Report(Stage):
         """Find the report, or ask for it; later on, read what the model wrote.
 
         Raises:
-            Reject: there is no such type (any more), or the model gave no report twice.
+            Reject: there is no such type, or no such person (any more), or the model gave no report twice.
             RetryLater: another job is writing the same report; nothing is charged.
         """
         try:
@@ -110,6 +110,8 @@ class Report(Stage):
                 after_s = min(max(AGAIN_S[0], waited_s / 10), AGAIN_S[1])
                 message = "another job is writing this report"
                 raise RetryLater(message, code="report_shared", after_s=after_s, charged=False)
+            case "forgotten":  # the script that ends the job would say so, too, but the model need not be asked
+                raise Reject("the data of this user were deleted", code="user_deleted")
         LOOKUPS.labels("miss").inc()
         named = [{"number": one.number, "title": one.title, "document": one.document} for one in sources]
         return Done(
@@ -227,7 +229,7 @@ class Requests(Loop):
             request_id = body.pop("request_id")
             if is_valid_id(body.get("user_id")):
                 user_id = body["user_id"]
-            job = await self._reports.job(body, request_id=request_id)
+            word = await self._accept(entry, body, request_id)
         except MalformedEntry as error:
             word = await self._refuse(entry, error.job_id or "", error.code, str(error), bury=True)
             if word == "refused":
@@ -239,8 +241,6 @@ class Requests(Loop):
         except Exception as error:  # noqa: BLE001 - a kind of report has broken; what it says may quote somebody
             message = f"the request could not be read: {type(error).__name__}"
             word = await self._refuse(entry, request_id, "handler_error", message, bury=True, user_id=user_id)
-        else:
-            word = await self._accept(entry, job)
         REQUESTS.labels(word).inc()
 
     def _read(self, data: bytes, deliveries: int) -> Json:
@@ -267,9 +267,9 @@ class Requests(Loop):
             raise MalformedEntry(message, code="bad_request_id")
         return body
 
-    async def _accept(self, entry: Entry, job: Job) -> str:
-        while True:
-            word = await self._stream.accept(entry, job)
+    async def _accept(self, entry: Entry, body: Json, request_id: str) -> str:
+        while True:  # with a new job each time: its life begins when there is room for it
+            word = await self._stream.accept(entry, await self._reports.job(body, request_id=request_id))
             if word not in {"overloaded", "backlog"}:
                 return word
             self.not_ready = "there is too much unfinished work; requests wait"

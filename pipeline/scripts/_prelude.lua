@@ -99,18 +99,19 @@ local function check_chat(key)
 end
 
 -- What the live record of a report says besides its kind: when it was accepted, for how long its response is kept and how
--- many there may be, for how long the report may serve others, the epoch of the person it is about, that person as keys
--- name them, and the request that waits for a response ('-' none).
-local REPORT = '^report (%d+) (%d+) (%d+) (%d+) (%x+) (%S+) (%S+)$'
+-- many there may be, for how long the report may serve others and its inputs are a person's last ones, the epoch of that
+-- person, the person as keys name them, and the request that waits for a response ('-' none).
+local REPORT = '^report (%d+) (%d+) (%d+) (%d+) (%d+) (%x+) (%S+) (%S+)$'
 local function read_report(text)
-  local at_ms, keep_ms, most, cache_ms, epoch, owner, request = string.match(text, REPORT)
+  local at_ms, keep_ms, most, cache_ms, input_ms, epoch, owner, request = string.match(text, REPORT)
   if not at_ms then return nil end
   for key, wanted in pairs({
     [KEY.report_responses] = 'stream', [KEY.report_counts] = 'hash', [KEY.user .. owner] = 'hash',
     [KEY.user_data .. owner] = 'zset',
   }) do check_type(key, wanted) end
   return {
-    at_ms = at_ms, keep_ms = keep_ms, most = most, cache_ms = cache_ms, epoch = epoch, owner = owner, request = request,
+    at_ms = at_ms, keep_ms = keep_ms, most = most, cache_ms = cache_ms, input_ms = input_ms, epoch = epoch, owner = owner,
+    request = request,
   }
 end
 
@@ -440,17 +441,17 @@ local function respond(request, text, keep_ms, most, now_us)
   return entry
 end
 
--- What is kept of a person, by kind and name, so that it can be found when it is to be erased.
-local function keep_of_person(report, kind, name, now_us)
-  local key, now_ms = KEY.user_data .. report.owner, math.floor(now_us / 1000)
-  call('ZADD', key, digits(now_ms), kind .. ' ' .. name)
-  call('ZREMRANGEBYSCORE', key, '-inf', '(' .. digits(now_ms - tonumber(report.keep_ms)))
-  if call('PTTL', key) < tonumber(report.keep_ms) then call('PEXPIRE', key, report.keep_ms) end
+-- What is kept of a person, by kind and name, until it goes by itself, so that it can be found when it is to be erased.
+local function keep_of_person(owner, kind, name, ms, now_us)
+  local key, now_ms = KEY.user_data .. owner, math.floor(now_us / 1000)
+  call('ZADD', key, 'GT', digits(now_ms + ms), kind .. ' ' .. name)
+  call('ZREMRANGEBYSCORE', key, '-inf', '(' .. digits(now_ms))
+  if call('PTTL', key) < ms then call('PEXPIRE', key, digits(ms)) end
 end
 
 -- Whether a person's data were erased after this report about them was asked for.
-local function is_forgotten(live)
-  return live.report ~= nil and call('HGET', KEY.user .. live.report.owner, 'epoch') ~= live.report.epoch
+local function is_forgotten(report)
+  return report ~= nil and call('HGET', KEY.user .. report.owner, 'epoch') ~= report.epoch
 end
 
 -- What a report's outcome says when its person was erased meanwhile: nothing of them.
@@ -458,6 +459,9 @@ local function forgotten(id, live)
   return ended(id, live, 'failed', 'user_deleted', 'the data of this user were deleted before the report was finished',
     clock_us())
 end
+
+-- The life of a report's completion: nobody waits for one with an open connection.
+local REPORT_SHOWN_MS = 3600000
 
 -- A report has ended: it is kept for who asks the same, its request is answered, and history is told.
 local function end_report(id, live, completion)
@@ -473,10 +477,11 @@ local function end_report(id, live, completion)
     .. ',"worker":' .. worker .. ',"duration_ms":'
     .. digits(math.max(0, math.floor(now_us / 1000) - tonumber(report.at_ms)))
   local entry = report.request ~= '-' and respond(report.request, said, report.keep_ms, report.most, now_us)
-  if is_forgotten(live) then return end
-  if entry then keep_of_person(report, 'response', entry, now_us) end
+  if is_forgotten(report) then return end
+  keep_of_person(report.owner, 'job', id, REPORT_SHOWN_MS, now_us)
+  if entry then keep_of_person(report.owner, 'response', entry, tonumber(report.keep_ms), now_us) end
   if cached == 'false' then call('SET', KEY.report .. hash, text, 'PX', report.cache_ms) end
-  if cached then keep_of_person(report, 'report', hash, now_us) end
+  if cached then keep_of_person(report.owner, 'report', hash, tonumber(report.cache_ms), now_us) end
   local tenant = live.tenant or 'default'
   local user = tenant == 'default' and report.owner or string.sub(report.owner, #tenant + 2)
   remember('report', id, tenant, 10, now_us, '{"user_id":"' .. user .. '","epoch":"' .. report.epoch
@@ -498,10 +503,9 @@ local function record_end(id, live, completion, ttl_ms)
 end
 
 -- finish: the one place where a job ends. The caller has just removed its entry, in this same script.
-local REPORT_SHOWN_MS = 3600000 -- the life of its completion: nobody waits for a report with an open connection
 local function finish(id, live, completion, ttl_ms)
   if live.report then
-    if is_forgotten(live) then completion = forgotten(id, live) end
+    if is_forgotten(live.report) then completion = forgotten(id, live) end
     ttl_ms = REPORT_SHOWN_MS
   end
   call('SET', KEY.completion .. id, completion, 'PX', ttl_ms)
@@ -538,14 +542,19 @@ local function cancel_live(id, live, ttl_ms, now_us)
 end
 
 -- Whether a job that begins is remembered: `record` is '' or what its live record says of that, its kind first, then a
--- blank and what was asked for (JSON).
+-- blank and what was asked for (JSON). `more`: the job's deadline is among it. What was asked of a report is its person's
+-- last input, unless they were erased since they were looked up.
 local function note_record(more, id, tenant, record, now_us)
   if record == '' then return end
   local head, data = string.match(record, '^([^{]*) ({.*)$')
   more[#more + 1] = 'record'
   more[#more + 1] = head
   local report = read_report(head)
-  if report then keep_of_person(report, 'job', id, now_us) end
+  if report and not is_forgotten(report) then
+    local left_ms = tonumber(field_of(more, 'deadline')) - math.floor(now_us / 1000)
+    keep_of_person(report.owner, 'job', id, math.max(0, left_ms) + REPORT_SHOWN_MS, now_us)
+    call('SET', KEY.input .. report.owner, data, 'PX', report.input_ms)
+  end
   remember(string.match(head, '^%a+'), id, tenant, 0, now_us, data)
 end
 

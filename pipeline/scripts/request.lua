@@ -39,7 +39,7 @@ else
   if owner ~= '' then check_type(KEY.user_data .. owner, 'zset') end
   if request ~= '' then
     local response = respond(request, ARGV[7], keep_ms, ARGV[8], now_us)
-    if owner ~= '' then keep_of_person({owner = owner, keep_ms = keep_ms}, 'response', response, now_us) end
+    if owner ~= '' then keep_of_person(owner, 'response', response, tonumber(keep_ms), now_us) end
   end
   if ARGV[9] ~= '' then dropped = bury(ARGV[9], ARGV[10], tonumber(ARGV[11]), now_us) end
 end

@@ -72,7 +72,7 @@ local function settle(record)
   local id, live, key = record.id, record.live, KEY.live .. record.id
   lets_go(record)
   if record.verb == 'bury' then
-    if not (record.named and is_forgotten(live)) then -- else the letter would tell of somebody who was erased
+    if not (record.named and is_forgotten(live.report)) then -- else the letter would tell of somebody who was erased
       answers[2] = answers[2] + bury(record.b, ARGV[3], tonumber(ARGV[4]), now_us)
     end
     if record.named and record.a ~= '' then

@@ -26,7 +26,19 @@ from pipeline.stage import Loop, Stage
 from pipeline.streams import Entry, Settlement
 from stages.report import Report, Requests
 from tests.conftest import wait_until
-from tests.rig import FIRST, Gate, Hand, Mortal, Scripted, assert_nothing_is_left, changed, everything, letters, outcome
+from tests.rig import (
+    FIRST,
+    Gate,
+    Hand,
+    Mortal,
+    Scripted,
+    assert_nothing_is_left,
+    changed,
+    everything,
+    letters,
+    outcome,
+    query,
+)
 
 PATIENT: dict[str, Any] = {"age": 44, "sex": "female", "symptoms": ["headache", "blurred vision"]}
 PASSAGES = [
@@ -320,6 +332,39 @@ async def test_too_much_unfinished_work_leaves_requests_waiting(
         assert await owner_when_full.accept(entry, job) == "overloaded"
         assert await owner_when_behind.accept(entry, job) == "backlog"
         assert await everything(link) == before
+
+
+async def test_the_life_of_a_report_begins_when_it_is_accepted(
+    link: Link, settings: Settings, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long its request had to wait, in whose hands ever, until there was room for it."""
+    monkeypatch.setattr("stages.report.FULL_AGAIN_S", 0.01)
+    looked: list[str] = []
+
+    async def counted(self: RequestStream, entry: Any, job: Job) -> str:
+        looked.append(await accept(self, entry, job))
+        return looked[-1]
+
+    accept = RequestStream.accept
+    monkeypatch.setattr(RequestStream, "accept", counted)
+    full = changed(settings, admission={"max_jobs": 1})
+    waiting = query(front, route=["nobody"])
+    await front.submit(waiting, in_flight_limit=5, wait=False)
+    gate = Gate(good)
+    async with running(full, Scripted("llm", gate, placed=True)):
+        await ask(link, "r1")
+        await wait_until(lambda: looked)
+        full_ms = await link.time_us() // 1000
+        tries = len(looked)
+        await wait_until(lambda: len(looked) > tries + 2)
+        assert set(looked) == {"overloaded"}
+        await front.cancel(waiting.id, "default")
+        await wait_until(lambda: gate.waiting)
+        [job_id] = await link.call("ZRANGE", keys.LIVE_INDEX, 0, -1)
+        deadline_ms = int(await link.call("HGET", keys.LIVE + job_id.decode(), "deadline"))
+        assert deadline_ms >= full_ms + settings.lifetimes.report_s * 1000
+        gate.open()
+        await answered(link, 1)
 
 
 async def test_a_key_of_a_wrong_type_stops_a_script_before_its_first_write(
@@ -617,6 +662,32 @@ async def test_when_the_writer_fails_the_next_one_writes(link: Link, settings: S
     assert [(one["request_id"], one["status"]) for one in found] == [("r0", "error"), ("r1", "success")]
 
 
+async def test_a_repeated_request_leaves_the_last_input_as_it_is(link: Link, settings: Settings) -> None:
+    """Else what was asked long ago would fill the next report, because somebody was not sure that it had arrived."""
+    async with running(settings):
+        await ask(link, "r1")
+        await answered(link, 1)
+        await ask(link, "r2", inputs=PATIENT | {"age": 45})
+        await answered(link, 2)
+        await ask(link, "r1")
+        await answered(link, 2)
+        assert await link.call("HGET", keys.REPORT_COUNTS, "repeated") == b"1"
+        await ask(link, "r3", inputs={}, reuse_last_input=True)
+        found = await answered(link, 3)
+    assert "| Age | 45 |" in found[-1]["report"]["markdown"]
+
+
+async def test_a_repeated_idempotency_key_leaves_the_last_input_as_it_is(
+    link: Link, reports: Reports, front: Front
+) -> None:
+    """The same over HTTP."""
+    for age, key in ((44, "one"), (45, "two"), (44, "one")):
+        job = await reports.job({"user_id": "ann", "inputs": PATIENT | {"age": age}})
+        await front.submit(job, idempotency=Idempotency(key, "h"), in_flight_limit=5, wait=False)
+    merged = await reports.job({"user_id": "ann", "reuse_last_input": True})
+    assert merged.payload["inputs"]["age"] == 45
+
+
 async def test_missing_inputs_are_filled_from_the_last_ones(link: Link, settings: Settings) -> None:
     """What is given wins; without the wish, or after an hour, they are missing."""
     llm = Scripted("llm", good, placed=True)
@@ -717,16 +788,50 @@ def _event(fields: Sequence[bytes]) -> tuple[str, str, str]:
     return values[b"kind"].decode(), values[b"id"].decode(), values[b"rank"].decode()
 
 
-async def test_what_was_read_of_a_person_before_the_erasure_is_not_kept_after_it(link: Link, reports: Reports) -> None:
-    """Their last input would else come back with a request that was under way."""
-    person = await reports._person("ann")
-    await reports._keep_input(person, {"report_type": "medical", "inputs": PATIENT})
-    assert (await reports._person("ann")).last_input["inputs"] == PATIENT
+async def test_who_was_erased_while_their_request_was_read_is_kept_nowhere_and_sent_to_no_model(
+    link: Link, settings: Settings, reports: Reports, front: Front
+) -> None:
+    """What begins with an epoch that is nobody's any more ends before the model is asked, also once they are back."""
+    llm = Scripted("llm", good, placed=True)
+    async with requests_of(settings, "owner") as stream:
+        await ask(link, "r1")
+        [entry] = await stream.take()
+        read = await reports.job({"user_id": "ann", "inputs": PATIENT}, request_id="r1")
+        late = await reports.job({"user_id": "ann", "inputs": PATIENT})
+        await reports.erase("ann", "default")
+        assert await stream.accept(entry, read) == "accepted"
+    await front.submit(late, in_flight_limit=5, wait=False)
+    for name in (keys.INPUT, keys.USER, keys.USER_DATA):
+        assert await link.call("EXISTS", name + "ann") == 0
+    back = await reports.job({"user_id": "ann", "inputs": PATIENT | {"age": 1}})
+    assert back.payload["epoch"] != read.payload["epoch"]
+    async with running(settings, llm):
+        [response] = await answered(link, 1)
+    assert response["error_message"].startswith("user_deleted: ")
+    ended = await outcome(link, late.id)
+    assert ended is not None
+    assert ended.error is not None
+    assert ended.error["code"] == "user_deleted"
+    assert llm.seen == []
+    assert await letters(link) == []
+
+
+@pytest.mark.parametrize("later", [{"age": 45}, {"age": -3}])
+async def test_an_erasure_finds_what_outlives_the_responses(
+    link: Link, settings: Settings, reports: Reports, front: Front, later: dict[str, Any]
+) -> None:
+    """Who keeps responses for less time has reports in the cache, and outcomes, that are there for longer."""
+    job = await reports.job({"user_id": "ann", "inputs": PATIENT}, request_id="r1")
+    job.payload["keep_ms"] = 1
+    async with running(settings):
+        await front.submit(job, in_flight_limit=5, wait=False)
+        await answered(link, 1)
+        await ask(link, "r2", inputs=PATIENT | later)  # what was to be kept of them is gone through
+        await answered(link, 2)
+    assert await link.call("EXISTS", keys.COMPLETION + job.id) == 1
     await reports.erase("ann", "default")
-    await reports._keep_input(person, {"report_type": "medical", "inputs": PATIENT})
-    back = await reports._person("ann")
-    assert back.last_input == {}
-    assert back.epoch != person.epoch
+    assert await link.call("EXISTS", keys.COMPLETION + job.id) == 0
+    assert await link.call("KEYS", keys.REPORT + "*") == []
 
 
 async def test_asking_over_http_checks_the_types_of_a_persons_keys_first(
