@@ -12,8 +12,9 @@ from typing import Annotated, Final, Literal, Self
 import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from pipeline import keys
 from pipeline.errors import MalformedEntry
-from pipeline.job import DEFAULT_TENANT, Job, Json, Priority
+from pipeline.job import Job, Json, Priority
 
 MAX_QUERY_CHARS: Final = 16_000
 MAX_LOOKUP: Final = 100  # ids of 128 characters that a request's head has room for
@@ -395,7 +396,7 @@ def record_of(job: Job) -> bytes:
         again = {} if job.retry_of is None else {"retry_of": job.retry_of}
         return b"%b %b" % (kind.encode(), orjson.dumps(payload | again))
     created_ms = job.at_us // 1000
-    owner = payload["user_id"] if job.tenant == DEFAULT_TENANT else f"{job.tenant}:{payload['user_id']}"
+    owner = keys.of_tenant(job.tenant, payload["user_id"])
     terms = [payload[name] for name in ("keep_ms", "keep_most", "cache_ms", "input_ms", "epoch")]
     head = " ".join(map(str, (kind, created_ms, *terms, owner, payload.get("request_id", "-"))))
     told = ("user_id", "epoch", "report_type", "inputs", "language", "request_id")

@@ -601,9 +601,7 @@ class Front:
 
         May be sent again.
         """
-        erasure: str = await within(self._reports.erase(user_id, tenant))
-        await self._reports.discard_letters(user_id, tenant)  # there may be thousands: not within a second
-        return erasure
+        return await self._reports.erase(user_id, tenant)
 
     async def idempotent_outcome(self, key: str) -> Completion | None:
         """Return the outcome kept with an Idempotency-Key, after the completion's own life has ended."""

@@ -207,8 +207,11 @@ def stream(stage: str, priority: Priority = "normal") -> str:
 
 
 def of_tenant(tenant: str, name: str) -> str:
-    """Return *name*, which a client has chosen, as it stands in keys: no other tenant's name can be the same."""
-    return name if tenant == DEFAULT_TENANT else f"{tenant}:{name}"
+    """Return *name*, which a client has chosen, as it stands in keys: no other tenant's name can be the same.
+
+    The default tenant's stand there as they are, unless they could be taken for those of a tenant.
+    """
+    return name if tenant == DEFAULT_TENANT and ":" not in name else f"{tenant}:{name}"
 
 
 def normalise_replica_url(text: str) -> tuple[str, int | None]:

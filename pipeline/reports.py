@@ -20,22 +20,28 @@ import orjson
 from pydantic import ConfigDict, Field, StringConstraints, ValidationError
 
 from pipeline import flows, keys, report_types, scripts
+from pipeline.connection import within
 from pipeline.errors import WrongField
 from pipeline.flows import FLOWS, Name, ReportPayload, field_path, plain_message
 from pipeline.group_reader import Entry, GroupReader
-from pipeline.job import DEFAULT_TENANT, OURS, Job, Json, error_body, new_id
+from pipeline.job import DEFAULT_TENANT, OURS, Job, Json, error_body, is_valid_id, new_id
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
 
     from pipeline.clock import Clock
     from pipeline.connection import Argument, Link
     from pipeline.settings import Settings
 
 GROUP: Final = "report"
-LETTERS_AT_ONCE: Final = 200
+AT_ONCE: Final = 100
+"""Requests, or dead letters, looked at in one call for those of one person."""
 
-_REQUEST_ID: Final = re.compile(rb'"request_id"\s*:\s*"([A-Za-z0-9._:-]{1,128})"')
+_BROKEN: Final = tuple(
+    re.compile(rb'"%b"\s*:\s*"([A-Za-z0-9._:-]{1,128})"' % name) for name in (b"request_id", b"user_id")
+)
+"""Where ids stand in what is not JSON."""
+_ERASED: Final = "the data of this user were deleted before the report was begun"
 
 
 class ReportRequest(flows.Payload):
@@ -156,20 +162,42 @@ class Reports:
     async def erase(self, user_id: str, tenant: str) -> str:
         """Forget a person in Redis, and have the history do so; return the name under which it will have done so.
 
-        What is being written about them is stopped; their dead letters are left to `discard_letters`. May be repeated.
+        Requests of theirs that wait are answered, what is being written about them is stopped, and their dead letters
+        go: every request that waits, and every letter, is looked at. May be repeated.
         """
+        if tenant == DEFAULT_TENANT:
+            await self._withdraw_requests(user_id)
         owner = keys.of_tenant(tenant, user_id)
         ttl_ms = int(self._settings.worker.completion_ttl_s * 1000)
-        _, epoch = await self._link.run(scripts.ERASE, (), (owner, user_id, tenant, ttl_ms, new_id()))
+        _, epoch = await within(self._link.run(scripts.ERASE, (), (owner, user_id, tenant, ttl_ms, new_id())))
+        await self._discard_letters(user_id, tenant)
         return str(epoch.decode())
 
-    async def discard_letters(self, user_id: str, tenant: str) -> None:
-        """Discard the dead letters of reports about a person, who was erased before; looks at every letter there is."""
+    async def _withdraw_requests(self, user_id: str) -> None:
+        """Answer the requests about a person that wait, before they make them known anew.
+
+        One that is accepted meanwhile is a job that carries the epoch that is forgotten next.
+        """
+        settings = self._settings.reports
+        response = orjson.dumps(_error_response("user_deleted", _ERASED, None))[1:-1]
+        async for entry, fields in self._newest_first(keys.REPORT_REQUESTS):
+            request_id, about = find_ids(data_of(fields) or b"")
+            if about == user_id:
+                args = (GROUP, entry, request_id, int(settings.keep_s * 1000), response, settings.max_responses)
+                await within(self._link.run(scripts.WITHDRAW, (), args))
+
+    async def _discard_letters(self, user_id: str, tenant: str) -> None:
+        """Discard the dead letters of reports about a person."""
+        async for letter_id, fields in self._newest_first(keys.DEAD):
+            if _is_about(data_of(fields) or b"", user_id, tenant):
+                await within(self._link.call("XDEL", keys.DEAD, letter_id))
+
+    async def _newest_first(self, stream: str) -> AsyncIterator[tuple[bytes, Sequence[bytes]]]:
+        """Yield what stands in a stream now; not in one step, for there may be thousands."""
         last = "+"
-        while rows := await self._link.call("XREVRANGE", keys.DEAD, last, "-", "COUNT", LETTERS_AT_ONCE):
-            theirs = [letter_id for letter_id, fields in rows if _is_about(fields[1], user_id, tenant)]
-            if theirs:
-                await self._link.call("XDEL", keys.DEAD, *theirs)
+        while rows := await within(self._link.call("XREVRANGE", stream, last, "-", "COUNT", AT_ONCE)):
+            for row in rows:
+                yield row
             last = "(" + rows[-1][0].decode()
 
     def __repr__(self) -> str:
@@ -208,20 +236,13 @@ class RequestStream(GroupReader):
             message: quotes nothing that was sent.
             bury: whether the entry goes to the dead letters.
         """
-        response = {
-            "status": "error",
-            "report_id": None,
-            "report": None,
-            "cached": False,
-            "error_message": f"{code}: {message}",
-            "worker": worker,
-            "duration_ms": 0,
-        }
+        response = _error_response(code, message, worker)
+        owner = keys.of_tenant(DEFAULT_TENANT, user_id)
         dead = self._settings.dead
         letter = self._letter(entry, request_id, code, message, worker) if bury else b""
         return await self._let_go(
             entry, request_id, "refuse", orjson.dumps(response)[1:-1], self._settings.reports.max_responses, letter,
-            dead.max_letters, int(dead.max_age_s * 1000), user_id,
+            dead.max_letters, int(dead.max_age_s * 1000), owner,
         )  # fmt: skip
 
     async def drop(self, entry: Entry) -> None:
@@ -234,7 +255,7 @@ class RequestStream(GroupReader):
         return str(reply[1].decode())
 
     def _letter(self, entry: Entry, request_id: str, code: str, message: str, worker: str) -> bytes:
-        data = data_of(entry)
+        data = data_of(entry.fields)
         body = {
             "reason": code,
             "job_id": None,
@@ -254,16 +275,41 @@ class RequestStream(GroupReader):
 # --- values ------------------------------------------------------------------------------------
 
 
-def data_of(entry: Entry) -> bytes | None:
+def data_of(fields: Sequence[bytes]) -> bytes | None:
     """Return the field `data` of an entry, None where it has none."""
-    pairs = zip(entry.fields[::2], entry.fields[1::2], strict=False)
+    pairs = zip(fields[::2], fields[1::2], strict=False)
     return next((value for name, value in pairs if name == b"data"), None)
 
 
-def find_request_id(data: bytes) -> str:
-    """Return the first thing in broken *data* that looks like a request's id; "" where nothing does."""
-    found = _REQUEST_ID.search(data)
-    return found[1].decode() if found else ""
+def find_ids(data: bytes) -> tuple[str, str]:
+    """Return the `request_id` and the `user_id` in a request; of one that is not JSON, what looks like them first.
+
+    "" stands for one that there is not, or that cannot be an id.
+    """
+    try:
+        body = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        request_id, user_id = (pattern.search(data) for pattern in _BROKEN)
+        return request_id[1].decode() if request_id else "", user_id[1].decode() if user_id else ""
+    return _id_in(body, "request_id"), _id_in(body, "user_id")
+
+
+def _id_in(body: Any, name: str) -> str:
+    found = body.get(name) if isinstance(body, dict) else None
+    return str(found) if is_valid_id(found) else ""
+
+
+def _error_response(code: str, message: str, worker: str | None) -> Json:
+    """Return the response, but for its request's id, to one that no job was made of."""
+    return {
+        "status": "error",
+        "report_id": None,
+        "report": None,
+        "cached": False,
+        "error_message": f"{code}: {message}",
+        "worker": worker,
+        "duration_ms": 0,
+    }
 
 
 def read_request(body: Json) -> tuple[ReportRequest, Json, str]:
@@ -317,12 +363,15 @@ def _read_last(text: bytes) -> Json:
 def _is_about(letter: bytes, user_id: str, tenant: str) -> bool:
     """Say whether a dead letter is that of a report about this person."""
     try:
-        original = (orjson.loads(letter).get("original") or "").encode()
+        told = orjson.loads(letter)
+        original = (told.get("original") or "").encode()
+        if told.get("stream") == keys.REPORT_REQUESTS:
+            return tenant == DEFAULT_TENANT and find_ids(original)[1] == user_id
         if not original.startswith(OURS):
             body = orjson.loads(original)
             if body.get("kind") == "report":  # an event that the database refused
                 return bool(body["tenant"] == tenant and orjson.loads(body["data"])["user_id"] == user_id)
-            return bool(tenant == DEFAULT_TENANT and body.get("user_id") == user_id)
+            return False
         job = orjson.loads(original)
         return bool(job["flow"] == "report" and job["tenant"] == tenant and job["payload"]["user_id"] == user_id)
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -24,7 +24,7 @@ from pipeline.connection import Backoff, CommandRefused, Link, Outage
 from pipeline.errors import MalformedEntry, PenstockError, Reject, RetryLater, WrongField
 from pipeline.job import Done, Job, Json, is_valid_id
 from pipeline.report_types import ReportType, Source, Written
-from pipeline.reports import Reports, RequestStream, data_of, find_request_id, hash_of
+from pipeline.reports import Reports, RequestStream, data_of, find_ids, hash_of
 from pipeline.stage import Context, Loop, Stage
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ class Requests(Loop):
         if not entry.fields:  # deleted by hand
             await self._stream.drop(entry)
             return
-        data = data_of(entry) or b""
+        data = data_of(entry.fields) or b""
         request_id = user_id = ""
         try:
             body = self._read(data, entry.deliveries)
@@ -251,15 +251,15 @@ class Requests(Loop):
         """
         if deliveries > self._settings.worker.max_deliveries:
             message = f"{deliveries - 1} consumers died with this entry in hand"
-            raise MalformedEntry(message, code="poison", job_id=find_request_id(data))
+            raise MalformedEntry(message, code="poison", job_id=find_ids(data)[0])
         if len(data) > self._settings.reports.max_request_bytes:
             most = self._settings.reports.max_request_bytes
-            raise MalformedEntry(f"a request has at most {most} bytes", code="too_large", job_id=find_request_id(data))
+            raise MalformedEntry(f"a request has at most {most} bytes", code="too_large", job_id=find_ids(data)[0])
         try:
             body = orjson.loads(data)
         except orjson.JSONDecodeError as error:
             message = f"the entry's `data` is not JSON: {error.msg}"
-            raise MalformedEntry(message, code="not_json", job_id=find_request_id(data)) from None
+            raise MalformedEntry(message, code="not_json", job_id=find_ids(data)[0]) from None
         if not isinstance(body, dict):
             raise MalformedEntry("the entry's `data` is JSON, but no object", code="not_a_request")
         if not is_valid_id(body.get("request_id")):

@@ -483,7 +483,8 @@ local function end_report(id, live, completion)
   if cached == 'false' then call('SET', KEY.report .. hash, text, 'PX', report.cache_ms) end
   if cached then keep_of_person(report.owner, 'report', hash, tonumber(report.cache_ms), now_us) end
   local tenant = live.tenant or 'default'
-  local user = tenant == 'default' and report.owner or string.sub(report.owner, #tenant + 2)
+  local user, prefix = report.owner, tenant .. ':'
+  if string.sub(user, 1, #prefix) == prefix then user = string.sub(user, #prefix + 1) end
   remember('report', id, tenant, 10, now_us, '{"user_id":"' .. user .. '","epoch":"' .. report.epoch
     .. '","created_ms":' .. report.at_ms .. ',' .. string.sub(completion, 2))
 end

@@ -16,7 +16,7 @@ from pipeline import group_reader, keys
 from pipeline.clock import Clock
 from pipeline.connection import CommandRefused, Link
 from pipeline.dead import DeadLetters
-from pipeline.errors import Reject
+from pipeline.errors import Reject, WrongField
 from pipeline.front import Front, Idempotency
 from pipeline.job import Completion, Done, Job, error_body
 from pipeline.report_types import medical
@@ -723,16 +723,75 @@ async def test_what_is_kept_of_a_person_can_be_erased(link: Link, settings: Sett
         await ask(link, "r3", user="ben", inputs=PATIENT | {"age": 2})
         await ask(link, "r4", user="ben", inputs=PATIENT | {"age": 1})
         await ask(link, "r5", inputs=PATIENT | {"age": -3})
-        await answered(link, 5)
+        await link.call("XADD", keys.REPORT_REQUESTS, "*", "data", '{"request_id": "r6", "user_id": "ann", broken')
+        await answered(link, 6)
     await reports.erase("ann", "default")
-    await reports.discard_letters("ann", "default")
-    assert {response["request_id"] for response in await responses(link)} == {"r3", "r4"}
+    assert {response["request_id"] for response in await responses(link)} == {"r3", "r4", "r6"}
     assert [orjson.loads(letter["original"])["payload"]["user_id"] for letter in await letters(link)] == ["ben"]
     await link.call("DEL", keys.EVENTS)  # what history is told is the recorder's to forget
     assert "ann" not in await all_there_is_to_read(link)
     assert await link.call("EXISTS", keys.REPORT_REQUEST + "r1") == 1
     assert await link.call("EXISTS", keys.INPUT + "ben") == 1
     await reports.erase("ann", "default")
+
+
+@pytest.mark.parametrize("in_hand", [False, True])
+async def test_a_request_that_waits_when_its_person_is_erased_is_answered_and_goes(
+    link: Link, settings: Settings, reports: Reports, in_hand: bool
+) -> None:
+    """Nobody has accepted it yet; who has it in hand loses it. Others' stay, and so do the person's later ones."""
+    async with requests_of(settings, "owner") as stream:
+        await ask(link, "r1")
+        await ask(link, "r2", user="ben")
+        await link.call("XADD", keys.REPORT_REQUESTS, "*", "data", '{"request_id": "r3", "user_id":"ann", "age":')
+        await link.call("XADD", keys.REPORT_REQUESTS, "*", "data", '["ann"]')
+        entries = [entry for _ in range(2 * in_hand) for entry in await stream.take()]
+        job = await reports.job({"user_id": "ann", "inputs": PATIENT}, request_id="r1")
+        await reports.erase("ann", "acme")  # somebody else's Ann
+        assert await link.call("XLEN", keys.REPORT_REQUESTS) == 4
+        await reports.erase("ann", "default")
+        assert await link.call("XLEN", keys.REPORT_REQUESTS) == 2
+        found = await responses(link)
+        assert {one["request_id"]: one["error_message"].partition(":")[0] for one in found} == {
+            "r1": "user_deleted",
+            "r3": "user_deleted",
+        }
+        if in_hand:
+            assert await stream.accept(entries[0], job) == "lost"
+            assert await link.call("XPENDING", keys.REPORT_REQUESTS, "report", "-", "+", 9, "owner") != []
+        await ask(link, "r1")
+        await ask(link, "r4")
+    async with running(settings):
+        found = await answered(link, 4)
+    assert [one["request_id"] for one in found if one["status"] == "success"] == ["r2", "r4"]
+    assert await link.call("HGET", keys.REPORT_COUNTS, "repeated") == b"1"
+
+
+async def test_people_of_different_tenants_are_never_the_same(reports: Reports, front: Front) -> None:
+    """Also where the id of one looks like the other's name in keys."""
+    ann = {"user_id": "ann", "inputs": PATIENT}
+    await front.submit(await reports.job(ann, "acme"), in_flight_limit=5, wait=False)
+    with pytest.raises(WrongField, match="age: Field required"):
+        await reports.job({"user_id": "acme:ann", "reuse_last_input": True}, "default")
+    await reports.erase("acme:ann", "default")
+    merged = await reports.job({"user_id": "ann", "reuse_last_input": True}, "acme")
+    assert merged.payload["inputs"]["age"] == PATIENT["age"]
+
+
+async def test_a_person_whose_id_has_colons_has_reports(link: Link, settings: Settings, reports: Reports) -> None:
+    """They are told to history, and erased, under the id that was sent."""
+    for user in ("clinic:ann", "default:ann"):
+        async with running(settings):
+            await ask(link, user, user=user)
+            await ask(link, f"{user}-wrong", user=user, inputs={})
+            await answered(link, 2)
+        rows = await link.call("XRANGE", keys.EVENTS, "-", "+")
+        told = [orjson.loads(fields[fields.index(b"data") + 1]) for _, fields in rows]
+        assert [event["user_id"] for event in told] == [user, user]
+        assert orjson.loads(await link.call("GET", keys.INPUT + f"default:{user}"))["inputs"]["age"] == 44
+        await reports.erase(user, "default")
+        assert await responses(link) == []
+        await link.call("DEL", keys.EVENTS)
 
 
 async def test_a_report_being_written_for_an_erased_person_is_thrown_away(
@@ -793,14 +852,9 @@ async def test_who_was_erased_while_their_request_was_read_is_kept_nowhere_and_s
 ) -> None:
     """What begins with an epoch that is nobody's any more ends before the model is asked, also once they are back."""
     llm = Scripted("llm", good, placed=True)
-    async with requests_of(settings, "owner") as stream:
-        await ask(link, "r1")
-        [entry] = await stream.take()
-        read = await reports.job({"user_id": "ann", "inputs": PATIENT}, request_id="r1")
-        late = await reports.job({"user_id": "ann", "inputs": PATIENT})
-        await reports.erase("ann", "default")
-        assert await stream.accept(entry, read) == "accepted"
-    await front.submit(late, in_flight_limit=5, wait=False)
+    read = await reports.job({"user_id": "ann", "inputs": PATIENT}, request_id="r1")
+    await reports.erase("ann", "default")
+    await front.submit(read, in_flight_limit=5, wait=False)
     for name in (keys.INPUT, keys.USER, keys.USER_DATA):
         assert await link.call("EXISTS", name + "ann") == 0
     back = await reports.job({"user_id": "ann", "inputs": PATIENT | {"age": 1}})
@@ -808,7 +862,7 @@ async def test_who_was_erased_while_their_request_was_read_is_kept_nowhere_and_s
     async with running(settings, llm):
         [response] = await answered(link, 1)
     assert response["error_message"].startswith("user_deleted: ")
-    ended = await outcome(link, late.id)
+    ended = await outcome(link, read.id)
     assert ended is not None
     assert ended.error is not None
     assert ended.error["code"] == "user_deleted"
