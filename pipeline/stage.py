@@ -10,8 +10,8 @@ A handler returns `Done`, or raises: `Reject` (can never succeed), `RetryLater` 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pipeline.job import Completion, Done, Job
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from pipeline.webhooks import Webhooks
 
 Outcome = Done | Exception
+
+A = TypeVar("A")
 
 
 class Context(Protocol):
@@ -123,3 +125,26 @@ class Loop:
             consumer: this process, as the lease names it.
         """
         raise NotImplementedError
+
+
+class Stopped(Exception):  # an event, not an error
+    """A loop was told to stop while it waited."""
+
+
+async def unless_stopped(stop: asyncio.Event, waiting: Coroutine[Any, Any, A]) -> A:
+    """Wait, but not longer than until *stop*: a read that is given up leaves what it brings to others.
+
+    Raises:
+        Stopped: and *waiting* was cancelled.
+    """
+    wait = asyncio.create_task(waiting, name="loop waits")
+    told = asyncio.create_task(stop.wait(), name="loop listens")
+    try:
+        await asyncio.wait({wait, told}, return_when=asyncio.FIRST_COMPLETED)
+        if not wait.done():
+            raise Stopped
+        return wait.result()
+    finally:
+        for task in (wait, told):
+            task.cancel()
+        await asyncio.wait({wait, told})

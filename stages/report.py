@@ -11,9 +11,9 @@ Nothing here logs or counts what inputs and reports say, and what is said of wro
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 import structlog
@@ -25,14 +25,12 @@ from pipeline.errors import MalformedEntry, PenstockError, Reject, RetryLater, W
 from pipeline.job import Done, Job, Json, is_valid_id
 from pipeline.report_types import ReportType, Source, Written
 from pipeline.reports import Reports, RequestStream, data_of, find_ids, hash_of
-from pipeline.stage import Context, Loop, Stage
+from pipeline.stage import Context, Loop, Stage, Stopped, unless_stopped
 
 if TYPE_CHECKING:
     from pipeline.clock import Clock
     from pipeline.group_reader import Entry
     from pipeline.settings import Settings
-
-A = TypeVar("A")
 
 AGAIN_S: Final = (0.5, 5.0)
 """Between looks for the report that another job is writing: a tenth of the time it has taken, within these bounds."""
@@ -164,10 +162,6 @@ def _once_more(answer: str, problem: str) -> list[Json]:
 # --- requests ----------------------------------------------------------------------------------
 
 
-class _Stopped(Exception):  # an event, not an error
-    """The loop was told to stop while something was away."""
-
-
 class Requests(Loop):
     """Makes jobs of the requests of other back ends; any number may run.
 
@@ -190,19 +184,19 @@ class Requests(Loop):
         try:
             while not stop.is_set():
                 try:
-                    entries = await self._unless_stopped(self._stream.take())
+                    entries = await unless_stopped(self._stop, self._stream.take())
                     self.not_ready = None
                     ready.set(1)
                     for entry in entries:
-                        await self._unless_stopped(self._take_or_leave(entry))
+                        await unless_stopped(self._stop, self._take_or_leave(entry))
                 except PenstockError as error:  # Redis is away or full, or a key is of a wrong type: requests wait
                     self.not_ready = str(error)
                     ready.set(0)
                     self._stream.look_again()
-                    await self._unless_stopped(self._redis.failed(error))
+                    await unless_stopped(self._stop, self._redis.failed(error))
                 else:
                     self._redis.succeeded()
-        except _Stopped:
+        except Stopped:
             return  # what is in hand is another's as soon as the lease is gone
         finally:
             ready.set(0)
@@ -284,17 +278,3 @@ class Requests(Loop):
             if bury:
                 metrics.DEAD_LETTERS.labels(Report.name, code).inc()
         return word
-
-    async def _unless_stopped(self, waiting: Coroutine[Any, Any, A]) -> A:
-        """Wait, but not longer than until told to stop: a read that is given up leaves what it brings to others."""
-        wait = asyncio.create_task(waiting, name="requests wait")
-        stop = asyncio.create_task(self._stop.wait(), name="requests listen")
-        try:
-            await asyncio.wait({wait, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if not wait.done():
-                raise _Stopped
-            return wait.result()
-        finally:
-            for task in (wait, stop):
-                task.cancel()
-            await asyncio.wait({wait, stop})
