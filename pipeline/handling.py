@@ -8,6 +8,7 @@ over. The first two write an outcome; for the third nothing can be written; the 
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable, Container, Sequence
 from random import Random
@@ -193,7 +194,7 @@ class Handling:
             return PenstockError(held.reason)  # `_let_go` looks at the reason first
         except Exception as error:  # noqa: BLE001 - a handler's error is an outcome
             if not isinstance(error, PenstockError):
-                self._log(held).warning("the handler failed", exc_info=True)
+                self._log(held).warning("the handler failed", **_told(error, [job]))
             return error
         finally:
             self._deadlines.clear(held)
@@ -221,10 +222,11 @@ class Handling:
                 return [error for _ in jobs]
             _swallow_cancellation()
             return [PenstockError("stopped") for _ in jobs]
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - each job is tried by itself, and says so
             if deadlines.are_over or len(jobs) == 1:
                 return [error for _ in jobs]
-            log.warning("a batch failed; handling its jobs one by one", stage=self.stage.name, exc_info=True)
+            told = _told(error, [job for _, job in jobs])
+            log.warning("a batch failed; handling its jobs one by one", stage=self.stage.name, **told)
             return [outcome for pair in jobs for outcome in await self._handle_batch([pair])]
 
     async def _call_batch(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
@@ -417,9 +419,20 @@ def _read(entry: Entry) -> Job | None:
     return job
 
 
+def _is_private(job: Job) -> bool:
+    return job.flow in flows.FLOWS and flows.FLOWS[job.flow].private
+
+
+def _told(error: Exception, jobs: Sequence[Job]) -> Json:
+    """Return what the log is told of a handler's error: of private jobs' its place, for the message may quote them."""
+    if not any(map(_is_private, jobs)):
+        return {"exc_info": error}
+    return {"exception": "".join([*traceback.format_tb(error.__traceback__), f"{type(error).__name__}: (withheld)"])}
+
+
 def _listed(error: Json | None, job: Job | None) -> Json | None:
     """Return an error as a dead letter shows it to whoever lists them; its message may quote what is private."""
-    if error is None or job is None or job.flow not in flows.FLOWS or not flows.FLOWS[job.flow].private:
+    if error is None or job is None or not _is_private(job):
         return error
     return error | {"message": "withheld, since it may quote personal data"}
 
