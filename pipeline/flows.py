@@ -17,6 +17,7 @@ from pipeline.errors import MalformedEntry
 from pipeline.job import Job, Json, Priority
 
 MAX_QUERY_CHARS: Final = 16_000
+MAX_NAME_CHARS: Final = 128
 MAX_LOOKUP: Final = 100  # ids of 128 characters that a request's head has room for
 Name = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:-]+$")]
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
@@ -441,10 +442,10 @@ def describe(error: ValidationError) -> str:
 
 
 def field_path(location: tuple[int | str, ...]) -> str:
-    """Return a field's place as people write it, e.g. `messages[17].prompt`."""
+    """Return a field's place as people write it, e.g. `messages[17].prompt`; a sender may have made up long names."""
     path = ""
     for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+        path += f"[{part}]" if isinstance(part, int) else f".{part[:MAX_NAME_CHARS]}" if path else part[:MAX_NAME_CHARS]
     return path
 
 

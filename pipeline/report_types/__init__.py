@@ -136,13 +136,13 @@ class ReportType(Generic[In, Out]):
         return [{"role": "system", "content": instructions}, {"role": "user", "content": material}]
 
     def read_answer(self, text: str, sources: int) -> Out:
-        """Return the report in the model's answer; a fence of Markdown around it is let pass.
+        """Return the report in the model's answer; what a model thought, or said, around it is let pass.
 
         Raises:
             Reject: it is none; the message says why, for the model that is asked once more.
         """
         try:
-            content = self.report.model_validate(orjson.loads(_unfenced(text)))
+            content = self.report.model_validate(_object_in(text))
         except orjson.JSONDecodeError as error:
             raise Reject(f"the answer is not JSON: {error.msg}", code="invalid_output") from None
         except ValidationError as error:
@@ -174,11 +174,20 @@ _UNSENT: Final = frozenset({"cites", "minLength", "maxLength"})
 """Our own mark, and what OpenAI refuses in a strict schema; lengths are checked when the answer is read."""
 
 
-def _unfenced(text: str) -> str:
-    text = text.strip()
-    if text.startswith("```") and text.endswith("```"):
-        return text.partition("\n")[2].removesuffix("```")
-    return text
+def _object_in(text: str) -> Any:
+    """Return the JSON in *text*: all of it, else from the first brace after the model's thoughts to the last one.
+
+    Raises:
+        orjson.JSONDecodeError: there is none.
+    """
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        said = text.rpartition("</think>")[2]
+        first, last = said.find("{"), said.rfind("}")
+        if not 0 <= first < last:
+            raise
+        return orjson.loads(said[first : last + 1])
 
 
 @cache

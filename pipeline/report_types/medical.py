@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
@@ -130,9 +131,14 @@ def question(inputs: MedicalInputs) -> str:
 
 def known(inputs: MedicalInputs) -> list[tuple[str, str]]:
     """Return what is known, each with its name; what is not known is left out."""
-    labs = [f"{lab.name} {lab.value:g} {lab.unit}".strip() + (f" (reference {lab.reference})" if lab.reference else "")
+    labs = [f"{lab.name} {_measured(lab)}" + (f" (reference {lab.reference})" if lab.reference else "")
             for lab in inputs.labs]  # fmt: skip
-    rows = [
+    return [(name, value) for name, value in [*_stated(inputs), ("Laboratory", "; ".join(labs))] if value]
+
+
+def _stated(inputs: MedicalInputs) -> list[tuple[str, str]]:
+    """Return everything but the values of the laboratory, each with its name; "" stands for what is not known."""
+    return [
         ("Age", str(inputs.age)),
         ("Sex", inputs.sex),
         ("Symptoms", "; ".join(inputs.symptoms)),
@@ -140,27 +146,39 @@ def known(inputs: MedicalInputs) -> list[tuple[str, str]]:
         ("Medications", "; ".join(inputs.medications)),
         ("Allergies", "; ".join(inputs.allergies)),
         ("Vital signs", "; ".join(_vitals(inputs.vitals))),
-        ("Laboratory", "; ".join(labs)),
         ("Notes", inputs.notes),
     ]
-    return [(name, value) for name, value in rows if value]
 
 
 def _vitals(vitals: Vitals) -> Iterable[str]:
     names = {
-        "systolic_mmhg": "systolic {:g} mmHg",
-        "diastolic_mmhg": "diastolic {:g} mmHg",
-        "heart_rate_bpm": "heart rate {:g}/min",
-        "temperature_c": "temperature {:g} °C",
-        "respiratory_rate": "respiratory rate {:g}/min",
-        "oxygen_saturation": "oxygen saturation {:g} %",
-        "height_cm": "height {:g} cm",
-        "weight_kg": "weight {:g} kg",
+        "systolic_mmhg": "systolic {} mmHg",
+        "diastolic_mmhg": "diastolic {} mmHg",
+        "heart_rate_bpm": "heart rate {}/min",
+        "temperature_c": "temperature {} °C",
+        "respiratory_rate": "respiratory rate {}/min",
+        "oxygen_saturation": "oxygen saturation {} %",
+        "height_cm": "height {} cm",
+        "weight_kg": "weight {} kg",
     }
+    if vitals.systolic_mmhg is not None and vitals.diastolic_mmhg is not None:
+        yield f"blood pressure {vitals.systolic_mmhg}/{vitals.diastolic_mmhg} mmHg"
+        del names["systolic_mmhg"], names["diastolic_mmhg"]
     for name, form in names.items():
         value = getattr(vitals, name)
         if value is not None:
-            yield form.format(value)
+            yield form.format(_number(value))
+
+
+def _measured(lab: Lab) -> str:
+    return f"{_number(lab.value)} {lab.unit}".strip()
+
+
+def _number(value: float) -> str:
+    """Return *value* with all its digits, as people write it."""
+    if value == 0 or 1e-9 <= abs(value) < 1e15:
+        return format(Decimal(repr(value)), "f").removesuffix(".0")
+    return repr(value)
 
 
 # --- How it looks ------------------------------------------------------------------------------
@@ -169,25 +187,25 @@ def _vitals(vitals: Vitals) -> Iterable[str]:
 def markdown(written: Written[MedicalInputs, MedicalReport]) -> str:
     """Return the report for people: marked as a machine's work before everything else."""
     report = written.content
+    cited = {number for one in report.findings for number in one.sources}
+    cited |= {number for one in report.recommendations for number in one.sources}
     lines = [
         "# Medical report",
         "",
-        f"> **Written by a language model** ({_plain(written.model)}) on {written.on}. No physician has checked it. It "
-        "is no diagnosis and does not replace one.",
+        f"> **Written by a language model** ({_inline(written.model)}) on {written.on}. No physician has checked it. "
+        "It is no diagnosis and does not replace one.",
         "",
         "## Patient",
         "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {_cell(value)} |" for name, value in known(written.inputs)),
-        "",
+        *_table(("Item", "Value"), _patient(written.inputs)),
+        *_laboratory(written.inputs.labs),
         "## Summary",
         "",
         _plain(report.summary),
         "",
         "## Findings",
         "",
-        *(f"- **{_plain(one.finding)}**: {_plain(one.meaning)}{_cited(one.sources)}" for one in report.findings),
+        *(f"- **{_inline(one.finding)}**: {_inline(one.meaning)}{_cited(one.sources)}" for one in report.findings),
         "",
         "## Assessment",
         "",
@@ -195,13 +213,13 @@ def markdown(written: Written[MedicalInputs, MedicalReport]) -> str:
         "",
         "## To consider",
         "",
-        *(f"- {_URGENCY[one.urgency]}: {_plain(one.what)}{_cited(one.sources)}" for one in _by_urgency(report)),
+        *(f"- {_URGENCY[one.urgency]}: {_inline(one.what)}{_cited(one.sources)}" for one in _by_urgency(report)),
         "",
         *_section("Seek help at once when", report.warning_signs),
         *_section("What is missing", report.missing),
         "## Sources",
         "",
-        *(_source(source) for source in written.sources),
+        *(_source(source, is_cited=source.number in cited) for source in written.sources),
     ]
     if not written.sources:
         lines.append("None: no passage of the knowledge base fitted, so nothing above rests on one.")
@@ -209,6 +227,25 @@ def markdown(written: Written[MedicalInputs, MedicalReport]) -> str:
 
 
 _URGENCY = {"urgent": "**Urgent**", "soon": "Soon", "routine": "Routine"}
+
+
+_NOT_TO_BE_MISSED = ("History", "Medications", "Allergies")
+"""Where a reader must see that nothing was said; who sees no row may take it for "none"."""
+
+
+def _patient(inputs: MedicalInputs) -> list[tuple[str, str]]:
+    rows = [("Question", inputs.question), *_stated(inputs)]
+    return [(name, value or "not stated") for name, value in rows if value or name in _NOT_TO_BE_MISSED]
+
+
+def _laboratory(labs: Sequence[Lab]) -> list[str]:
+    rows = [(lab.name, _measured(lab), lab.reference) for lab in labs]
+    return ["### Laboratory", "", *_table(("Test", "Value", "Reference"), rows)] if labs else []
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = (head, ["---"] * len(head), *([_cell(value) for value in row] for row in rows))
+    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
 
 
 def _by_urgency(report: MedicalReport) -> list[Recommendation]:
@@ -221,27 +258,35 @@ def _section(title: str, lines: Sequence[str]) -> list[str]:
 
 
 def _cited(sources: Sequence[int]) -> str:
-    return " " + "".join(f"[{number}]" for number in sources) if sources else ""
+    return f" [{', '.join(map(str, sorted(set(sources))))}]" if sources else ""
 
 
-def _source(source: Source) -> str:
-    return f"- [{source.number}] {_plain(source.title)} ({_plain(source.document)})"
+def _source(source: Source, *, is_cited: bool) -> str:
+    found = f"- [{source.number}] {_inline(source.title)} ({_inline(source.document)})"
+    return found if is_cited else f"{found}, found but not cited"
 
 
 def _plain(text: str) -> str:
-    """Return *text* on one line, as text: no heading, table, list, quotation, HTML, link or image of its own."""
-    line = " ".join(text.split()).replace("<", "&lt;").replace("](", "]\\(").replace("][", "]\\[")
-    if _MARK.match(line):
+    """Return *text* as a line by itself: no heading, table, list, quotation, definition of a link, or code."""
+    line = _inline(text)
+    if _BEGINS.match(line):
         return "\\" + line
-    return _NUMBER.sub(r"\1\\\2", line, count=1)
+    return _COUNTS.sub(r"\1\\\2", line, count=1)
 
 
-_MARK = re.compile(r"[#>+*|=~`_-]")
-_NUMBER = re.compile(r"^(\d+)([.)])")
+def _inline(text: str) -> str:
+    """Return *text* within a line, as it was written: no emphasis, code, HTML, link or image of its own."""
+    return _MEANS.sub(lambda found: _ENTITIES.get(found[0]) or "\\" + found[0], " ".join(text.split()))
+
+
+_BEGINS = re.compile(r"[#>+|=\[-]")
+_COUNTS = re.compile(r"^(\d+)([.)])")
+_MEANS = re.compile(r"[\\`*<]|(?<!\w)_|_(?!\w)|~(?=~)|(?<=~)~|&(?=#?\w+;)|(?<=\])[(\[]")
+_ENTITIES = {"<": "&lt;", "&": "&amp;"}
 
 
 def _cell(text: str) -> str:
-    return _plain(text).replace("|", "\\|")
+    return _inline(text).replace("|", "\\|")
 
 
 TYPE = ReportType(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +119,14 @@ def test_what_is_no_report_is_refused_with_the_reason(text: str, complaint: str)
     assert complaint in str(caught.value)
 
 
-def test_a_fence_around_the_answer_is_let_pass() -> None:
-    """Models like them."""
+@pytest.mark.parametrize(
+    "around",
+    ["```json\n@\n```", "Here you are:\n@\nIt is short.", "<think>{It?}</think>@", "Sure.\n```\n@\n```\nBye."],
+)
+def test_what_stands_around_the_answer_is_let_pass(around: str) -> None:
+    """Models like to say something more; what is asked for once more costs another call."""
     text = orjson.dumps(report()).decode()
-    assert MEDICAL.read_answer(f"```json\n{text}\n```", 2) == MEDICAL.read_answer(text, 2)
+    assert MEDICAL.read_answer(around.replace("@", text), 2) == MEDICAL.read_answer(text, 2)
 
 
 def test_the_prompt_holds_data_sources_and_form() -> None:
@@ -136,9 +141,37 @@ def test_the_prompt_holds_data_sources_and_form() -> None:
 
 def test_a_rendered_report_is_complete_marked_and_names_its_sources() -> None:
     """Word for word."""
-    inputs: dict[str, Any] = {"vitals": {"systolic_mmhg": 185, "temperature_c": 37.5}, "allergies": ["none | known"]}
-    inputs |= {"labs": [{"name": "HbA1c", "value": 6.5, "unit": "%", "reference": "below 6"}]}
-    assert rendered(inputs) == (Path(__file__).with_name("medical_report.md")).read_text()
+    inputs: dict[str, Any] = {
+        "question": "What *must* happen today?",
+        "allergies": ["none | known"],
+        "vitals": {"systolic_mmhg": 185, "diastolic_mmhg": 121, "temperature_c": 37.5},
+        "labs": [
+            {"name": "HbA1c", "value": 6.5, "unit": "%", "reference": "below 6"},
+            {"name": "Platelets", "value": 1_234_567, "unit": "/µL"},
+            {"name": "Troponin T", "value": 0.0000123, "unit": "g/L"},
+        ],
+    }
+    found = [*SOURCES, Source(3, "Feet", "feet.md", "They carry.")]
+    assert rendered(inputs, found) == (Path(__file__).with_name("medical_report.md")).read_text()
+
+
+@pytest.mark.parametrize(
+    ("value", "digits"),
+    [
+        (0, "0"),
+        (-1.0, "-1"),
+        (6.5, "6.5"),
+        (1_234_567, "1234567"),
+        (0.0000123, "0.0000123"),
+        (70.25, "70.25"),
+        (1e300, "1e+300"),
+    ],
+)
+def test_measured_values_keep_their_digits(value: float, digits: str) -> None:
+    """In what the model is told, too."""
+    inputs = MEDICAL.read_inputs(PATIENT | {"labs": [{"name": "X", "value": value, "unit": "u"}]})
+    assert f"- Laboratory: X {digits} u" in MEDICAL.question(inputs)
+    assert f"| X | {digits} u |  |" in rendered({"labs": [{"name": "X", "value": value, "unit": "u"}]})
 
 
 def test_without_sources_it_says_so() -> None:
@@ -159,8 +192,30 @@ def test_without_sources_it_says_so() -> None:
         ("1. first", "1\\. first"),
         ("<script>alert(1)</script>", "&lt;script>alert(1)&lt;/script>"),
         ("![x](http://evil.example/?q=1)", "![x]\\(http://evil.example/?q=1)"),
+        ("[1]: http://evil.example", "\\[1]: http://evil.example"),  # else each citation would lead there
+        ("see [x][1]", "see [x]\\[1]"),
+        ("5*3*2 and **this**", "5\\*3\\*2 and \\*\\*this\\*\\*"),
+        ("a_b and _c_", "a_b and \\_c\\_"),
+        ("`code` ~~no~~", "\\`code\\` \\~\\~no\\~\\~"),
+        ("a\\|b &lt; R&D", "a\\\\|b &amp;lt; R&D"),
     ],
 )
 def test_what_the_model_says_stays_text(text: str, shown: str) -> None:
     """It cannot look like another part of the report, or call anybody when it is shown."""
     assert f"\n## Summary\n\n{shown}\n\n## Findings\n" in rendered(summary=text)
+
+
+@pytest.mark.parametrize("text", ["|x", "a|b", "a\\|b", "a\\", "- x"])
+def test_what_a_sender_says_stays_in_its_cell(text: str) -> None:
+    """A bar would begin another one, and a backslash before a bar would let it."""
+    [line] = [line for line in rendered({"notes": text}).splitlines() if line.startswith("| Notes ")]
+    assert len(re.findall(r"(?:\\.|[^|\\])*\|", line)) == 3
+    cell = line.removeprefix("| Notes | ").removesuffix(" |")
+    assert re.sub(r"\\([\\|])", r"\1", cell) == text
+
+
+def test_a_long_name_of_a_field_is_cut() -> None:
+    """A sender may make up a name of a megabyte, and is told of it."""
+    with pytest.raises(WrongField) as caught:
+        MEDICAL.read_inputs(PATIENT | {"x" * 5_000: 1})
+    assert len(str(caught.value)) < 200

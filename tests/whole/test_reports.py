@@ -102,7 +102,7 @@ async def test_the_client_of_the_page_brings_a_report(whole: Outside, tmp_path: 
     assert out.startswith("# Medical report\n\n> **Written by a language model**")
     for part in ("Patient", "Summary", "Findings", "Assessment", "To consider", "Sources"):
         assert f"\n## {part}\n" in out
-    assert "| Vital signs | systolic 185 mmHg; diastolic 121 mmHg |" in out
+    assert "| Vital signs | blood pressure 185/121 mmHg |" in out
     assert "- [1] " in out
     assert "(hypertension.md)" in out
     assert "(headache.md)" in out
