@@ -52,7 +52,7 @@ class ReportRequest(flows.Payload):
     user_id: Name = Field(description="whom the report is about")
     report_type: Name = Field("medical", description="the kind of report")
     inputs: dict[str, Any] | None = Field(None, description="what the report is written from; see its kind")
-    language: Annotated[str, StringConstraints(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$")] = Field(
+    language: Annotated[str, StringConstraints(max_length=35, pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$")] = Field(
         "en", description="of the report, as BCP 47 names it"
     )
     force_refresh: bool = Field(False, description="write it anew, also where a finished one would serve")
@@ -76,7 +76,7 @@ class Found:
     """What there is of a report that a job asks for."""
 
     word: Literal["cached", "wait", "write", "forgotten"]
-    report: bytes = b""
+    report: Json | None = None
 
 
 class Reports:
@@ -147,15 +147,21 @@ class Reports:
     async def find(self, job: Job, what: str) -> Found:
         """Return what there is of the report that *job* asks for; "write" makes it the one that writes it.
 
+        What somebody else has put in a report's place counts as none.
+
         Args:
             what: the hash of what is asked, as `hash_of` makes it.
         """
         longest_ms = int(FLOWS[job.flow].longest_s * 1000)
-        fresh = "fresh" if job.payload.get("is_fresh") else ""
         owner = keys.of_tenant(job.tenant, job.payload["user_id"])
-        args = (what, job.id, longest_ms, fresh, owner, job.payload["epoch"])
-        word, report = await self._link.run(scripts.REPORT, (), args)
-        return Found(word.decode(), report)
+        for fresh in ("fresh" if job.payload.get("is_fresh") else "", "fresh"):
+            args = (what, job.id, longest_ms, fresh, owner, job.payload["epoch"])
+            word, text = await self._link.run(scripts.REPORT, (), args)
+            if word != b"cached":
+                break
+            if (report := _read_report(text)) is not None:
+                return Found("cached", report)
+        return Found(word.decode())
 
     # --- forgetting ------------------------------------------------------------------------------
 
@@ -345,6 +351,7 @@ def hash_of(job: Job, messages: Sequence[Json], model: str) -> str:
         "inputs": job.payload["inputs"],
         "language": job.payload["language"],
         "messages": messages,
+        "documents": [one["document"] for one in job.state.get("sources", [])],
         "model": model,
     }
     digest = hashlib.sha256(orjson.dumps(what, option=orjson.OPT_SORT_KEYS)).hexdigest()
@@ -358,6 +365,14 @@ def _read_last(text: bytes) -> Json:
         return last if isinstance(last["inputs"], dict) else {}
     except (ValueError, TypeError, KeyError):
         return {}
+
+
+def _read_report(text: bytes) -> Json | None:
+    try:
+        report = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return None
+    return report if isinstance(report, dict) and report.get("machine_written") is True else None
 
 
 def _is_about(letter: bytes, user_id: str, tenant: str) -> bool:

@@ -101,7 +101,7 @@ class Report(Stage):
         match found.word:
             case "cached":
                 LOOKUPS.labels("hit").inc()
-                return Done({"cached": True, "hash": what, "report": orjson.loads(found.report)}, route=())
+                return Done({"cached": True, "hash": what, "report": found.report}, route=())
             case "wait":
                 LOOKUPS.labels("shared").inc()
                 waited_s = self._context.clock.now_us() / 1e6 - job.accepted_us / 1e6

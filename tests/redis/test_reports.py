@@ -22,7 +22,7 @@ from pipeline.job import Completion, Done, Job, error_body
 from pipeline.report_types import medical
 from pipeline.reports import Reports, RequestStream
 from pipeline.settings import Settings
-from pipeline.stage import Loop, Stage
+from pipeline.stage import Loop, Outcome, Stage
 from pipeline.streams import Entry, Settlement
 from stages.report import Report, Requests
 from tests.conftest import wait_until
@@ -32,6 +32,7 @@ from tests.rig import (
     Hand,
     Mortal,
     Scripted,
+    ScriptedBatch,
     assert_nothing_is_left,
     changed,
     everything,
@@ -93,7 +94,12 @@ async def requests_of(settings: Settings, consumer: str) -> AsyncIterator[Reques
 
 @asynccontextmanager
 async def running(
-    settings: Settings, llm: Scripted | None = None, *, retriever: Scripted | None = None, loops: Sequence[Loop] = ()
+    settings: Settings,
+    llm: Stage | None = None,
+    *,
+    encoder: Stage | None = None,
+    retriever: Scripted | None = None,
+    loops: Sequence[Loop] = (),
 ) -> AsyncIterator[list[Mortal]]:
     """Workers of the whole route, and one loop that takes requests."""
     llm = llm or Scripted("llm", good, placed=True)
@@ -101,7 +107,7 @@ async def running(
     async def through(job: Job) -> Done:
         return Done({})
 
-    stages: list[Stage] = [Scripted("encoder", through), retriever or Scripted("retriever", passages), llm]
+    stages: list[Stage] = [encoder or Scripted("encoder", through), retriever or Scripted("retriever", passages), llm]
     consumers = [Mortal([stage], settings) for stage in stages]
     consumers.append(Mortal([Report(settings)], settings, loops=loops or [Requests(settings)]))
     async with asyncio.TaskGroup() as group:
@@ -605,9 +611,12 @@ async def test_the_same_inputs_are_written_about_once(link: Link, settings: Sett
     assert by_id["r2"]["report"] == by_id["r1"]["report"]
 
 
-async def test_knowledge_that_has_changed_makes_another_report(link: Link, settings: Settings) -> None:
-    """An old report is never served for new passages."""
-    told = [PASSAGES, [PASSAGES[0] | {"text": "New knowledge."}]]
+@pytest.mark.parametrize("change", [{"text": "New knowledge."}, {"title": "New title"}, {"document": "new.md"}])
+async def test_knowledge_that_has_changed_makes_another_report(
+    link: Link, settings: Settings, change: dict[str, str]
+) -> None:
+    """An old report is never served for new passages, nor for those of a document that has another name."""
+    told = [PASSAGES, [PASSAGES[0] | change]]
 
     async def changing(job: Job) -> Done:
         return Done({"sources": told.pop(0)})
@@ -619,7 +628,51 @@ async def test_knowledge_that_has_changed_makes_another_report(link: Link, setti
         await ask(link, "r2")
         found = await answered(link, 2)
     assert [response["cached"] for response in found] == [False, False]
-    assert "New knowledge." in llm.seen[1].state["ask"]["messages"][1]["content"]
+    assert len(llm.seen) == 2
+    assert all(part in orjson.dumps(llm.seen[1].state).decode() for part in change.values())
+
+
+@pytest.mark.parametrize("text", ["no JSON", '{"a": 1}', "[]"])
+async def test_what_is_no_report_in_the_cache_is_written_anew(link: Link, settings: Settings, text: str) -> None:
+    """Somebody else's program has used the key."""
+    llm = Scripted("llm", good, placed=True)
+    async with running(settings, llm):
+        await ask(link, "r1")
+        await answered(link, 1)
+        [cached] = await link.call("KEYS", keys.REPORT + "*")
+        await link.call("SET", cached, text, "PX", 60_000)
+        for request_id in ("r2", "r3"):
+            await ask(link, request_id, user="ben")
+            found = await answered(link, int(request_id[1]))
+    assert [(one["status"], one["cached"]) for one in found[1:]] == [("success", False), ("success", True)]
+    assert len(llm.seen) == 2
+
+
+@pytest.mark.parametrize("alone", [True, False])
+async def test_the_log_is_not_told_what_an_error_in_a_handler_quotes(
+    link: Link, settings: Settings, reports: Reports, front: Front, capsys: pytest.CaptureFixture[str], alone: bool
+) -> None:
+    """Where it was raised is told; of a batch, too."""
+
+    async def quote(job: Job) -> Done:
+        raise ValueError(f"cannot do {job.payload['inputs']['symptoms']}")
+
+    async def quote_all(jobs: Sequence[Job]) -> Sequence[Outcome]:
+        return [await quote(job) for job in jobs]
+
+    for number in range(4):
+        asked = {"user_id": "ann", "inputs": PATIENT | {"symptoms": ["Zyxwquorn"]}}
+        job = await reports.job(asked, request_id=f"r{number}")
+        await front.submit(job, in_flight_limit=9, wait=False)
+    encoder: Stage = Scripted("encoder", quote) if alone else ScriptedBatch("encoder", quote_all)
+    async with running(changed(settings, retry={"max_retries": 0}), encoder=encoder):
+        found = await answered(link, 4)
+    assert {one["status"] for one in found} == {"error"}
+    out = capsys.readouterr().out
+    assert ("the handler failed" if alone else "a batch failed") in out
+    assert "in quote" in out
+    assert "ValueError: (withheld)" in out
+    assert "Zyxwquorn" not in out
 
 
 async def test_identical_requests_in_flight_share_one_report(link: Link, settings: Settings) -> None:
