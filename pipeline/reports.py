@@ -222,6 +222,11 @@ class RequestStream(GroupReader):
         self._clock = clock
         self._keep_ms = int(settings.reports.keep_s * 1000)
 
+    async def holds(self, entry: Entry) -> bool:
+        """Say whether an entry that was taken is still in this consumer's hands."""
+        args = (keys.REPORT_REQUESTS, GROUP, entry.id, entry.id, 1, self._consumer)
+        return bool(await self.link.call("XPENDING", *args))
+
     async def accept(self, entry: Entry, job: Job) -> str:
         """Put *job* in the place of a request; return the script's word. May be sent again after an unknown reply."""
         stage, tail = job.launch()

@@ -262,12 +262,14 @@ class Requests(Loop):
         return body
 
     async def _accept(self, entry: Entry, body: Json, request_id: str) -> str:
-        while True:  # with a new job each time: its life begins when there is room for it
+        while await self._stream.holds(entry):  # else it was withdrawn, and who it was about is not to be made known
+            # With a new job each time: its life begins when there is room for it.
             word = await self._stream.accept(entry, await self._reports.job(body, request_id=request_id))
             if word not in {"overloaded", "backlog"}:
                 return word
             self.not_ready = "there is too much unfinished work; requests wait"
             await asyncio.sleep(FULL_AGAIN_S)
+        return "lost"
 
     async def _refuse(
         self, entry: Entry, request_id: str, code: str, message: str, *, bury: bool, user_id: str = ""

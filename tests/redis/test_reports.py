@@ -340,19 +340,25 @@ async def test_too_much_unfinished_work_leaves_requests_waiting(
         assert await everything(link) == before
 
 
+def watch_accepting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that gets the word for each try to accept a request."""
+    words: list[str] = []
+
+    async def watched(self: RequestStream, entry: Any, job: Job) -> str:
+        words.append(await accept(self, entry, job))
+        return words[-1]
+
+    accept = RequestStream.accept
+    monkeypatch.setattr(RequestStream, "accept", watched)
+    return words
+
+
 async def test_the_life_of_a_report_begins_when_it_is_accepted(
     link: Link, settings: Settings, front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However long its request had to wait, in whose hands ever, until there was room for it."""
     monkeypatch.setattr("stages.report.FULL_AGAIN_S", 0.01)
-    looked: list[str] = []
-
-    async def counted(self: RequestStream, entry: Any, job: Job) -> str:
-        looked.append(await accept(self, entry, job))
-        return looked[-1]
-
-    accept = RequestStream.accept
-    monkeypatch.setattr(RequestStream, "accept", counted)
+    looked = watch_accepting(monkeypatch)
     full = changed(settings, admission={"max_jobs": 1})
     waiting = query(front, route=["nobody"])
     await front.submit(waiting, in_flight_limit=5, wait=False)
@@ -818,6 +824,31 @@ async def test_a_request_that_waits_when_its_person_is_erased_is_answered_and_go
         found = await answered(link, 4)
     assert [one["request_id"] for one in found if one["status"] == "success"] == ["r2", "r4"]
     assert await link.call("HGET", keys.REPORT_COUNTS, "repeated") == b"1"
+
+
+async def test_a_request_that_is_withdrawn_while_there_is_no_room_makes_nobody_known(
+    link: Link, settings: Settings, reports: Reports, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has it in hand, and goes on trying, would else make the erased person known anew."""
+    monkeypatch.setattr("stages.report.FULL_AGAIN_S", 0.2)
+    looked = watch_accepting(monkeypatch)
+    waiting = query(front, route=["nobody"])
+    await front.submit(waiting, in_flight_limit=5, wait=False)
+
+    async def knows(user: str) -> bool:
+        return await link.call("EXISTS", keys.USER + user) == 1
+
+    async with running(changed(settings, admission={"max_jobs": 1})):
+        await ask(link, "r1")
+        await ask(link, "r2", user="ben")
+        await wait_until(lambda: looked)
+        assert await knows("ann")
+        await reports.erase("ann", "default")
+        await wait_until(lambda: knows("ben"))  # so the other one was let go of
+        assert not await knows("ann")
+        await front.cancel(waiting.id, "default")
+        found = await answered(link, 2)
+    assert [one["error_message"] for one in found] == [found[0]["error_message"], None]
 
 
 async def test_people_of_different_tenants_are_never_the_same(reports: Reports, front: Front) -> None:
