@@ -836,7 +836,7 @@ async def test_a_request_that_is_withdrawn_while_there_is_no_room_makes_nobody_k
     await front.submit(waiting, in_flight_limit=5, wait=False)
 
     async def knows(user: str) -> bool:
-        return await link.call("EXISTS", keys.USER + user) == 1
+        return bool(await link.call("EXISTS", keys.USER + user))
 
     async with running(changed(settings, admission={"max_jobs": 1})):
         await ask(link, "r1")
