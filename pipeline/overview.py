@@ -104,6 +104,7 @@ class Overview:
         report_requests: requests of other back ends that no worker has turned into jobs.
         reports_repeated: requests that were known already, ever.
         responses_dropped: responses that had to go since there were too many, ever.
+        chats_failed, chats_expired: messages of chats that ended so, and without an answer, ever.
     """
 
     streams: list[StreamView]
@@ -122,6 +123,8 @@ class Overview:
     report_requests: int = 0
     reports_repeated: int = 0
     responses_dropped: int = 0
+    chats_failed: int = 0
+    chats_expired: int = 0
 
 
 async def look(link: Link, *, thorough: bool = True) -> Overview:
@@ -141,6 +144,7 @@ async def look(link: Link, *, thorough: bool = True) -> Overview:
     if thorough:
         stages |= await _stages_with_streams(link)
     streams = [await _stream(link, stage, priority) for stage in sorted(stages) for priority in PRIORITIES]
+    failed, expired = await link.call("HMGET", keys.CHAT_COUNTS, "failed", "expired")
     repeated, dropped = await link.call("HMGET", keys.REPORT_COUNTS, "repeated", "dropped")
     memory = parse_info(await link.call("INFO", "memory"))
     return Overview(
@@ -160,6 +164,8 @@ async def look(link: Link, *, thorough: bool = True) -> Overview:
         report_requests=int(await link.call("XLEN", keys.REPORT_REQUESTS)),
         reports_repeated=int(repeated or 0),
         responses_dropped=int(dropped or 0),
+        chats_failed=int(failed or 0),
+        chats_expired=int(expired or 0),
     )
 
 
