@@ -16,7 +16,7 @@ key                        type    life                         written by      
 `reply:<gateway>`          stream  60 s after its gateway       settle, cancel, expire  that gateway
 `worker:<consumer>`        string  lease, 10 s                  its worker              all workers, gateways
 `workers`                  zset    until seen to be gone        workers                 status, gateways
-`gateways`                 zset    lease, 10 s                  gateways                gateways, status
+`gateways`                 zset    lease, 10 s                  gateways, telegram      gateways, status
 `llm:replicas`             hash    url until it is dropped      llm workers             gateways, llm workers
 `llm:load:<URL>`           string  bounded by replicas          all scripts             anyone
 `llm:leases:<URL>`         zset    job id until the job leaves  submit, place, move ... submit, place
