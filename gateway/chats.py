@@ -25,7 +25,7 @@ from gateway.operation import Answer, Call, Operation, Parameter, answer
 from gateway.queues import Model, Text, storable
 from pipeline import keys
 from pipeline.chats import LOOK_EVERY_S, Message, Persona, Policy
-from pipeline.errors import PenstockError
+from pipeline.errors import HistoryUnavailable, PenstockError
 from pipeline.flows import Name, Payload
 from pipeline.job import Json, Priority, new_id
 
@@ -177,7 +177,7 @@ async def set_chat_persona(call: Call) -> Answer:
     request = await call.read(ChatPersonaRequest)
     chat_id = _chat_id(call)
     name = request.persona
-    if name is not None and await from_redis(call.front.chats.persona(call.tenant, name)) is None:
+    if name is not None and await _persona(call, name) is None:
         raise wrong("persona", "nobody has set up a persona of this name: PUT /persona/{name}", "unknown_persona")
     return answer(await _clear(call, chat_id, name or "") | {"persona": name})
 
@@ -294,7 +294,7 @@ def _turn(row: Json) -> Json:
 async def look_at_persona(call: Call) -> Answer:
     """Tell how a persona is set up."""
     name = _chat_id(call, "name")
-    persona = await from_redis(call.front.chats.persona(call.tenant, name))
+    persona = await _persona(call, name)
     if persona is None:
         raise not_found("persona", name)
     return answer(_shown_persona(name, persona))
@@ -313,6 +313,22 @@ async def set_persona(call: Call) -> Answer:
     )  # fmt: skip
     await from_redis(call.front.chats.set_persona(call.tenant, name, persona))
     return answer(_shown_persona(name, persona))
+
+
+async def _persona(call: Call, name: str) -> Persona | None:
+    """Return a persona; one that Redis has lost, and history has, is put back."""
+    found = await from_redis(call.front.chats.persona(call.tenant, name))
+    if found is not None:
+        return found
+    try:
+        kept = await call.history.persona(call.tenant, name)
+    except HistoryUnavailable:
+        return None
+    if kept is None:
+        return None
+    persona = Persona(**{field: kept[field] for field in Persona.__slots__ if field in kept})
+    await from_redis(call.front.chats.set_persona(call.tenant, name, persona))
+    return persona
 
 
 def _shown_persona(name: str, persona: Persona) -> Json:

@@ -241,6 +241,20 @@ async def test_clear_and_persona_begin_the_chat_anew(service: Service, settings:
     assert await service.link.call("HGET", keys.CHAT + "c", "persona") is None
 
 
+async def test_a_persona_that_redis_has_lost_comes_back_from_history(service: Service) -> None:
+    """When somebody looks at it, or chooses it; one that was never set up does not."""
+    given = {"system_prompt": "You rhyme.", "temperature": 0.5, "policy": "interrupt"}
+    shown = (await service.http.put("/persona/poet", json=given)).json()
+    await service.record()
+    for path, body in (("/chat/c/persona", {"persona": "poet"}), ("/chat/c/persona", {"persona": "nobody"})):
+        for name in await service.link.call("KEYS", "persona*"):
+            await service.link.call("DEL", name)
+        status = (await service.http.put(path, json=body)).status_code
+        assert status == (200 if body["persona"] == "poet" else 422)
+    assert (await service.http.get("/persona/poet")).json() == shown
+    assert await service.link.call("HGET", keys.PERSONA + "poet", "policy") == b"interrupt"
+
+
 async def test_a_clear_drops_the_reply_that_was_being_made(service: Service, settings: Settings) -> None:
     """And says so."""
     gate = Gate(answering)
