@@ -10,8 +10,8 @@ A handler returns `Done`, or raises: `Reject` (can never succeed), `RetryLater` 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Awaitable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pipeline.job import Completion, Done, Job
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pipeline.replicas import Replicas
     from pipeline.reports import Reports
     from pipeline.webhooks import Webhooks
+
+A = TypeVar("A")
 
 Outcome = Done | Exception
 
@@ -123,3 +125,29 @@ class Loop:
             consumer: this process, as the lease names it.
         """
         raise NotImplementedError
+
+
+class Stopped(Exception):  # an event, not an error
+    """The loop was told to stop while it waited."""
+
+
+async def unless(waiting: Awaitable[A], *events: asyncio.Event) -> A:
+    """Return what *waiting* brings, but wait no longer than until one of *events*: then it is given up.
+
+    A read that is given up leaves what it brings to others.
+
+    Raises:
+        Stopped: an event came first.
+    """
+    wait = asyncio.ensure_future(waiting)
+    listening = [asyncio.create_task(event.wait(), name="loop listens") for event in events]
+    tasks: list[asyncio.Future[Any]] = [wait, *listening]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not wait.done():
+            raise Stopped
+        return wait.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)

@@ -8,9 +8,9 @@ An event that can never be written goes to the dead letters with its reason; the
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import structlog
 
@@ -20,7 +20,7 @@ from pipeline.errors import HistoryUnavailable, MalformedEntry, PenstockError, R
 from pipeline.events import EventStream
 from pipeline.group_reader import Entry
 from pipeline.records import KINDS, PRIVATE, Event, Records
-from pipeline.stage import Loop
+from pipeline.stage import Loop, Stopped, unless
 
 if TYPE_CHECKING:
     from pipeline.clock import Clock
@@ -37,10 +37,6 @@ DATABASE_AGAIN_S: Final = 2.0
 def build(settings: Settings) -> Recorder:
     """Return the recorder."""
     return Recorder(settings, Records.open(settings.history.url, timeout_s=settings.history.timeout_s))
-
-
-class _Stopped(Exception):  # an event, not an error
-    """The recorder was told to stop while something was away."""
 
 
 @dataclass(slots=True)
@@ -77,7 +73,7 @@ class Recorder(Loop):
             while not stop.is_set():
                 if entries := await self._unless_stopped(self._reach_redis(self._stream.take)):
                     await self._record(entries)
-        except _Stopped:
+        except Stopped:
             return  # what is in hand is another's as soon as the lease is gone
         finally:
             self._ready.set(0)
@@ -194,19 +190,8 @@ class Recorder(Loop):
                 self._redis.succeeded()
                 return answer
 
-    async def _unless_stopped(self, waiting: Coroutine[Any, Any, A]) -> A:
-        """Wait, but not longer than until told to stop: a read that is given up leaves what it brings to others."""
-        wait = asyncio.create_task(waiting, name="recorder waits")
-        stop = asyncio.create_task(self._stop.wait(), name="recorder listens")
-        try:
-            await asyncio.wait({wait, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if not wait.done():
-                raise _Stopped
-            return wait.result()
-        finally:
-            for task in (wait, stop):
-                task.cancel()
-            await asyncio.wait({wait, stop})
+    async def _unless_stopped(self, waiting: Awaitable[A]) -> A:
+        return await unless(waiting, self._stop)
 
 
 def _as_text(fields: Sequence[bytes]) -> dict[str, str]:

@@ -11,7 +11,7 @@ Nothing here logs or counts what inputs and reports say, and what is said of wro
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -25,7 +25,7 @@ from pipeline.errors import MalformedEntry, PenstockError, Reject, RetryLater, W
 from pipeline.job import Done, Job, Json, is_valid_id
 from pipeline.report_types import ReportType, Source, Written
 from pipeline.reports import Reports, RequestStream, data_of, find_request_id, hash_of
-from pipeline.stage import Context, Loop, Stage
+from pipeline.stage import Context, Loop, Stage, Stopped, unless
 
 if TYPE_CHECKING:
     from pipeline.clock import Clock
@@ -162,10 +162,6 @@ def _once_more(answer: str, problem: str) -> list[Json]:
 # --- requests ----------------------------------------------------------------------------------
 
 
-class _Stopped(Exception):  # an event, not an error
-    """The loop was told to stop while something was away."""
-
-
 class Requests(Loop):
     """Makes jobs of the requests of other back ends; any number may run.
 
@@ -200,7 +196,7 @@ class Requests(Loop):
                     await self._unless_stopped(self._redis.failed(error))
                 else:
                     self._redis.succeeded()
-        except _Stopped:
+        except Stopped:
             return  # what is in hand is another's as soon as the lease is gone
         finally:
             ready.set(0)
@@ -285,16 +281,5 @@ class Requests(Loop):
                 metrics.DEAD_LETTERS.labels(Report.name, code).inc()
         return word
 
-    async def _unless_stopped(self, waiting: Coroutine[Any, Any, A]) -> A:
-        """Wait, but not longer than until told to stop: a read that is given up leaves what it brings to others."""
-        wait = asyncio.create_task(waiting, name="requests wait")
-        stop = asyncio.create_task(self._stop.wait(), name="requests listen")
-        try:
-            await asyncio.wait({wait, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if not wait.done():
-                raise _Stopped
-            return wait.result()
-        finally:
-            for task in (wait, stop):
-                task.cancel()
-            await asyncio.wait({wait, stop})
+    async def _unless_stopped(self, waiting: Awaitable[A]) -> A:
+        return await unless(waiting, self._stop)
