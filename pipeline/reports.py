@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 GROUP: Final = "report"
 LETTERS_AT_ONCE: Final = 200
+LONGEST_REPLY: Final = 4096
+"""Bytes that say where a response is wanted; more are none of a bridge's (`bridge.py`), and are not kept."""
 
 _REQUEST_ID: Final = re.compile(rb'"request_id"\s*:\s*"([A-Za-z0-9._:-]{1,128})"')
 
@@ -234,7 +236,11 @@ class RequestStream(GroupReader):
         await self.link.call("XACK", keys.REPORT_REQUESTS, GROUP, entry.id)
 
     async def _let_go(self, entry: Entry, request_id: str, verb: str, *args: Argument) -> str:
-        head: tuple[Argument, ...] = (GROUP, self._consumer, entry.id, request_id, self._keep_ms, verb)
+        reply = _field_of(entry, b"reply") or b""
+        head: tuple[Argument, ...] = (
+            GROUP, self._consumer, entry.id, request_id, self._keep_ms,
+            reply if len(reply) <= LONGEST_REPLY else b"", verb,
+        )  # fmt: skip
         reply = await self.link.run(scripts.REQUEST, (), (*head, *args))
         return str(reply[1].decode())
 
@@ -261,8 +267,12 @@ class RequestStream(GroupReader):
 
 def data_of(entry: Entry) -> bytes | None:
     """Return the field `data` of an entry, None where it has none."""
+    return _field_of(entry, b"data")
+
+
+def _field_of(entry: Entry, wanted: bytes) -> bytes | None:
     pairs = zip(entry.fields[::2], entry.fields[1::2], strict=False)
-    return next((value for name, value in pairs if name == b"data"), None)
+    return next((value for name, value in pairs if name == wanted), None)
 
 
 def find_request_id(data: bytes) -> str:
