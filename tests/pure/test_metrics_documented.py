@@ -10,6 +10,7 @@ from prometheus_client import REGISTRY
 import gateway.metrics
 import pipeline.metrics
 import stages.aggregator
+import stages.amqp
 import stages.chat
 import stages.embedders
 import stages.image
@@ -23,6 +24,7 @@ MODULES = (
     gateway.metrics,
     pipeline.metrics,
     stages.aggregator,
+    stages.amqp,
     stages.chat,
     stages.embedders,
     stages.image,
