@@ -7,7 +7,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/penstock
 # What pyproject.toml asks for comes first, so that a change of our own code does not install it again.
 # `sentence-transformers` is another extra; it is large, and an embeddings server needs none.
-ARG EXTRAS="qdrant"
+ARG EXTRAS="qdrant amqp"
 COPY pyproject.toml ./
 RUN python -c "import sys, tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
     print(*project['dependencies'], *(line for extra in sys.argv[1:] for line in project['optional-dependencies'][extra]), \

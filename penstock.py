@@ -44,6 +44,9 @@ app.add_typer(db, name="db")
 api_keys = typer.Typer(help="API keys, made and revoked while gateways run.", no_args_is_help=True)
 app.add_typer(api_keys, name="keys")
 
+bridge = typer.Typer(help="Bridges to other brokers, for back ends that cannot change.", no_args_is_help=True)
+app.add_typer(bridge, name="bridge")
+
 DataDir = Annotated[Path, typer.Option(help="Where `up` keeps Redis' files, the index, the history.", file_okay=False)]
 RedisUrl = Annotated[str | None, typer.Option(help="A running Redis; else REDIS_URL, or the one of `penstock up`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON for scripts.")]
@@ -146,6 +149,15 @@ def telegram() -> None:
     from gateway.telegram import run as run_telegram
 
     raise typer.Exit(run_telegram(settings))
+
+
+@bridge.command("amqp")
+def bridge_amqp() -> None:
+    """Carry requests for reports from RabbitMQ into Redis, and their responses back; see docs/REPORTS.md."""
+    settings = _settings()
+    from stages.__main__ import run as run_stages
+
+    raise typer.Exit(run_stages(["amqp"], settings))
 
 
 @app.command("mock-llm")

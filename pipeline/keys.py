@@ -45,6 +45,7 @@ key                        type    life                         written by      
 `report_generation_requests` stream an entry until it is taken  any back end            report
 `report_generation_responses` stream setting, age and count     report, who ends a job  any back end
 `report_request:<id>`      string  as its response              report, who ends a job  report
+`report_reply:<id>`        string  as `report_request:<id>`     report                  bridge
 `report_counts`            hash    for ever, two numbers        report, who ends a job  gateways
 `report:<hash>`            string  setting, 24 h                who ends a job          report
 `report_making:<hash>`     string  as long as its job may live  report                  report
@@ -103,6 +104,7 @@ PERSONAS: Final = "personas:"
 REPORT_REQUESTS: Final = "report_generation_requests"
 REPORT_RESPONSES: Final = "report_generation_responses"
 REPORT_REQUEST: Final = "report_request:"
+REPORT_REPLY: Final = "report_reply:"
 REPORT_COUNTS: Final = "report_counts"
 REPORT: Final = "report:"
 REPORT_MAKING: Final = "report_making:"
@@ -162,6 +164,7 @@ LUA_KEYS: Final = {
     "report_requests": REPORT_REQUESTS,
     "report_responses": REPORT_RESPONSES,
     "report_request": REPORT_REQUEST,
+    "report_reply": REPORT_REPLY,
     "report_counts": REPORT_COUNTS,
     "report": REPORT,
     "report_making": REPORT_MAKING,

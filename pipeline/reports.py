@@ -261,7 +261,10 @@ class RequestStream(GroupReader):
         await self.link.call("XACK", keys.REPORT_REQUESTS, GROUP, entry.id)
 
     async def _let_go(self, entry: Entry, request_id: str, verb: str, *args: Argument) -> str:
-        head: tuple[Argument, ...] = (GROUP, self._consumer, entry.id, request_id, self._keep_ms, verb)
+        wanted_at = field_of(entry.fields, b"reply") or b""
+        head: tuple[Argument, ...] = (
+            GROUP, self._consumer, entry.id, request_id, self._keep_ms, wanted_at, verb,
+        )  # fmt: skip
         reply = await self.link.run(scripts.REQUEST, (), (*head, *args))
         return str(reply[1].decode())
 
@@ -288,8 +291,13 @@ class RequestStream(GroupReader):
 
 def data_of(fields: Sequence[bytes]) -> bytes | None:
     """Return the field `data` of an entry, None where it has none."""
+    return field_of(fields, b"data")
+
+
+def field_of(fields: Sequence[bytes], wanted: bytes) -> bytes | None:
+    """Return a field of an entry, None where it has none of this name."""
     pairs = zip(fields[::2], fields[1::2], strict=False)
-    return next((value for name, value in pairs if name == b"data"), None)
+    return next((value for name, value in pairs if name == wanted), None)
 
 
 def find_ids(data: bytes) -> tuple[str, str]:

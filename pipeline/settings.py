@@ -88,6 +88,31 @@ POSTGRES_OPTIONS: Final = frozenset({"host", "port", "user", "sslmode", "applica
 DatabaseUrl = Annotated[str, AfterValidator(_database_url)]
 
 
+def _amqp_url(text: str) -> str:
+    """Return the address of a broker that speaks AMQP 0-9-1. An error does not quote what was given."""
+    try:
+        parts = urlsplit(text)
+        is_address = parts.scheme in {"amqp", "amqps"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address or any(character <= " " or character == "\x7f" for character in text):
+        raise ValueError("no address like amqp://user:password@host:5672/vhost, or amqps://")
+    return text
+
+
+AmqpUrl = Annotated[str, AfterValidator(_amqp_url)]
+
+
+def _queue_name(text: str) -> str:
+    """Return the name of a queue, as AMQP 0-9-1 allows one to be declared."""
+    if not 0 < len(text.encode()) <= 255 or text.startswith("amq."):
+        raise ValueError("the name of a queue has 1 to 255 bytes and does not begin with `amq.`")
+    return text
+
+
+QueueName = Annotated[str, AfterValidator(_queue_name)]
+
+
 class Section(BaseModel):
     """One section: frozen, unknown names refused."""
 
@@ -318,6 +343,29 @@ class ReportsSettings(Section):
     max_tokens: int = Field(4096, ge=256, le=131_072, description="of the model's answer")
 
 
+class AmqpSettings(Section):
+    """The bridge to RabbitMQ: reports for back ends that speak AMQP."""
+
+    url: AmqpUrl = Field("amqp://guest:guest@127.0.0.1:5672/", repr=False, description="amqp:// or amqps:// address")
+    request_queue: QueueName = Field("report_generation_requests", description="requests are taken from it")
+    response_queue: QueueName = Field("report_generation_responses", description="responses go there, or to reply_to")
+    prefetch: int = Field(20, ge=1, le=65_535, description="requests that one bridge holds at once")
+    max_waiting: int = Field(
+        1_000, ge=1, description="requests in Redis that no worker has taken; others stay in RabbitMQ"
+    )
+    name: str = Field(
+        "amqp", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="bridges to another RabbitMQ need another one"
+    )
+    connect_timeout_s: float = Field(5.0, gt=0, le=60)
+    heartbeat_s: int = Field(10, ge=1, le=600, description="a connection silent for three of them is given up")
+
+    @model_validator(mode="after")
+    def _queues_are_two(self) -> Self:
+        if self.request_queue == self.response_queue:
+            raise ValueError("request_queue and response_queue are the same: responses would be taken for requests")
+        return self
+
+
 class ImagesSettings(Section):
     """Images after replies of chats, from a server that speaks OpenAI's `/v1/images/generations`."""
 
@@ -389,6 +437,7 @@ class Settings(Section):
     messages: MessagesSettings = MessagesSettings()
     chats: ChatsSettings = ChatsSettings()
     reports: ReportsSettings = ReportsSettings()
+    amqp: AmqpSettings = AmqpSettings()
     images: ImagesSettings = ImagesSettings()
     telegram: TelegramSettings = TelegramSettings()
 
@@ -421,6 +470,10 @@ ALIASES: Final[dict[str, tuple[str, str]]] = {
     "MAX_RETRIES": ("retry", "max_retries"),
     "DATABASE_URL": ("history", "url"),
     "REDIS_CACHE_TTL": ("reports", "input_ttl_s"),
+    "RABBITMQ_URL": ("amqp", "url"),
+    "RABBITMQ_REQUEST_QUEUE": ("amqp", "request_queue"),
+    "RABBITMQ_RESPONSE_QUEUE": ("amqp", "response_queue"),
+    "RABBITMQ_PREFETCH_COUNT": ("amqp", "prefetch"),
     "PENSTOCK_API_KEYS": ("gateway", "api_keys"),
     "TELEGRAM_BOT_TOKEN": ("telegram", "token"),
 }

@@ -10,7 +10,7 @@ A handler returns `Done`, or raises: `Reject` (can never succeed), `RetryLater` 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pipeline.job import Completion, Done, Job
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from pipeline.reports import Reports
     from pipeline.webhooks import Webhooks
 
-Outcome = Done | Exception
-
 A = TypeVar("A")
+
+Outcome = Done | Exception
 
 
 class Context(Protocol):
@@ -128,23 +128,26 @@ class Loop:
 
 
 class Stopped(Exception):  # an event, not an error
-    """A loop was told to stop while it waited."""
+    """The loop was told to stop while it waited."""
 
 
-async def unless_stopped(stop: asyncio.Event, waiting: Coroutine[Any, Any, A]) -> A:
-    """Wait, but not longer than until *stop*: a read that is given up leaves what it brings to others.
+async def unless(waiting: Awaitable[A], *events: asyncio.Event) -> A:
+    """Return what *waiting* brings, but wait no longer than until one of *events*: then it is given up.
+
+    A read that is given up leaves what it brings to others.
 
     Raises:
-        Stopped: and *waiting* was cancelled.
+        Stopped: an event came first.
     """
-    wait = asyncio.create_task(waiting, name="loop waits")
-    told = asyncio.create_task(stop.wait(), name="loop listens")
+    wait = asyncio.ensure_future(waiting)
+    listening = [asyncio.create_task(event.wait(), name="loop listens") for event in events]
+    tasks: list[asyncio.Future[Any]] = [wait, *listening]
     try:
-        await asyncio.wait({wait, told}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not wait.done():
             raise Stopped
         return wait.result()
     finally:
-        for task in (wait, told):
+        for task in tasks:
             task.cancel()
-        await asyncio.wait({wait, told})
+        await asyncio.wait(tasks)

@@ -20,7 +20,7 @@ from pipeline.errors import HistoryUnavailable, MalformedEntry, PenstockError, R
 from pipeline.events import EventStream
 from pipeline.group_reader import Entry
 from pipeline.records import KINDS, PRIVATE, Event, Records
-from pipeline.stage import Loop, Stopped, unless_stopped
+from pipeline.stage import Loop, Stopped, unless
 
 if TYPE_CHECKING:
     from pipeline.clock import Clock
@@ -71,7 +71,7 @@ class Recorder(Loop):
         try:
             await self._reach_database(self._prepare)
             while not stop.is_set():
-                if entries := await unless_stopped(self._stop, self._reach_redis(self._stream.take)):
+                if entries := await unless(self._reach_redis(self._stream.take), self._stop):
                     await self._record(entries)
         except Stopped:
             return  # what is in hand is another's as soon as the lease is gone
@@ -166,7 +166,7 @@ class Recorder(Loop):
                 if self._database.failures == 0:
                     metrics.DATABASE_OUTAGES.inc()
                 self._say(str(error))
-                await unless_stopped(self._stop, self._database.failed(error))
+                await unless(self._database.failed(error), self._stop)
             except Reject:
                 self._say(None)
                 raise
@@ -185,7 +185,7 @@ class Recorder(Loop):
             try:
                 answer = await call()
             except PenstockError as error:  # a key of a wrong type, too: an operator must act, and events wait
-                await unless_stopped(self._stop, self._redis.failed(error))
+                await unless(self._redis.failed(error), self._stop)
             else:
                 self._redis.succeeded()
                 return answer

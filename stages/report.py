@@ -25,7 +25,7 @@ from pipeline.errors import MalformedEntry, PenstockError, Reject, RetryLater, W
 from pipeline.job import Done, Job, Json, is_valid_id
 from pipeline.report_types import ReportType, Source, Written
 from pipeline.reports import Reports, RequestStream, data_of, find_ids, hash_of
-from pipeline.stage import Context, Loop, Stage, Stopped, unless_stopped
+from pipeline.stage import Context, Loop, Stage, Stopped, unless
 
 if TYPE_CHECKING:
     from pipeline.clock import Clock
@@ -184,16 +184,16 @@ class Requests(Loop):
         try:
             while not stop.is_set():
                 try:
-                    entries = await unless_stopped(self._stop, self._stream.take())
+                    entries = await unless(self._stream.take(), self._stop)
                     self.not_ready = None
                     ready.set(1)
                     for entry in entries:
-                        await unless_stopped(self._stop, self._take_or_leave(entry))
+                        await unless(self._take_or_leave(entry), self._stop)
                 except PenstockError as error:  # Redis is away or full, or a key is of a wrong type: requests wait
                     self.not_ready = str(error)
                     ready.set(0)
                     self._stream.look_again()
-                    await unless_stopped(self._stop, self._redis.failed(error))
+                    await unless(self._redis.failed(error), self._stop)
                 else:
                     self._redis.succeeded()
         except Stopped:

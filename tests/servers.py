@@ -23,7 +23,6 @@ from typing import Self
 from pipeline import leash
 from pipeline.private_redis import NAMES, find_binary, find_bundled_binary, url
 
-START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 30.0
 POLL_S = 0.002
 
@@ -50,6 +49,8 @@ def server_binary() -> str:
 
 class Server(ABC):
     """A server's process, tied to the life of this one, and its folder; use as `with`, or start and stop it by hand."""
+
+    start_timeout_s = 30.0
 
     def __init__(self, name: str) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix=f"penstock-{name}-"))
@@ -80,6 +81,18 @@ class Server(ABC):
         Raises:
             RuntimeError: it does not; the message holds its log.
         """
+        self.launch()
+        assert self._process is not None
+        give_up_s = time.monotonic() + self.start_timeout_s
+        while not self.answers():
+            if self._process.poll() is not None or time.monotonic() > give_up_s:
+                self._end(signal.SIGKILL)
+                raise RuntimeError(f"{self!r} did not start:\n{self.log.read_text()}")
+            time.sleep(POLL_S)
+        return self
+
+    def launch(self) -> None:
+        """Start the server without waiting for it. By the main thread: what a thread starts ends with that thread."""
         read_end, self._write_end = os.pipe()
         try:
             with self.log.open("ab") as log:
@@ -94,12 +107,6 @@ class Server(ABC):
                 )
         finally:
             os.close(read_end)
-        give_up_s = time.monotonic() + START_TIMEOUT_S
-        while not self.answers():
-            if self._process.poll() is not None or time.monotonic() > give_up_s:
-                raise RuntimeError(f"{self!r} did not start:\n{self.log.read_text()}")
-            time.sleep(POLL_S)
-        return self
 
     def close(self) -> None:
         """Kill the server and remove its folder."""

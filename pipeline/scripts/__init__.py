@@ -50,6 +50,8 @@ _DEFINED: Final = re.compile(r"^local (?:function )?([\w, ]+)", re.MULTILINE)
 
 ADOPT: Final = _load("adopt")
 BATCH: Final = _load("batch")
+BRIDGE: Final = _load("bridge")
+BRIDGED: Final = _load("bridged")
 CANCEL: Final = _load("cancel")
 CHAT_CLEAR: Final = _load("chat_clear")
 CHAT_IMAGE: Final = _load("chat_image")

@@ -453,6 +453,12 @@ local function respond(request, text, keep_ms, most, now_us)
   return entry
 end
 
+-- Keep where a bridge wants the response to a request, for as long as that may be there. More than 4,096 bytes are none of
+-- a bridge's (`bridge.py`), and are not kept.
+local function keep_reply(request, reply, for_ms)
+  if request ~= '' and reply ~= '' and #reply <= 4096 then call('SET', KEY.report_reply .. request, reply, 'PX', for_ms) end
+end
+
 -- What is kept of a person, by kind and name, until it goes by itself, so that it can be found when it is to be erased.
 local function keep_of_person(owner, kind, name, ms, now_us)
   local key, now_ms = KEY.user_data .. owner, math.floor(now_us / 1000)

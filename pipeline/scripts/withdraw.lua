@@ -8,13 +8,15 @@ local group, entry, request = ARGV[1], ARGV[2], ARGV[3]
 check_type(KEY.report_requests, 'stream')
 check_type(KEY.report_responses, 'stream')
 check_type(KEY.report_counts, 'hash')
-if #call('XRANGE', KEY.report_requests, entry, entry) == 0 then return 'gone' end
+local found = call('XRANGE', KEY.report_requests, entry, entry)[1]
+if not found then return 'gone' end
 local word = 'withdrawn'
 if request ~= '' and call('EXISTS', KEY.report_request .. request) == 1 then
   call('HINCRBY', KEY.report_counts, 'repeated', 1)
   word = 'repeated'
 elseif request ~= '' then
   respond(request, ARGV[5], ARGV[4], ARGV[6], clock_us())
+  keep_reply(request, field_of(found[2], 'reply') or '', ARGV[4])
 end
 remove(KEY.report_requests, group, entry)
 return word

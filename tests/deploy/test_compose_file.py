@@ -35,6 +35,8 @@ WANTED = {
     "mock_llm_3",
     "prometheus",
     "grafana",
+    "rabbitmq",
+    "bridge_amqp",
     "apisix",
 }
 WRITES = {"apisix"}  # beside its own programs
@@ -148,6 +150,17 @@ def test_redis_keeps_what_it_is_given() -> None:
     assert (options["--appendonly"], options["--maxmemory-policy"]) == ("yes", "noeviction")
     assert redis["volumes"] == ["redis:/data"]
     assert 2 * int(options["--maxmemory"].removesuffix("mb")) <= int(redis["mem_limit"].removesuffix("m"))
+
+
+def test_who_needs_no_rabbitmq_has_none() -> None:
+    """Broker and bridge start together, and only when asked for; the bridge finds the broker, or one from outside."""
+    profiled = {name for name, service in SERVICES.items() if "rabbitmq" in service.get("profiles", [])}
+    assert profiled == {"rabbitmq", "bridge_amqp"}
+    bridge = SERVICES["bridge_amqp"]
+    assert bridge["depends_on"].keys() == {"redis", "rabbitmq"}
+    assert load(_environment(bridge)).amqp.url == "amqp://guest:guest@rabbitmq:5672/"
+    given = {"RABBITMQ_URL": "amqps://me@elsewhere/reports"}
+    assert load(_environment(compose.services(given)["bridge_amqp"])).amqp.url == given["RABBITMQ_URL"]
 
 
 def test_qdrant_is_new_enough() -> None:

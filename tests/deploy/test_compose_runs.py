@@ -109,7 +109,7 @@ def qdrant_in_small(port: str) -> Iterator[None]:
 
 @asynccontextmanager
 async def composed(folder: Path) -> AsyncIterator[tuple[dict[str, Container], Net]]:
-    """Start Redis and every service of ours; what still runs at the end is killed."""
+    """Start Redis and every service of ours that needs no profile; what still runs at the end is killed."""
     services = compose.services()
     net = Net(services)
     words = services["redis"]["command"]
@@ -120,6 +120,8 @@ async def composed(folder: Path) -> AsyncIterator[tuple[dict[str, Container], Ne
         stack.enter_context(qdrant_in_small(net.ports["qdrant", "6333"]))
         running: dict[str, Container] = {}
         for name, service in compose.ours(services).items():
+            if service.get("profiles"):
+                continue
             changed = {}
             if "DATABASE_URL" in service.get("environment", {}):  # PostgreSQL is tried in tests/history
                 changed["DATABASE_URL"] = f"sqlite:///{folder}/history.db"

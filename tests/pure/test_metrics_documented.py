@@ -11,6 +11,7 @@ import gateway.metrics
 import gateway.telegram
 import pipeline.metrics
 import stages.aggregator
+import stages.amqp
 import stages.chat
 import stages.embedders
 import stages.image
@@ -25,6 +26,7 @@ MODULES = (
     gateway.telegram,
     pipeline.metrics,
     stages.aggregator,
+    stages.amqp,
     stages.chat,
     stages.embedders,
     stages.image,

@@ -35,6 +35,7 @@ def test_defaults_work_and_are_the_promised_ones() -> None:
 ADDRESSES = {"urls", "qdrant_url", "embeddings_url", "api_url"}
 FITTING = {
     "PENSTOCK_HISTORY__URL": "sqlite:///other",
+    "PENSTOCK_AMQP__URL": "amqp://other",
     "PENSTOCK_IMAGES__URL": "http://other",
     "PENSTOCK_IMAGES__SIZE": "1x1",
 }
@@ -104,6 +105,10 @@ def test_misspelt_name_is_refused_with_the_right_one(wrong: str, meant: str) -> 
         ("MAX_RETRIES", "7", 7),
         ("DATABASE_URL", "postgres://me@there/history", "postgres://me@there/history"),
         ("REDIS_CACHE_TTL", "60", 60.0),
+        ("RABBITMQ_URL", "amqps://me:secret@there/reports", "amqps://me:secret@there/reports"),
+        ("RABBITMQ_REQUEST_QUEUE", "asked", "asked"),
+        ("RABBITMQ_RESPONSE_QUEUE", "answered", "answered"),
+        ("RABBITMQ_PREFETCH_COUNT", "7", 7),
         ("PENSTOCK_API_KEYS", "a:1,b:2", ("a:1", "b:2")),
         ("TELEGRAM_BOT_TOKEN", "1:a", SecretStr("1:a")),
     ],
@@ -113,7 +118,7 @@ def test_names_from_elsewhere_are_honoured(name: str, text: str, value: object) 
     section, field = ALIASES[name]
     assert getattr(getattr(load({name: text}), section), field) == value
     assert load({name: ""}) == Settings()
-    if field not in {"slots", "max_retries", "input_ttl_s"}:
+    if field not in {"slots", "max_retries", "input_ttl_s", "prefetch"}:
         ours = f"{PREFIX}{section.upper()}__{field.upper()}"
         chosen = load({name: text, ours: FITTING.get(ours, "http://other" if field in ADDRESSES else "other")})
         assert getattr(getattr(chosen, section), field) != value
@@ -123,6 +128,25 @@ def test_all_aliases_are_tested() -> None:
     """The table above is complete."""
     marker = test_names_from_elsewhere_are_honoured.pytestmark[0]  # type: ignore[attr-defined]  # pytest adds it
     assert {row[0] for row in marker.args[1]} == set(ALIASES)
+
+
+@pytest.mark.parametrize(
+    "address", ["", "rabbit", "http://rabbit", "amqp://", "amqp://a b", "amqp://me:hidden@rabbit:0", "amqp://[::1"]
+)
+def test_what_is_no_address_of_a_broker_is_refused(address: str) -> None:
+    """Without showing the password that stands in it."""
+    text = complaint({"PENSTOCK_AMQP__URL": address})
+    assert "PENSTOCK_AMQP__URL: no address like amqp://" in text
+    assert "hidden" not in text
+
+
+def test_requests_and_responses_need_two_queues() -> None:
+    """With one for both, responses would be taken for requests; a name that brokers keep for themselves is none."""
+    assert "request_queue and response_queue are the same" in complaint(
+        {"RABBITMQ_REQUEST_QUEUE": "one", "RABBITMQ_RESPONSE_QUEUE": "one"}
+    )
+    for name in ("amq.mine", "x" * 256, "ä" * 128):
+        assert "1 to 255 bytes" in complaint({"RABBITMQ_REQUEST_QUEUE": name})
 
 
 def test_file_is_read_and_the_environment_wins(tmp_path: Path) -> None:

@@ -213,6 +213,31 @@ async def test_a_repeated_request_is_counted_and_not_answered_again(link: Link, 
     assert await link.call("PTTL", keys.REPORT_REQUEST + "r1") > 6 * 86_400_000
 
 
+async def test_where_a_response_is_wanted_is_known_for_as_long_as_the_response(link: Link, settings: Settings) -> None:
+    """Accepted or refused; a repeated request does not change it, and an endless text is not kept."""
+
+    async def ask_by(reply: bytes, request_id: str, **fields: Any) -> None:
+        body = {"request_id": request_id, "user_id": "ann", "inputs": PATIENT} | fields
+        await link.call("XADD", keys.REPORT_REQUESTS, "*", "data", orjson.dumps(body), "reply", reply)
+
+    gate = Gate(good)
+    async with running(settings, Scripted("llm", gate, placed=True)):
+        await ask_by(b"here", "r1")
+        await wait_until(lambda: gate.waiting)
+        known_ms = await link.call("PTTL", keys.REPORT_REPLY + "r1")
+        assert known_ms > (settings.reports.keep_s + settings.lifetimes.report_s - 60) * 1000
+        await ask_by(b"there", "r1")
+        await wait_until(lambda: _repeated(link, 1))
+        gate.open()
+        await ask_by(b"here, too", "r2", inputs=PATIENT | {"age": -3})
+        await ask_by(b"x" * 4097, "r3", inputs=PATIENT | {"age": -3})
+        await answered(link, 3)
+    assert await link.call("GET", keys.REPORT_REPLY + "r1") == b"here"
+    assert await link.call("GET", keys.REPORT_REPLY + "r2") == b"here, too"
+    assert await link.call("PTTL", keys.REPORT_REPLY + "r2") > (settings.reports.keep_s - 60) * 1000
+    assert await link.call("EXISTS", keys.REPORT_REPLY + "r3") == 0
+
+
 async def _repeated(link: Link, wanted: int) -> bool:
     return int(await link.call("HGET", keys.REPORT_COUNTS, "repeated") or 0) == wanted
 

@@ -1,0 +1,1 @@
+"""The bridge to RabbitMQ, on a real one and a real Redis."""
