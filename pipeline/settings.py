@@ -338,6 +338,22 @@ class TelegramSettings(Section):
     poll_s: float = Field(25.0, ge=0, le=50, description="how long one call waits for messages")
 
 
+class DeliveriesSettings(Section):
+    """Deliveries: who carries which type, and how many at once."""
+
+    sms: str = Field("console", pattern=r"^[a-z][a-z0-9_]{0,31}$", description="provider: console, twilio, http")
+    mms: str = Field("console", pattern=r"^[a-z][a-z0-9_]{0,31}$", description="provider: console, twilio, http")
+    email: str = Field("console", pattern=r"^[a-z][a-z0-9_]{0,31}$", description="provider: console, smtp, http")
+    sms_concurrency: int = Field(16, ge=1, le=1024, description="sms in hand of one delivery process")
+    mms_concurrency: int = Field(16, ge=1, le=1024, description="mms in hand of one delivery process")
+    email_concurrency: int = Field(16, ge=1, le=1024, description="emails in hand of one delivery process")
+    public_url: ServiceUrl = Field("", description="where providers reach the gateway, for what they tell of a message")
+    max_attachments: int = Field(10, ge=0, le=100, description="of one message")
+    max_attachment_bytes: int = Field(
+        8 << 20, ge=1024, le=64 << 20, description="of one message's attachments together"
+    )
+
+
 class LogSettings(Section):
     """Log lines on standard output."""
 
@@ -388,6 +404,7 @@ class Settings(Section):
     reports: ReportsSettings = ReportsSettings()
     images: ImagesSettings = ImagesSettings()
     telegram: TelegramSettings = TelegramSettings()
+    deliveries: DeliveriesSettings = DeliveriesSettings()
 
     @property
     def renew_timeout_s(self) -> float:
