@@ -297,7 +297,7 @@ async def is_running(link: Link, job_id: str) -> bool:
     stream, entry = await link.call("HMGET", keys.LIVE + job_id, "stream", "entry")
     if not entry:
         return False
-    group = stream.decode().removeprefix("job:").split("_in")[0]
+    group = keys.stage_of(stream.decode())
     return bool(await link.call("XPENDING", stream, group, entry, entry, 1))
 
 

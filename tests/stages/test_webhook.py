@@ -80,6 +80,7 @@ class Kept(Webhooks):
 class FakeContext:
     webhooks: Kept = field(default_factory=Kept)
     reports: Any = None
+    deliveries: Any = None
     replicas: Any = None
     batches: Any = None
     chats: Any = None
