@@ -22,6 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, get_args
+from urllib.parse import quote
 
 from pipeline.errors import ConfigError
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 Type = Literal["sms", "mms", "email"]
 TYPES: Final[tuple[Type, ...]] = get_args(Type)
+LONGEST_AFTER_S: Final = 3_600.0
+"""Retry-After is obeyed up to an hour: it holds a whole provider, and a slip of a receiver must not do so for a day."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +89,14 @@ class Provider(ABC):
     Attributes:
         name: of its module, in settings, metrics and the history.
         types: what it can carry.
+        calls_back: the receiver tells later what became of a message, at `/api/v1/webhooks/<name>` of the gateway.
         is_idempotent: the receiver takes a message once, however often it is sent under one id.
         per_s: how many messages a second it may be given by all processes together; 0: as many as there are.
     """
 
     name: ClassVar[str]
     types: ClassVar[frozenset[Type]]
+    calls_back: ClassVar[bool] = False
     is_idempotent: ClassVar[bool] = False
     per_s: float = 0.0
 
@@ -131,6 +136,13 @@ def build(name: str, settings: Settings) -> Provider:
         raise ConfigError(f"there is no provider called {name!r}: stages/providers/{name}.py does not exist") from error
     built: Provider = module.build(settings)
     return built
+
+
+def callback_url(provider: Provider, delivery_id: str, public_url: str) -> str | None:
+    """Return where *provider* is to tell what becomes of a delivery; None where it does not, or cannot reach us."""
+    if not (provider.calls_back and public_url):
+        return None
+    return f"{public_url.rstrip('/')}/api/v1/webhooks/{provider.name}?delivery={quote(delivery_id, safe='')}"
 
 
 def chosen(settings: Settings) -> dict[Type, Provider]:
