@@ -13,7 +13,7 @@ does.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pipeline.streams import Entry
 
 AGAIN_S: Final = 1.0
+DELIVERY_FLOWS: Final = frozenset(f"delivery_{kind}" for kind in keys.DELIVERY_STAGES)
 
 Status = Literal[
     "scheduled", "pending", "sending", "unknown", "sent", "undelivered", "failed", "delivered", "cancelled"
@@ -367,6 +368,17 @@ def _asked(order: Order) -> Json:
     asked |= {"attachments": listed} if listed else {}
     asked |= {"scheduled_ms": order.due_ms} if order.due_ms else {}
     return asked | ({"retry_of": order.retry_of} if order.retry_of else {})
+
+
+def told_of(message_id: str, message: Mapping[str, Any]) -> Json:
+    """Return what a webhook tells of a message from outside.
+
+    Args:
+        message: what `flows.ReceivedMessage` holds, and `provider`.
+    """
+    names = ("type", "sender", "recipient", "subject", "body", "media", "provider", "provider_id")
+    told = {name: message.get(name) for name in names}
+    return {"message_id": message_id, "from": told.pop("sender"), "to": told.pop("recipient")} | told
 
 
 def _event_key(source: str, event_id: str) -> str:

@@ -125,17 +125,26 @@ class BatchPayload(Payload):
 
 
 class WebhookPayload(Payload):
-    """News for a receiver outside; what there is to tell is read when it is sent."""
+    """News for a receiver outside; what there is to tell of a batch is read when it is sent."""
 
     url: Annotated[str, StringConstraints(min_length=1, max_length=2_048)]
-    event: Literal["batch.completed", "message.completed"]
+    event: Literal["batch.completed", "message.completed", "message.received"]
     webhook_id: Name = Field(description="by which the receiver knows a repetition: the same in retries and replays")
     queue: Annotated[str, StringConstraints(min_length=1, max_length=300)] = Field(
         description="what follows `queue:` in the key of the queue whose secret signs"
     )
-    batch_id: Name
-    message_id: Name | None = Field(None, description="the one message that `message.completed` tells of")
+    batch_id: Name | None = Field(None, description="whose results are told")
+    message_id: Name | None = Field(
+        None, description="the one message that `message.completed` or `.received` tells of"
+    )
     at_ms: int | None = Field(None, ge=0, description="when it happened; this job's own beginning when absent")
+    data: Json | None = Field(None, description="what `message.received` tells; there is no batch then")
+
+    @model_validator(mode="after")
+    def _tells_something(self) -> Self:
+        if (self.event == "message.received") != (self.data is not None) or (self.batch_id is None) != bool(self.data):
+            raise ValueError("message.received has `data`, the other events a `batch_id`")
+        return self
 
 
 class ChatPayload(Payload):

@@ -55,12 +55,12 @@ DELIVERIES_TOLD = Counter(
     ["stage", "provider", "status"],
 )
 # From a provider that takes it at once to one whose receiver was away for days.
-_DELIVERY_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 300, 1_800, 3_600, 6 * 3_600, 86_400, 3 * 86_400)
+DELIVERY_SPANS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 300, 1_800, 3_600, 6 * 3_600, 86_400, 3 * 86_400)
 DELIVERED_S = Histogram(
     "penstock_delivery_delivered_seconds",
     "From the time when a delivery was due to the provider's word that it arrived",
     ["stage", "provider"],
-    buckets=_DELIVERY_S,
+    buckets=DELIVERY_SPANS_S,
 )
 
 OUTCOMES = (
