@@ -47,7 +47,7 @@ class WebhookStatus(BaseModel):
     status: Literal["pending", "processing", "completed", "failed", "expired", "cancelled"]
     webhook_id: str | None = Field(None, description="the header `webhook-id`, the same in every attempt and replay")
     url: str | None = None
-    event: Literal["batch.completed", "message.completed"] | None = None
+    event: Literal["batch.completed", "message.completed", "message.received"] | None = None
     batch_id: str | None = None
     message_id: str | None = None
     attempts: list[Attempt]

@@ -99,6 +99,7 @@ class Courier(Stage):
         self._is_open = False
         labels = (kind, self._provider.name)
         self._sent, self._sent_s = SENT.labels(*labels), SENT_S.labels(*labels)
+        HOLDS.labels(self._provider.name)  # a counter that begins at 1 shows no increase
 
     async def start(self, context: Context) -> None:
         """Open the provider."""
