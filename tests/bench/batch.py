@@ -9,11 +9,9 @@ import time
 import urllib.request
 from typing import Any, Final
 
-from loadtest.questions import BUILT_IN
-from tests.bench import loads
 from tests.bench.figures import Report, Window, spread
 from tests.bench.processes import Broken, Processes
-from tests.bench.query import start
+from tests.bench.query import ask, start
 from tests.servers import RedisServer
 
 Json = dict[str, Any]
@@ -43,17 +41,9 @@ def run(
     done: list[float] = []
     with RedisServer(appendonly=True) as redis, Processes() as processes:
         url, _ = start(processes, redis, mock_s, 3, slots=slots, more=("aggregator", "recorder"))
-        questions = [{"query": question} for question in BUILT_IN]
-        asking = json.dumps({"urls": [url], "path": "/query", "bodies": questions})
-        offsets = loads.steady(rate, warm + seconds)
 
         def window() -> Window:
-            # A new one each time: the gateway closes connections that were idle while nobody was asking.
-            asker = processes.start("load", "tests.bench.driver", "http", asking, talks=True)
-            asker.line()
-            found = asker.window(do="open", offsets=offsets, warm_s=warm, pids={})
-            processes.end("load")
-            return found
+            return ask(processes, url, rate=rate, seconds=seconds, warm=warm)
 
         for number in range(rounds):
             alone.append(window())

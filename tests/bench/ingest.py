@@ -9,13 +9,11 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from loadtest.questions import BUILT_IN
 from stages.index import EmbeddedIndex
 from stages.vectors import KeywordModel
-from tests.bench import loads
 from tests.bench.figures import Report, Window
 from tests.bench.processes import Broken, Child, Processes
-from tests.bench.query import pieces, start
+from tests.bench.query import ask, pieces, start
 from tests.servers import RedisServer
 
 PIECES: Final = 5  # of which a document is made: about five chunks
@@ -41,17 +39,9 @@ def run(
         chunks = _ingest(processes, url, folders[0])["chunks"]
         took_s = time.monotonic() - began
         seconds = max(LEAST_S, SHARE * took_s)
-        questions = [{"query": question} for question in BUILT_IN]
-        asking = json.dumps({"urls": [url], "path": "/query", "bodies": questions})
-        offsets = loads.steady(rate, warm + seconds)
 
         def window() -> Window:
-            # A new one each time: the gateway closes connections that were idle while nobody was asking.
-            asker = processes.start("load", "tests.bench.driver", "http", asking, talks=True)
-            asker.line()
-            found = asker.window(do="open", offsets=offsets, warm_s=warm, pids={})
-            processes.end("load")
-            return found
+            return ask(processes, url, rate=rate, seconds=seconds, warm=warm)
 
         for number in range(rounds):
             alone.append(window())

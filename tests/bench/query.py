@@ -115,6 +115,20 @@ def start(
     return url, mocks
 
 
+def ask(processes: Processes, url: str, *, rate: float, seconds: float, warm: float) -> Window:
+    """Ask the built-in questions at an even rate, and measure one window, by a process that ends with it.
+
+    By a new one each time: the gateway closes connections that were idle while nobody was asking.
+    """
+    questions = [{"query": question} for question in BUILT_IN]
+    asking = json.dumps({"urls": [url], "path": "/query", "bodies": questions})
+    asker = processes.start("load", "tests.bench.driver", "http", asking, talks=True)
+    asker.line()
+    window = asker.window(do="open", offsets=loads.steady(rate, warm + seconds), warm_s=warm, pids={})
+    processes.end("load")
+    return window
+
+
 async def index(url: str, chunks: int) -> int:
     """Index that many pieces of the docstrings of Python's standard library; return how many chunks they became."""
     limit = asyncio.Semaphore(16)

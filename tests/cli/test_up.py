@@ -32,7 +32,6 @@ PARTS = [
 PATH = (
     "/nonexistent" if os.environ.get("TEST_SERVER") == "valkey" else os.environ["PATH"]
 )  # then the bundled one is used
-pytestmark = pytest.mark.timeout(120)
 
 
 @dataclass

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 from httpx_aiohttp import AiohttpTransport
 
 from tests.cli.conftest import ROOT, clean_environment
@@ -130,7 +129,6 @@ async def composed(folder: Path) -> AsyncIterator[tuple[dict[str, Container], Ne
         yield running, net
 
 
-@pytest.mark.timeout(120)
 async def test_a_question_is_answered_by_what_compose_starts(tmp_path: Path) -> None:
     """Every health check passes, a document goes in, its answer comes out, and everything drains when told to stop."""
     async with composed(tmp_path) as (running, net):

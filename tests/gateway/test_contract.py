@@ -12,8 +12,6 @@ import sys
 import zlib
 from pathlib import Path
 
-import pytest
-
 from gateway.app import create_app, operations
 from gateway.server import Server, listen
 from pipeline.connection import Link
@@ -42,7 +40,6 @@ async def sometimes(job: Job) -> Done:
     return Done(RESULT)
 
 
-@pytest.mark.timeout(240)
 async def test_every_answer_is_one_that_the_description_allows(
     link: Link, front: Front, settings: Settings, tmp_path: Path
 ) -> None:

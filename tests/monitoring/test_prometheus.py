@@ -38,7 +38,6 @@ def system() -> Iterator[System]:
         yield running
 
 
-@pytest.mark.timeout(120)  # it starts a whole system and a Prometheus, and waits for a lease to lapse
 async def test_prometheus_finds_every_process_and_all_rules_and_panels_have_data(
     system: System, prometheus: str, promtool: str
 ) -> None:

@@ -10,14 +10,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import orjson
-import pytest
 
 from tests.conftest import wait_until
 from tests.whole.system import END_S, System, command, environment, outside, penstock
 
 ROOT = Path(__file__).parents[2]
-
-pytestmark = pytest.mark.timeout(120)
 
 
 @contextmanager

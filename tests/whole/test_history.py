@@ -34,7 +34,6 @@ def events(number: int) -> list[Event]:
     ]
 
 
-@pytest.mark.timeout(120)
 async def test_no_record_is_missing_after_kills_and_a_restart_of_the_database(server: PostgresServer) -> None:
     """`kill -9` strikes between commit and acknowledgement as anywhere else; each row is there once, and whole."""
     url = await new_database(server)

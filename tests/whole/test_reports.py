@@ -30,8 +30,6 @@ PATIENT: Json = {
 }
 CANARY = "Zyxwquorn"  # a word that occurs nowhere else
 
-pytestmark = pytest.mark.timeout(180)
-
 
 @pytest.fixture(scope="module")
 def knowing() -> Iterator[System]:
