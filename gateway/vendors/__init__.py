@@ -105,9 +105,11 @@ class Vendor(Protocol):
 
     Attributes:
         name: as in addresses, metrics and records.
+        max_bytes: of a request's body; None: as many as of any other request.
     """
 
     name: str
+    max_bytes: int | None
 
     def verify(self, notice: Notice, now_ms: int) -> None:
         """Make sure that the vendor sent this.

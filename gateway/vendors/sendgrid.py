@@ -52,6 +52,7 @@ class SendGrid:
     """What SendGrid tells, known by any of the keys: each of its webhooks has one of its own."""
 
     name = "sendgrid"
+    max_bytes: int | None = None
 
     def __init__(self, public_keys: Sequence[str], max_age_s: float) -> None:
         """Make the verifier.
@@ -126,7 +127,7 @@ def _key(number: int, text: str) -> EllipticCurvePublicKey:
         key = None
     if not isinstance(key, EllipticCurvePublicKey) or not isinstance(key.curve, SECP256R1):
         raise ConfigError(
-            f"PENSTOCK_INCOMING__SENDGRID_PUBLIC_KEYS: key {number} is no verification key of SendGrid's; "
+            f"PENSTOCK_DELIVERIES__SENDGRID_PUBLIC_KEYS: key {number} is no verification key of SendGrid's; "
             "Settings, Mail Settings, Event Webhooks shows it, and it begins with MFkwEwYH"
         )
     return key

@@ -30,6 +30,9 @@ FORM: Final = b"application/x-www-form-urlencoded"
 SIGNATURE: Final = b"x-twilio-signature"
 BODY_HASH: Final = b"bodySHA256"
 DELIVERY: Final = b"delivery"
+MOST_BYTES: Final = 64 * 1024
+"""A text has 1,600 characters, of at most twelve bytes in a form. Before it is judged a form has to be decoded, and a
+megabyte of that would hold up everybody else for a fifth of a second."""
 MOST_MEDIA: Final = 10
 """Of one message, as Twilio says (`NumMedia`)."""
 
@@ -51,6 +54,7 @@ class Twilio:
     """What Twilio tells, known by any of the account's auth tokens."""
 
     name = "twilio"
+    max_bytes: int | None = MOST_BYTES
 
     def __init__(self, tokens: Sequence[str], address: str) -> None:
         """Make the verifier.

@@ -117,6 +117,19 @@ def test_values_count_as_they_are_and_not_as_they_were_written() -> None:
         twilio.verify(notice(body, sign(TOKEN.encode(), text)), NOW_MS)
 
 
+def test_a_field_that_stands_there_twice_with_one_value_is_signed_once() -> None:
+    """As their libraries do it."""
+    given = notice(SDK_BODY + b"&Digits=1234", b"RSOYDt4T1cUTdK1PDd93/VVr8B8=")
+    Twilio([TOKEN], ADDRESS).verify(given, NOW_MS)
+
+
+def test_a_field_without_a_sign_between_name_and_value_is_none() -> None:
+    """Names and values are joined when they are signed, so that nobody could tell `a&b` from `a=b`."""
+    signature = sign(TOKEN.encode(), ADDRESS.encode() + b"?" + QUERY + b"Sid1ab")
+    Twilio([TOKEN], ADDRESS).verify(notice(b"Sid=1&a=b", signature), NOW_MS)
+    assert refusal(Twilio([TOKEN], ADDRESS), notice(b"Sid=1&a&b", signature)) == "bad_signature"
+
+
 def test_each_of_several_tokens_counts() -> None:
     """While the account's token is changed, Twilio signs with the old one or the new one."""
     given = notice(SDK_BODY, b"RSOYDt4T1cUTdK1PDd93/VVr8B8=")
