@@ -17,7 +17,22 @@ import structlog
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway import chats, discovery, documents, health, jobs, messages, openapi, page, query, queues, reports, webhooks
+from gateway import (
+    chats,
+    deliveries,
+    discovery,
+    documents,
+    health,
+    incoming,
+    jobs,
+    messages,
+    openapi,
+    page,
+    query,
+    queues,
+    reports,
+    webhooks,
+)
 from gateway.auth import Callers, refuse_cross_site
 from gateway.errors import RETRY_SOON_S, BrokenKey, ClientGone, Problem, problem_of
 from gateway.metrics import REFUSALS
@@ -41,7 +56,9 @@ def operations() -> tuple[Operation, ...]:
         *queues.OPERATIONS,
         *chats.OPERATIONS,
         *reports.OPERATIONS,
+        *deliveries.OPERATIONS,
         *webhooks.OPERATIONS,
+        *incoming.OPERATIONS,
         *jobs.OPERATIONS,
         *health.OPERATIONS,
         *discovery.OPERATIONS,
@@ -76,9 +93,10 @@ def create_app(
     """Return the application that serves *front*, and what *records* remember; what streams ends with *stop*.
 
     Raises:
-        ConfigError: the API keys are malformed.
+        ConfigError: the API keys are malformed, or a vendor's key is none.
     """
-    gateway = Gateway(settings, front, Callers(settings.gateway, front), records, stop or asyncio.Event())
+    callers, vendors = Callers(settings.gateway, front), incoming.vendors(settings)
+    gateway = Gateway(settings, front, callers, records, vendors, stop or asyncio.Event())
     return Edge(_router(operations()), gateway)
 
 

@@ -13,6 +13,7 @@ import pipeline.metrics
 import stages.aggregator
 import stages.amqp
 import stages.chat
+import stages.delivery
 import stages.embedders
 import stages.image
 import stages.llm
@@ -28,6 +29,7 @@ MODULES = (
     stages.aggregator,
     stages.amqp,
     stages.chat,
+    stages.delivery,
     stages.embedders,
     stages.image,
     stages.llm,

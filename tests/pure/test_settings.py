@@ -32,14 +32,26 @@ def test_defaults_work_and_are_the_promised_ones() -> None:
     assert settings.lifetimes.message_s == 24 * 3600
 
 
-ADDRESSES = {"urls", "qdrant_url", "embeddings_url", "api_url"}
+ADDRESSES = {"urls", "qdrant_url", "embeddings_url", "api_url", "public_url"}
 FITTING = {
     "PENSTOCK_HISTORY__URL": "sqlite:///other",
     "PENSTOCK_AMQP__URL": "amqp://other",
     "PENSTOCK_IMAGES__URL": "http://other",
     "PENSTOCK_IMAGES__SIZE": "1x1",
+    "PENSTOCK_HTTP_PROVIDER__URL": "http://other",
+    "PENSTOCK_TWILIO__ACCOUNT_SID": "AC" + "0" * 32,
+    "PENSTOCK_TWILIO__API_KEY_SID": "SK" + "0" * 32,
+    "PENSTOCK_TWILIO__API_URL": "https://other",
 }
-NEEDED_BESIDE = {"PENSTOCK_ENCODER__EMBEDDINGS_URL": {"PENSTOCK_ENCODER__EMBEDDINGS_MODEL": "x"}}
+ACCOUNT = {"PENSTOCK_TWILIO__ACCOUNT_SID": "AC" + "0" * 32}
+NEEDED_BESIDE = {
+    "PENSTOCK_ENCODER__EMBEDDINGS_URL": {"PENSTOCK_ENCODER__EMBEDDINGS_MODEL": "x"},
+    "PENSTOCK_SMTP__USERNAME": {"PENSTOCK_SMTP__PASSWORD": "x"},
+    "PENSTOCK_SMTP__PASSWORD": {"PENSTOCK_SMTP__USERNAME": "x"},
+    "PENSTOCK_TWILIO__AUTH_TOKEN": ACCOUNT,
+    "PENSTOCK_TWILIO__API_KEY_SID": {"PENSTOCK_TWILIO__API_KEY_SECRET": "x", **ACCOUNT},
+    "PENSTOCK_TWILIO__API_KEY_SECRET": {"PENSTOCK_TWILIO__API_KEY_SID": "SK" + "0" * 32, **ACCOUNT},
+}
 
 
 @pytest.mark.parametrize("name", names())
@@ -48,7 +60,7 @@ def test_every_setting_is_read_from_its_name(name: str) -> None:
     section, field = name.removeprefix(PREFIX).lower().split("__")
     default = getattr(getattr(Settings(), section), field)
     if isinstance(default, (str, Path, tuple, SecretStr)) or default is None:
-        if field in {"policy", "level", "format"}:
+        if field in {"policy", "level", "format", "tls"}:
             complaint({name: "no such choice"})
         else:
             load({name: FITTING.get(name, "http://x" if field in ADDRESSES else "x")} | NEEDED_BESIDE.get(name, {}))
@@ -109,6 +121,7 @@ def test_misspelt_name_is_refused_with_the_right_one(wrong: str, meant: str) -> 
         ("RABBITMQ_REQUEST_QUEUE", "asked", "asked"),
         ("RABBITMQ_RESPONSE_QUEUE", "answered", "answered"),
         ("RABBITMQ_PREFETCH_COUNT", "7", 7),
+        ("SYNC_MESSAGE_PROCESSING", "true", True),
         ("PENSTOCK_API_KEYS", "a:1,b:2", ("a:1", "b:2")),
         ("TELEGRAM_BOT_TOKEN", "1:a", SecretStr("1:a")),
     ],
@@ -118,7 +131,7 @@ def test_names_from_elsewhere_are_honoured(name: str, text: str, value: object) 
     section, field = ALIASES[name]
     assert getattr(getattr(load({name: text}), section), field) == value
     assert load({name: ""}) == Settings()
-    if field not in {"slots", "max_retries", "input_ttl_s", "prefetch"}:
+    if field not in {"slots", "max_retries", "input_ttl_s", "prefetch", "sync"}:
         ours = f"{PREFIX}{section.upper()}__{field.upper()}"
         chosen = load({name: text, ours: FITTING.get(ours, "http://other" if field in ADDRESSES else "other")})
         assert getattr(getattr(chosen, section), field) != value
@@ -226,7 +239,7 @@ def test_renewal_waits_a_third_of_a_lease_whatever_the_others_wait(reply_s: str,
 def test_secrets_are_not_shown() -> None:
     """Settings end up in logs."""
     settings = load({"OPENAI_API_KEY": "sk-secret", "PENSTOCK_API_KEYS": "acme:very-secret"})
-    assert "secret" not in repr(settings)
+    assert "-secret" not in repr(settings)
 
 
 def test_settings_are_frozen() -> None:
