@@ -48,6 +48,10 @@ migrate *arguments:
 status *arguments:
     {{ python }} -m penstock status {{ arguments }}
 
+# check a running system step by step, and say what to do where something is wrong
+verify *arguments:
+    {{ python }} -m penstock verify {{ arguments }}
+
 # talk to the Redis of `up` (needs redis-cli or valkey-cli)
 redis-cli *arguments:
     @socket=$({{ python }} -c "from pathlib import Path; from pipeline.private_redis import socket_path; print(socket_path(Path('.penstock')))"); \

@@ -339,6 +339,116 @@ def _follow_status(console: Console, every: float, redis_url: str | None, data_d
         asyncio.run(follow(connect, console, every))
 
 
+@app.command()
+def verify(
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="This check and those it needs; repeat it for more.")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="The gateway; else the one of `penstock up`, or http://127.0.0.1:8000.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="GATEWAY_API_KEY", help="Sent as bearer token.")] = None,
+    deliver_to: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Send a message for real: a number (sms) or an email address.")
+    ] = None,
+    deliver_from: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Its sender; the recipient where nobody is named.")
+    ] = None,
+    redis_url: RedisUrl = None,
+    data_dir: DataDir = DATA_DIR,
+    json: AsJson = False,
+) -> None:
+    """Check a running system step by step: its parts, then its work. What it makes is removed at the end.
+
+    Exit code 0: nothing failed; 1: something did, with what to do; 2: wrong settings or wrong use.
+    """
+    import asyncio
+
+    from gateway.client import Unusable
+    from gateway.verify import as_json, choose, shower, summary
+    from pipeline.status import make_console
+
+    def show(_verdict: object) -> None:
+        """Say nothing: scripts get everything at the end."""
+
+    from gateway.checks import CHECKS
+    from gateway.trials import TRIALS
+
+    try:
+        chosen = choose([*CHECKS, *TRIALS], only or ())
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--only") from None
+    console = make_console()
+    began_s = time.monotonic()
+    try:
+        verdicts = asyncio.run(
+            _verify(
+                chosen,
+                *((show,) if json else shower(console)),
+                url=url,
+                api_key=api_key,
+                deliver=(deliver_to, deliver_from),
+                settings=_settings(_redis_override(redis_url, data_dir)),
+                data_dir=data_dir,
+            )
+        )
+    except Unusable as error:
+        sys.stderr.write(f"penstock: {error}\n")
+        raise typer.Exit(2) from None
+    took_s = time.monotonic() - began_s
+    if json:
+        _print_json(as_json(verdicts, took_s))
+    else:
+        console.print(summary(verdicts, took_s, console.width), soft_wrap=True)
+    raise typer.Exit(int(any(verdict.word == "FAIL" for verdict in verdicts)))
+
+
+async def _verify(
+    chosen: list[Any],
+    *watchers: Any,
+    url: str | None,
+    api_key: str | None,
+    deliver: tuple[str | None, str | None],
+    settings: Settings,
+    data_dir: Path,
+) -> Any:
+    from functools import partial
+
+    from gateway.checks import Site, stuck
+    from gateway.client import Client
+    from gateway.trials import CLEAN_UP
+    from gateway.verify import verify as run
+    from pipeline import local
+    from pipeline.connection import Link
+    from pipeline.status import ANSWER_S
+
+    own = local.running(data_dir)
+    keys = settings.gateway.api_keys
+    api_key = api_key or (keys[0].partition(":")[2] if keys else None)
+    database_url = settings.history.url if "url" in settings.history.model_fields_set else None
+    link = Link(settings.redis.model_copy(update={"reply_timeout_s": ANSWER_S}), "penstock")
+    try:
+        async with Client(url or (own or {}).get("url", GATEWAY_URL), api_key) as client:
+            site = Site(
+                client,
+                link,
+                settings,
+                redis_name=_without_password(settings.redis.url),
+                database_url=database_url or (_history_in(data_dir) if own else None),
+                has_key=api_key is not None,
+                deliver_to=deliver[0],
+                deliver_from=deliver[1],
+            )
+            return await run(chosen, CLEAN_UP, site, partial(stuck, site), *watchers)
+    finally:
+        await link.close()
+
+
+def _without_password(url: str) -> str:
+    scheme, colon, rest = url.partition("://")
+    return f"{scheme}{colon}{rest.rpartition('@')[2]}"
+
+
 Names = Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Ids of letters.")]
 All = Annotated[bool, typer.Option("--all", help="Every dead letter there is now.")]
 EVERY = 1_000_000  # letters: more than any setting keeps

@@ -1,6 +1,7 @@
 """A gateway as a command line sees it: sends requests, obeys Retry-After, waits for jobs.
 
-Used by `penstock ingest` and by the first steps of `penstock up`. Knows HTTP only: the gateway may be anywhere.
+Used by `penstock ingest`, `penstock verify` and the first steps of `penstock up`. Knows HTTP only: the gateway may be
+anywhere.
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
 import httpx
+import orjson
 from httpx_aiohttp import AiohttpTransport
 
 from pipeline.settings import service_url
@@ -35,17 +37,19 @@ class GatewayUnreachable(Exception):
 
 
 class GatewayRefused(Exception):
-    """The gateway says no, and would say so again.
+    """The gateway says no.
 
     Attributes:
         status: HTTP status.
         code: the error's `code`, for programs.
+        headers: of the answer.
     """
 
-    def __init__(self, status: int, code: str, message: str) -> None:
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
+        self.headers = headers or {}
 
 
 def decide_wait_s(status: int, headers: Mapping[str, str], failures: int) -> float | None:
@@ -127,29 +131,70 @@ class Client:
             GatewayUnreachable: it stayed away, or overloaded, for longer than our patience.
             GatewayRefused: any status from 400 up that is not "later"; an answer that is no gateway's.
         """
-        timeout = httpx.Timeout(timeout_s, connect=5.0)
         give_up_s = time.monotonic() + self._patience_s
         failures = 0
         while True:
             try:
-                response = await self._http.request(method, path, json=body, timeout=timeout)
-            except httpx.HTTPError as error:
-                reason = f"no answer from {self.url}: {error or type(error).__name__}"
+                return await self.send_once(method, path, body, timeout_s=timeout_s)
+            except GatewayUnreachable as error:
+                reason = str(error)
                 after_s = min(RETRY_BASE_S * 2.0 ** min(failures, 10), RETRY_CAP_S)
-            else:
-                if response.status_code < 400:
-                    _check_is_ours(response)
-                    return response
-                refusal = _refusal(response)
-                later_s = decide_wait_s(response.status_code, response.headers, failures)
+            except GatewayRefused as refusal:
+                later_s = decide_wait_s(refusal.status, refusal.headers, failures)
                 if later_s is None:
-                    raise refusal
+                    raise
                 after_s, reason = later_s, str(refusal)
             failures += 1
             if time.monotonic() + after_s > give_up_s:
                 raise GatewayUnreachable(reason)
             self._on_wait(reason)
             await asyncio.sleep(after_s)
+
+    async def send_once(
+        self, method: str, path: str, body: Json | None = None, *, timeout_s: float = 30.0
+    ) -> httpx.Response:
+        """Send one request, whatever becomes of it.
+
+        Raises:
+            GatewayUnreachable: there was no answer.
+            GatewayRefused: any status from 400 up, "later" too; an answer that is no gateway's.
+        """
+        timeout = httpx.Timeout(timeout_s, connect=5.0)
+        try:
+            response = await self._http.request(method, path, json=body, timeout=timeout)
+        except httpx.HTTPError as error:
+            raise GatewayUnreachable(f"no answer from {self.url}: {error or type(error).__name__}") from error
+        if response.status_code >= 400:
+            raise _refusal(response)
+        _check_is_ours(response)
+        return response
+
+    async def events(self, path: str, *, silence_s: float = 60.0) -> AsyncGenerator[tuple[str, Json], None]:
+        """Yield what is told at *path* as server-sent events, kind and data, until the caller has heard enough.
+
+        Args:
+            silence_s: the longest time without a word; gateways say one every few seconds.
+
+        Raises:
+            GatewayUnreachable: nothing comes (any more).
+            GatewayRefused: as for `send_once`.
+        """
+        timeout = httpx.Timeout(silence_s, connect=5.0)
+        try:
+            async with self._http.stream("GET", path, timeout=timeout) as response:
+                if response.status_code >= 400:
+                    await response.aread()
+                    raise _refusal(response)
+                kind = ""
+                async for line in response.aiter_lines():
+                    name, _, value = line.partition(": ")
+                    if name == "event":
+                        kind = value
+                    elif name == "data":
+                        yield kind, orjson.loads(value)
+        except (httpx.HTTPError, ValueError) as error:
+            raise GatewayUnreachable(f"{self.url} tells no events: {error or type(error).__name__}") from error
+        raise GatewayUnreachable(f"{self.url} has ended its events")
 
     async def check(self) -> None:
         """Make sure that somebody answers, overloaded or not, so that a wrong address is known at once.
@@ -248,8 +293,7 @@ def _refusal(response: httpx.Response) -> GatewayRefused:
     try:
         error = response.json()["error"]
         param = f"{error['param']}: " if error.get("param") else ""
-        return GatewayRefused(response.status_code, str(error.get("code")), f"{param}{error['message']}")
+        code, message = str(error.get("code")), f"{param}{error['message']}"
     except (ValueError, KeyError, TypeError):
-        return GatewayRefused(
-            response.status_code, "http", f"HTTP {response.status_code}, not in the words of Penstock"
-        )
+        code, message = "http", f"HTTP {response.status_code}, not in the words of Penstock"
+    return GatewayRefused(response.status_code, code, message, response.headers)

@@ -293,6 +293,30 @@ async def test_no_database_is_said_without_its_password(url: str) -> None:
     await records.close()
 
 
+async def test_what_one_tenant_forgets_is_gone_and_nothing_else(records: Records) -> None:
+    """A batch goes with its messages and its webhooks, a chat with its turns, a delivery; others' stay."""
+    told = {"webhook_id": "w", "batch_id": "b1", "url": "https://example.com/hook", "event": "batch.completed"}
+    turn = {"seq": 1, "role": "user", "text": "hello", "at_ms": 1_000}
+
+    def all_of(tenant: str, batch_id: str, chat_id: str) -> list[Event]:
+        rows = [[f"{tenant}{chat_id}", turn | {"chat_id": chat_id}]]
+        return [
+            asked(f"m-{tenant}-{batch_id}", tenant, batch_id=batch_id),
+            Event("batch", batch_id, tenant, 0, 1_000, {"queue_id": "q1", "request_count": 1, "created_ms": 1_000}),
+            Event("webhook", f"msg_{batch_id}", tenant, 0, 1_000, told | {"batch_id": batch_id}),
+            Event("chat", chat_id, tenant, 1, 1_000, {"epoch": 1, "rows": rows}),
+            Event("delivery", f"d{batch_id}", tenant, 0, 1_000, {"type": "sms", "status": "pending"}),
+        ]
+
+    others = [*all_of("ann", "b2", "c2"), *all_of("ben", "b1", "c1")]
+    await records.apply(others)
+    before = await everything(records)
+    await records.apply(all_of("ann", "b1", "c1"))
+    assert await records.forget("ann", batches=["b1", "none"], chats=["c1"], deliveries=["db1"]) == 6
+    assert await everything(records) == before
+    assert await records.forget("ann", batches=["b1"], chats=["c1"]) == 0
+
+
 # --- reading ------------------------------------------------------------------------------------
 
 

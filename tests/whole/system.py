@@ -79,6 +79,11 @@ def command(*arguments: str) -> list[str]:
 
 async def penstock(*arguments: str, **environ: str) -> tuple[int, str, str]:
     """Run a command to its end; return its exit code and what it said on both streams."""
+    return await penstock_within(END_S, *arguments, **environ)
+
+
+async def penstock_within(within_s: float, /, *arguments: str, **environ: str) -> tuple[int, str, str]:
+    """Run a command that may take longer."""
     process = await asyncio.create_subprocess_exec(
         *command(*arguments),
         cwd="/",
@@ -88,7 +93,7 @@ async def penstock(*arguments: str, **environ: str) -> tuple[int, str, str]:
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        async with asyncio.timeout(END_S):
+        async with asyncio.timeout(within_s):
             out, err = await process.communicate()
     finally:
         if process.returncode is None:
