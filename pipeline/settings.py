@@ -450,6 +450,9 @@ class SmtpSettings(Section):
     connect_timeout_s: float = Field(10.0, gt=0, le=600, description="until the connection stands, and until TLS does")
     timeout_s: float = Field(30.0, gt=0, le=600, description="for one answer before the message was given over")
     accept_timeout_s: float = Field(120.0, gt=0, le=600, description="for the answer to a whole message")
+    deferred_s: float = Field(
+        300.0, ge=0, le=86_400, description="before a server that said 4xx is asked again, at least: greylisting"
+    )
     per_s: float = Field(0.0, ge=0, le=100_000, description="emails a second of all processes together; 0: no limit")
 
     @model_validator(mode="after")

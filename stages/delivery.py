@@ -167,6 +167,8 @@ class Courier(Stage):
             self._count(error.code if isinstance(error, (Reject, RetryLater)) else "error")
             if isinstance(error, RetryLater) and not error.charged and error.after_s is not None:
                 await self._hold(error.after_s)
+            if not isinstance(error, PenstockError) and not provider.is_idempotent:
+                raise InDoubt(f"the provider {provider.name} broke down over it: {type(error).__name__}") from None
             raise
 
     async def _hold(self, after_s: float) -> None:

@@ -10,6 +10,8 @@ neither Redis nor the status of a delivery. What it owes is the truth about each
 - **perhaps taken**: `InDoubt`, where the receiver may have had the whole message and nobody heard its answer. Sent
   again it might arrive twice, so this is never said of what certainly was not taken.
 
+Anything else that it raises is a slip of its own, and counts as a doubt: nobody knows how far it had come.
+
 A provider whose receiver knows a message by its id (`is_idempotent`) has no doubts: it asks for a retry.
 
 Errors, logs and `repr()` show no text, number or address of a message, and no password.

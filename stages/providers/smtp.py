@@ -8,7 +8,7 @@ has gone and no answer can be read, nobody knows, and that is `InDoubt`.
     no connection, none in time                     unreachable            tried again, no attempt is charged
     hung up, no answer in time, no SMTP             connection_lost, timeout, bad_answer        tried again
     no STARTTLS, no AUTH, a certificate not trusted tls, unauthorized                           tried again
-    4xx                                             deferred                                    tried again
+    4xx                                             deferred                   tried again after some minutes
     5xx to AUTH; 530                                unauthorized           for good, as all below
     5.7.x (policy: relaying, spam)                  refused
     552, 5.3.4; at RCPT 552, 5.2.2                  too_large; mailbox_full
@@ -144,7 +144,7 @@ class Smtp(Provider):
             await self._give(protocol, mail.content)
             return Sent(await self._finish(protocol, mail.message_id))
         except (aiosmtplib.SMTPException, OSError) as error:
-            raise read_error(error) from None
+            raise read_error(error, self._settings.deferred_s) from None
         finally:
             _leave(client)
 
@@ -331,13 +331,13 @@ def _options(client: aiosmtplib.SMTP, mail: Mail) -> list[str]:
 # --- What went wrong -----------------------------------------------------------------------------
 
 
-def read_error(error: Exception) -> PenstockError:
-    """Return what an error means that came before the dot, or an answer to it."""
+def read_error(error: Exception, deferred_s: float) -> PenstockError:
+    """Return what an error means that came before the dot, or an answer to it; *deferred_s*: the patience after 4xx."""
     match error:
         case ssl.SSLError() | aiosmtplib.SMTPConnectError(__cause__=ssl.SSLError()):
             return RetryLater("no trusted connection to the mail server: its certificate, or its TLS", code="tls")
         case aiosmtplib.SMTPResponseException():
-            return _read_answer(error)
+            return _read_answer(error, deferred_s)
         case aiosmtplib.SMTPConnectError():
             return RetryLater("the mail server takes no connection", code="unreachable", charged=False)
         case TimeoutError():
@@ -345,13 +345,13 @@ def read_error(error: Exception) -> PenstockError:
     return RetryLater("the mail server hung up before it had the whole email", code="connection_lost")
 
 
-def _read_answer(error: aiosmtplib.SMTPResponseException) -> PenstockError:
+def _read_answer(error: aiosmtplib.SMTPResponseException, deferred_s: float) -> PenstockError:
     """Judge an answer by its number, its RFC 3463 code where it has one, and what it answers."""
     found = _ENHANCED.match(error.message)
     enhanced = found[0] if found else ""
     words = "the mail server answered " + f"{error.code} {enhanced}".strip()
     if 400 <= error.code < 500:
-        return RetryLater(words, code="deferred")
+        return RetryLater(words, code="deferred", after_s=deferred_s)
     if not 500 <= error.code < 600:
         return RetryLater("what the mail server answered is not SMTP", code="bad_answer")
     is_recipient = isinstance(error, aiosmtplib.SMTPRecipientRefused)

@@ -94,6 +94,7 @@ class Receivers:
             "PENSTOCK_SMTP__HOST": "127.0.0.1",
             "PENSTOCK_SMTP__PORT": f"{self._ports['smtp']}",
             "PENSTOCK_SMTP__TLS": "none",
+            "PENSTOCK_SMTP__DEFERRED_S": "0.5",
         }
 
     @asynccontextmanager

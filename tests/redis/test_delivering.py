@@ -216,7 +216,7 @@ async def test_a_drain_that_stops_a_hand_over_leaves_the_doubt(front: Front, set
         (Reject("no such number +15005550009", code="invalid_recipient"), "failed", "invalid_recipient", None),
         (InDoubt("the connection broke"), "unknown", "outcome_unknown", None),
         (RetryLater("the provider is ill", code="bad_status"), "failed", "bad_status", "attempts_exhausted"),
-        (RuntimeError("it says +15005550009"), "failed", "handler_error", "attempts_exhausted"),
+        (RuntimeError("it says +15005550009"), "unknown", "outcome_unknown", None),
     ],
 )
 async def test_a_failure_ends_as_its_kind_says(
@@ -241,7 +241,7 @@ async def test_a_failure_ends_as_its_kind_says(
 
 async def test_a_failure_that_passes_is_tried_again(front: Front, settings: Settings) -> None:
     """It stays `sending` meanwhile, and each try is counted."""
-    provider = Scripted(RetryLater("ill", code="bad_status"), OSError("broken"))
+    provider = Scripted(RetryLater("ill", code="bad_status"), RetryLater("away", code="unreachable"))
     async with working(settings, [courier(settings, provider)]):
         found = await until(front.deliveries, (await accept(front)).id, "sent")
     assert (statuses(found), found.attempts) == (["pending", "sending", "sent"], 3)
