@@ -22,7 +22,8 @@ PATIENCE_S = 30.0
 STAGES = ("encoder", "retriever", "llm", "aggregator", "webhook", "chat", "image", "report+requests", "recorder")
 KINDS = {("gateway", ""), *(("stage", stage) for stage in STAGES)}
 LABELS = {
-    "connection", "ended", "le", "outcome", "priority", "reason", "record", "replica", "stage", "state", "status", "to",
+    "connection", "ended", "le", "outcome", "part", "priority", "reason", "record", "replica", "stage", "state",
+    "status", "to",
     "generation", "implementation", "major", "minor", "patchlevel", "version",  # of Python itself
 }  # fmt: skip
 
