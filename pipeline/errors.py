@@ -54,6 +54,13 @@ class Reject(PenstockError):
         self.code = code
 
 
+class InDoubt(Reject):
+    """A message may have gone out, and nobody can say: it is never sent again by itself; an operator decides."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message, code="outcome_unknown")
+
+
 class WrongField(PenstockError):
     """A field of a request is missing, or holds what it cannot hold.
 

@@ -8,6 +8,7 @@ Unknown names are refused, misspelt environment variables included, and every wr
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -338,6 +339,104 @@ class TelegramSettings(Section):
     poll_s: float = Field(25.0, ge=0, le=50, description="how long one call waits for messages")
 
 
+class DeliveriesSettings(Section):
+    """Deliveries: who carries which type, and how many at once."""
+
+    sms: str = Field("console", pattern=r"^[a-z][a-z0-9_]{0,31}$", description="provider: console, twilio, http")
+    mms: str = Field("console", pattern=r"^[a-z][a-z0-9_]{0,31}$", description="provider: console, twilio, http")
+    email: str = Field("console", pattern=r"^[a-z][a-z0-9_]{0,31}$", description="provider: console, smtp, http")
+    sms_concurrency: int = Field(16, ge=1, le=1024, description="sms in hand of one delivery process")
+    mms_concurrency: int = Field(16, ge=1, le=1024, description="mms in hand of one delivery process")
+    email_concurrency: int = Field(16, ge=1, le=1024, description="emails in hand of one delivery process")
+    public_url: ServiceUrl = Field("", description="where providers reach the gateway, for what they tell of a message")
+    max_attachments: int = Field(10, ge=0, le=100, description="of one message")
+    max_attachment_bytes: int = Field(
+        8 << 20, ge=1024, le=64 << 20, description="of one message's attachments together"
+    )
+
+
+class SmtpSettings(Section):
+    """The mail server that the provider `smtp` hands emails to."""
+
+    host: str = Field("", pattern=r"^[A-Za-z0-9._:-]{0,253}$", description="name or address of the server")
+    port: int = Field(0, ge=0, le=65_535, description="0: 465 for tls, else 587")
+    tls: Literal["starttls", "tls", "none"] = Field(
+        "starttls", description="one of the first two is always used, or no"
+    )
+    username: str = Field("", max_length=256)
+    password: SecretStr | None = None
+    message_id_host: str = Field(
+        "", pattern=r"^[A-Za-z0-9.-]{0,253}$", description="behind the @ of a Message-ID; empty: the sender's domain"
+    )
+    connect_timeout_s: float = Field(10.0, gt=0, le=600, description="until the connection stands, and until TLS does")
+    timeout_s: float = Field(30.0, gt=0, le=600, description="for one answer before the message was given over")
+    accept_timeout_s: float = Field(120.0, gt=0, le=600, description="for the answer to a whole message")
+    per_s: float = Field(0.0, ge=0, le=100_000, description="emails a second of all processes together; 0: no limit")
+
+    @model_validator(mode="after")
+    def _password_is_complete_and_stays_secret(self) -> Self:
+        if bool(self.username) != (self.password is not None):
+            raise ValueError("username and password belong together: one of them is set without the other")
+        if self.password is not None and self.tls == "none" and not _is_here(self.host):
+            raise ValueError(
+                f"tls is none, but {self.host} is not this machine: the password would be there to be read"
+            )
+        return self
+
+
+class TwilioSettings(Section):
+    """The Twilio account that the provider `twilio` sends sms and mms by."""
+
+    account_sid: str = Field("", pattern=r"^(AC[0-9a-fA-F]{32})?$", description="of the account, from the console")
+    auth_token: SecretStr | None = Field(None, description="of the account; it also signs what Twilio tells us")
+    api_key_sid: str = Field("", pattern=r"^(SK[0-9a-fA-F]{32})?$", description="of an API key, used to send if set")
+    api_key_secret: SecretStr | None = None
+    api_url: ServiceUrl = Field("https://api.twilio.com", description="or that of another region, or of a test")
+    connect_timeout_s: float = Field(5.0, gt=0, le=60)
+    timeout_s: float = Field(30.0, gt=0, le=600, description="for the answer, once the connection stands")
+    per_s: float = Field(0.0, ge=0, le=100_000, description="messages a second of all processes together; 0: no limit")
+
+    @model_validator(mode="after")
+    def _secrets_are_complete_and_stay_secret(self) -> Self:
+        if bool(self.api_key_sid) != (self.api_key_secret is not None):
+            raise ValueError("api_key_sid and api_key_secret belong together: one of them is set without the other")
+        if (self.auth_token or self.api_key_secret) and not self.account_sid:
+            raise ValueError("account_sid is missing: it names the account also where an API key is used")
+        if not self.api_url:
+            raise ValueError("api_url is empty: leave it out for Twilio's own")
+        _stays_secret("api_url", self.api_url, self.auth_token or self.api_key_secret)
+        return self
+
+
+class HttpProviderSettings(Section):
+    """A gateway of one's own that the provider `http` posts deliveries to, as JSON, each under its Idempotency-Key."""
+
+    url: ServiceUrl = Field("", description="address that is posted to")
+    api_key: SecretStr | None = Field(None, description="sent as bearer token")
+    connect_timeout_s: float = Field(5.0, gt=0, le=60)
+    timeout_s: float = Field(30.0, gt=0, le=600, description="for the answer, once the connection stands")
+    per_s: float = Field(
+        0.0, ge=0, le=100_000, description="deliveries a second of all processes together; 0: no limit"
+    )
+
+    @model_validator(mode="after")
+    def _key_stays_secret(self) -> Self:
+        _stays_secret("url", self.url, self.api_key)
+        return self
+
+
+def _is_here(host: str) -> bool:
+    return host in {"localhost", "::1"} or re.fullmatch(r"127\.[0-9.]+", host) is not None
+
+
+def _stays_secret(name: str, url: str, secret: SecretStr | None) -> None:
+    parts = urlsplit(url)
+    if secret is not None and parts.scheme == "http" and not _is_here(parts.hostname or ""):
+        raise ValueError(
+            f"{name} is no https address, and not this machine's: what is secret would be there to be read"
+        )
+
+
 class LogSettings(Section):
     """Log lines on standard output."""
 
@@ -388,6 +487,10 @@ class Settings(Section):
     reports: ReportsSettings = ReportsSettings()
     images: ImagesSettings = ImagesSettings()
     telegram: TelegramSettings = TelegramSettings()
+    deliveries: DeliveriesSettings = DeliveriesSettings()
+    smtp: SmtpSettings = SmtpSettings()
+    twilio: TwilioSettings = TwilioSettings()
+    http_provider: HttpProviderSettings = HttpProviderSettings()
 
     @property
     def renew_timeout_s(self) -> float:

@@ -102,18 +102,33 @@ class Pool:
         self._max_answer_bytes = max_answer_bytes
         self._open: set[_Connection] = set()
 
-    async def post(self, target: Target, request_id: str, body: bytes, *, fresh: bool = False) -> Response:
+    async def post(
+        self,
+        target: Target,
+        request_id: str,
+        body: bytes,
+        *,
+        fresh: bool = False,
+        headers: Mapping[str, str] | None = None,
+    ) -> Response:
         """Send *body* and return the whole answer.
 
         Args:
             fresh: over a new connection.
+            headers: of this call only.
         Raises:
             Unreachable, HungUp, BrokenAnswer: none came.
         """
         connection = None if fresh else self._take(target)
         if connection is None:
             connection = await self._connect(target)
-        head = b"%b\r\nx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (target.head, request_id.encode(), len(body))
+        own = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items()).encode("ascii")
+        head = b"%b\r\nx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n" % (
+            target.head,
+            request_id.encode(),
+            own,
+            len(body),
+        )
         response = await connection.exchange(head + body)
         if connection.is_usable:
             connection.rest(target.idle, self._keep_alive_s)

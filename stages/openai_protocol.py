@@ -183,8 +183,8 @@ def is_loading(body: bytes) -> bool:
     return _BUSY.search(_read_complaint(_parse(body), body).words) is not None
 
 
-def retry_after_s(value: str | None, date: str | None = None) -> float | None:
-    """Return the wait that a Retry-After header asks for, in seconds, at most `MAX_RETRY_AFTER_S`.
+def retry_after_s(value: str | None, date: str | None = None, *, most_s: float = MAX_RETRY_AFTER_S) -> float | None:
+    """Return the wait that a Retry-After header asks for, in seconds, at most *most_s*.
 
     Args:
         value: seconds or an HTTP date; None and anything else mean that no wait was asked for.
@@ -194,11 +194,11 @@ def retry_after_s(value: str | None, date: str | None = None) -> float | None:
     if value is None:
         return None
     if _SECONDS.fullmatch(value.strip()):
-        return min(float(value), MAX_RETRY_AFTER_S)
+        return min(float(value), most_s)
     until, now = _parse_date(value), _parse_date(date)
     if until is None or now is None:
         return None
-    return min(max(0.0, (until - now).total_seconds()), MAX_RETRY_AFTER_S)
+    return min(max(0.0, (until - now).total_seconds()), most_s)
 
 
 def shorten(text: str) -> str:
