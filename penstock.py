@@ -128,7 +128,7 @@ def stage(
         list[str],
         typer.Argument(
             metavar="NAME...",
-            help="encoder, retriever, llm, aggregator, webhook, chat, image, report, recorder",
+            help="encoder, retriever, llm, aggregator, webhook, chat, image, report, delivery, recorder",
         ),
     ],
 ) -> None:

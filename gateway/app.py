@@ -17,7 +17,21 @@ import structlog
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway import chats, discovery, documents, health, jobs, messages, openapi, page, query, queues, reports, webhooks
+from gateway import (
+    chats,
+    deliveries,
+    discovery,
+    documents,
+    health,
+    jobs,
+    messages,
+    openapi,
+    page,
+    query,
+    queues,
+    reports,
+    webhooks,
+)
 from gateway.auth import Callers, refuse_cross_site
 from gateway.errors import RETRY_SOON_S, BrokenKey, ClientGone, Problem, problem_of
 from gateway.metrics import REFUSALS
@@ -41,6 +55,7 @@ def operations() -> tuple[Operation, ...]:
         *queues.OPERATIONS,
         *chats.OPERATIONS,
         *reports.OPERATIONS,
+        *deliveries.OPERATIONS,
         *webhooks.OPERATIONS,
         *jobs.OPERATIONS,
         *health.OPERATIONS,

@@ -161,6 +161,26 @@ class Records(Protocol):
     ) -> tuple[list[Json], str | None]:
         """Return a page of the reports about a person, and the cursor of the next one."""
 
+    async def delivery(self, tenant: str, delivery_id: str) -> Json | None:
+        """Return what is remembered of a delivery, None where nothing is."""
+
+    async def deliveries(
+        self,
+        tenant: str,
+        *,
+        type: str | None = None,  # noqa: A002 - the column is called so
+        status: str | None = None,
+        recipient: str | None = None,
+        since_ms: int | None = None,
+        until_ms: int | None = None,
+        after: str | None = None,
+        limit: int = 50,
+    ) -> tuple[list[Json], str | None]:
+        """Return a page of deliveries, and the cursor of the next one."""
+
+    async def incoming(self, tenant: str, incoming_id: str) -> Json | None:
+        """Return what is remembered of a message from outside, None where nothing is."""
+
     async def has_erased(self, tenant: str, epoch: str) -> bool:
         """Say whether an erasure was done."""
 

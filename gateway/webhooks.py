@@ -17,6 +17,7 @@ from gateway.jobs import JobError
 from gateway.operation import Answer, Call, Operation, Parameter, answer
 from pipeline.addresses import BadUrl, read_url
 from pipeline.connection import CommandRefused
+from pipeline.deliveries import told_of
 from pipeline.errors import MalformedEntry
 from pipeline.flows import Name, WebhookPayload
 from pipeline.front import Standing
@@ -46,7 +47,7 @@ class WebhookStatus(BaseModel):
     status: Literal["pending", "processing", "completed", "failed", "expired", "cancelled"]
     webhook_id: str | None = Field(None, description="the header `webhook-id`, the same in every attempt and replay")
     url: str | None = None
-    event: Literal["batch.completed", "message.completed"] | None = None
+    event: Literal["batch.completed", "message.completed", "message.received"] | None = None
     batch_id: str | None = None
     message_id: str | None = None
     attempts: list[Attempt]
@@ -127,9 +128,8 @@ async def replay(call: Call) -> Answer:
         message = "it is still on its way; `POST /jobs/{id}/cancel` ends it, then it can be replayed"
         raise Problem(409, "webhook_pending", message, job_id=webhook_id)
     try:
-        payload = WebhookPayload.model_validate(
-            {name: found.told[name] for name in WebhookPayload.model_fields if name in found.told}
-        )
+        told = {name: found.told[name] for name in WebhookPayload.model_fields if name in found.told}
+        payload = WebhookPayload.model_validate(told | await _received(call, found))
     except ValidationError:
         raise _not_found(webhook_id) from None  # it ended before it was begun, and history has not heard of it yet
     check_url(call, payload.url, param="url")
@@ -137,6 +137,14 @@ async def replay(call: Call) -> Answer:
     job.retry_of = webhook_id
     accepted = await call.submit(job, wait=False)
     return answer({"id": accepted.job_id, "retry_of": webhook_id}, 202)
+
+
+async def _received(call: Call, found: Found) -> Json:
+    """Return what a webhook about a message from outside tells, which history has; nothing of any other webhook."""
+    if found.told.get("event") != "message.received":
+        return {}
+    row = await call.history.incoming(call.tenant, found.told["message_id"])
+    return {} if row is None else {"data": told_of(row["incoming_id"], row)}
 
 
 def check_url(call: Call, text: str, *, param: str) -> None:

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 
 from pipeline import flows, keys, scripts
-from pipeline.batches import MESSAGE_FLOWS, Batches, Order, order_again
+from pipeline.batches import MESSAGE_FLOWS, Batches, order_again
+from pipeline.batches import Order as Batch
 from pipeline.clock import Clock, monotonic_us
+from pipeline.deliveries import DELIVERY_FLOWS, Deliveries, Order
 from pipeline.errors import MalformedEntry, Reject
+from pipeline.front import Idempotency
 from pipeline.job import OURS, Job, decode, decode_foreign, new_id
 
 if TYPE_CHECKING:
@@ -89,17 +92,20 @@ class DeadLetters:
         """Start the letter's job again from the beginning of its route, under a new id; return that id.
 
         The old outcome stands. The new job names the old one in `retry_of`. A message becomes a message again, in a
-        batch of its own, as when its sender repeats it. An event of the history is put back to be written, and keeps
-        its record's id.
+        batch of its own, as when its sender repeats it; a delivery becomes another delivery, due now. An event of the
+        history is put back to be written, and keeps its record's id.
 
         Raises:
-            Reject: no such letter (`unknown_letter`), or nothing in it that could be run (`not_a_job`).
-            Overloaded: it is a message, and too much is unfinished.
+            Reject: no such letter (`unknown_letter`), nothing in it that could be run (`not_a_job`), or a delivery that
+                Redis keeps no longer (`content_gone`).
+            Overloaded: it is a message or a delivery, and too much is unfinished.
         """
         letter = await self.show(letter_id)
         if letter.stream == keys.EVENTS:
             return await self._recall(letter)
         job = self._again(letter, now_ms)
+        if job.flow in DELIVERY_FLOWS:
+            return await self._deliver(letter, job, now_ms)
         if (order := await self._order(job)) is not None:
             return await self._send(letter, order, now_ms)
         stage, tail = job.launch()
@@ -109,7 +115,7 @@ class DeadLetters:
             raise _unknown(letter_id)
         return job.id
 
-    async def _order(self, job: Job) -> Order | None:
+    async def _order(self, job: Job) -> Batch | None:
         """Return what its sender would send to repeat a message; None of any other job, and where its batch is gone."""
         if job.flow not in MESSAGE_FLOWS:
             return None
@@ -120,17 +126,32 @@ class DeadLetters:
             return None
         return order_again(job, queue_id.decode(), orjson.loads(told or b"{}"))
 
-    async def _send(self, letter: Letter, order: Order, now_ms: int) -> str:
+    async def _send(self, letter: Letter, order: Batch, now_ms: int) -> str:
         """Accept the message, once however often it is tried, and only then take the letter away; return its id."""
-        clock = Clock()
-        clock.observe(now_ms * 1000, monotonic_us())
         key = f"dead:{letter.id}"
-        accepted = await Batches(self._link, self._settings, clock).accept(
+        accepted = await Batches(self._link, self._settings, _clock_at(now_ms)).accept(
             order, idempotency_key=key, body_hash=key, key_ttl_s=RETRIED_FOR_S
         )
-        if not await self._link.call("XDEL", keys.DEAD, letter.id) and accepted.repeated:
+        new_id = accepted.message_ids[0] if accepted.message_ids else accepted.batch_id  # sent, and forgotten, long ago
+        return await self._taken_away(letter, new_id, repeated=accepted.repeated)
+
+    async def _deliver(self, letter: Letter, job: Job, now_ms: int) -> str:
+        """Accept the delivery anew, once however often it is tried, and only then take the letter away."""
+        deliveries = Deliveries(self._link, self._settings, _clock_at(now_ms))
+        old = await deliveries.read(job.retry_of or "")
+        if old is None or old.tenant != job.tenant:
+            message = f"letter {letter.id}: Redis keeps this delivery no longer; its sender has to send it again"
+            raise Reject(message, code="content_gone")
+        key = f"dead:{letter.id}"
+        accepted = await deliveries.accept(
+            Order(old.type, old.tenant, old.content, retry_of=old.id), idempotency=Idempotency(key, key, RETRIED_FOR_S)
+        )
+        return await self._taken_away(letter, accepted.id, repeated=accepted.repeated)
+
+    async def _taken_away(self, letter: Letter, new_id: str, *, repeated: bool) -> str:
+        if not await self._link.call("XDEL", keys.DEAD, letter.id) and repeated:
             raise _unknown(letter.id)  # another retry was quicker
-        return accepted.message_ids[0] if accepted.message_ids else accepted.batch_id  # sent, and forgotten, long ago
+        return new_id
 
     async def _recall(self, letter: Letter) -> str:
         fields: dict[str, str] = orjson.loads(letter.original or "{}")
@@ -176,6 +197,12 @@ class DeadLetters:
             at_us=now_ms * 1000,
             retry_of=old.id,
         )
+
+
+def _clock_at(now_ms: int) -> Clock:
+    clock = Clock()
+    clock.observe(now_ms * 1000, monotonic_us())
+    return clock
 
 
 def _unknown(letter_id: str) -> Reject:

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from pipeline.errors import MalformedEntry
 from pipeline.job import DEFAULT_TENANT, Job, Json, Priority
+from pipeline.keys import DELIVERY_STAGES, INCOMING_STAGE
 
 MAX_QUERY_CHARS: Final = 16_000
 MAX_LOOKUP: Final = 100  # ids of 128 characters that a request's head has room for
@@ -124,17 +125,26 @@ class BatchPayload(Payload):
 
 
 class WebhookPayload(Payload):
-    """News for a receiver outside; what there is to tell is read when it is sent."""
+    """News for a receiver outside; what there is to tell of a batch is read when it is sent."""
 
     url: Annotated[str, StringConstraints(min_length=1, max_length=2_048)]
-    event: Literal["batch.completed", "message.completed"]
+    event: Literal["batch.completed", "message.completed", "message.received"]
     webhook_id: Name = Field(description="by which the receiver knows a repetition: the same in retries and replays")
     queue: Annotated[str, StringConstraints(min_length=1, max_length=300)] = Field(
         description="what follows `queue:` in the key of the queue whose secret signs"
     )
-    batch_id: Name
-    message_id: Name | None = Field(None, description="the one message that `message.completed` tells of")
+    batch_id: Name | None = Field(None, description="whose results are told")
+    message_id: Name | None = Field(
+        None, description="the one message that `message.completed` or `.received` tells of"
+    )
     at_ms: int | None = Field(None, ge=0, description="when it happened; this job's own beginning when absent")
+    data: Json | None = Field(None, description="what `message.received` tells; there is no batch then")
+
+    @model_validator(mode="after")
+    def _tells_something(self) -> Self:
+        if (self.event == "message.received") != (self.data is not None) or (self.batch_id is None) != bool(self.data):
+            raise ValueError("message.received has `data`, the other events a `batch_id`")
+        return self
 
 
 class ChatPayload(Payload):
@@ -190,6 +200,48 @@ class ImagePayload(Payload):
     epoch: int = Field(ge=0)
     message_id: Name
     prompt: Annotated[str, StringConstraints(min_length=1)]
+
+
+class DeliveryPayload(Payload):
+    """A message to be delivered; what it says stands in `delivery:<id>`, not on the stream.
+
+    Attributes:
+        scheduled_at: as its sender wrote it; it was accepted before that time.
+    """
+
+    scheduled_at: str | None = None
+
+
+class ReceivedMessage(Payload):
+    """What somebody wrote to us.
+
+    Attributes:
+        provider_id: the provider's name for it.
+        media: addresses of what came with it.
+    """
+
+    type: Literal["sms", "mms", "email"]
+    provider_id: str
+    sender: str
+    recipient: str
+    subject: str | None = None
+    body: str = ""
+    media: list[str] = Field(default_factory=list)
+
+
+class IncomingPayload(Payload):
+    """A message that a provider brought from outside.
+
+    Attributes:
+        headers: of its request, those that tell of the message.
+        body: of its request, as it came.
+        message: what it says.
+    """
+
+    provider: Name
+    headers: dict[str, str]
+    body: str
+    message: ReceivedMessage
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,6 +362,30 @@ FLOWS: Final[dict[str, Flow]] = {
             recorded=True,
             private=True,
         ),
+        *(
+            Flow(
+                f"delivery_{kind}",
+                route=(kind,),
+                payload=DeliveryPayload,
+                lifetime="delivery_s",
+                result=("provider", "provider_id"),
+                longest_s=31 * 86_400.0,
+                recorded=True,
+                buried_late=True,
+                private=True,
+            )
+            for kind in DELIVERY_STAGES
+        ),
+        Flow(
+            "incoming",
+            route=(INCOMING_STAGE,),
+            payload=IncomingPayload,
+            lifetime="incoming_s",
+            result=("told",),
+            record="incoming",
+            recorded=True,
+            private=True,
+        ),
         Flow(
             "image",
             route=("image",),
@@ -385,11 +461,15 @@ def new_job(
 def record_of(job: Job) -> bytes:
     """Return what history is told of a job that begins: its kind and what was asked for; nothing of most.
 
-    Of a report, what its live record says stands in between; see `read_report` in the scripts' prelude.
+    Of a report, what its live record says stands in between; see `read_report` in the scripts' prelude. Of a message
+    from outside history is told what it says, and not the request that brought it.
     """
     kind, payload = FLOWS[job.flow].record, job.payload
     if not kind:
         return b""
+    if kind == "incoming":
+        asked = payload["message"] | {"provider": payload["provider"]}
+        return b"incoming %b" % orjson.dumps(asked)
     if kind != "report":
         again = {} if job.retry_of is None else {"retry_of": job.retry_of}
         return b"%b %b" % (kind.encode(), orjson.dumps(payload | again))

@@ -26,6 +26,8 @@ from pipeline.batching import Batcher
 from pipeline.chats import Chats, ChatWatch, Message, Said
 from pipeline.clock import Clock, monotonic_us
 from pipeline.connection import ANSWER_WITHIN_S, Argument, Backoff, Line, Link, Outage, OutOfMemory, parse_info, within
+from pipeline.deliveries import AcceptedDelivery, Deliveries
+from pipeline.deliveries import Order as DeliveryOrder
 from pipeline.errors import (
     BrokerUnavailable,
     DeadlineExceeded,
@@ -34,7 +36,7 @@ from pipeline.errors import (
     Overloaded,
     PenstockError,
 )
-from pipeline.job import Completion, Job, Json, decode
+from pipeline.job import Completion, Job, Json, decode, new_id
 from pipeline.limit import Patience
 from pipeline.overview import Overview, look
 from pipeline.replicas import read_registry
@@ -153,6 +155,7 @@ class Front:
         self.chats = Chats(Link(settings.redis, "chats"), settings, self.clock)
         self.chat_watch = ChatWatch(Link(settings.redis, "chat-watch"), settings.redis.reconnect_cap_s)
         self._reports = Reports(Link(settings.redis, "reports"), settings, self.clock)
+        self.deliveries = Deliveries(Link(settings.redis, "deliveries"), settings, self.clock)
         self._key_link = Link(settings.redis, "keys")
         self._overview: tuple[int, Overview] | None = None  # when it was made, on the monotonic clock
         self._looking = asyncio.Lock()
@@ -200,6 +203,7 @@ class Front:
         await self.chat_watch.close()
         await self.chats.close()
         await self._reports.close()
+        await self.deliveries.close()
 
     # --- submitting ------------------------------------------------------------------------------
 
@@ -280,6 +284,31 @@ class Front:
         """Accept a message of a chat; arguments and errors as for `submit`, and see `Chats.say`."""
         self._refuse_overload("chat")
         return await self.chats.say(tenant, chat_id, message, idempotency=idempotency, in_flight_limit=in_flight_limit)
+
+    async def deliver(
+        self,
+        order: DeliveryOrder,
+        *,
+        idempotency: Idempotency | None = None,
+        in_flight_limit: int | None = None,
+        wait: bool = False,
+    ) -> AcceptedDelivery:
+        """Accept a delivery; arguments and errors as for `submit`, and see `Deliveries.accept`."""
+        self._refuse_overload(f"delivery_{order.type}")
+        delivery_id = new_id()
+        if wait:
+            self._waiting[delivery_id] = _Waiting()
+        answering = ""
+        try:
+            accepted = await self.deliveries.accept(
+                order, delivery_id=delivery_id, idempotency=idempotency, in_flight_limit=in_flight_limit,
+                reply=self._reply_stream if wait else "",
+            )  # fmt: skip
+            answering = accepted.id
+        finally:
+            if answering != delivery_id:
+                self._waiting.pop(delivery_id, None)
+        return accepted
 
     def _refuse_overload(self, flow: str) -> None:
         """Refuse work of this flow while what it needs is nearly used up, as the last sweep saw it.

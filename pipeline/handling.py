@@ -193,7 +193,9 @@ class Handling:
             return PenstockError(held.reason)  # `_let_go` looks at the reason first
         except Exception as error:  # noqa: BLE001 - a handler's error is an outcome
             if not isinstance(error, PenstockError):
-                self._log(held).warning("the handler failed", exc_info=True)
+                is_private = flows.FLOWS[job.flow].private  # then what the error says is for nobody's log
+                shown = {"error": type(error).__name__} if is_private else {"exc_info": True}
+                self._log(held).warning("the handler failed", **shown)
             return error
         finally:
             self._deadlines.clear(held)

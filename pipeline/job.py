@@ -7,6 +7,8 @@ first. An id is safe inside JSON, in a key and in a URL without escaping.
     {"v": 1, "id": "...", "accepted_us": ..., "flow": "query", "tenant": "default", "priority": "normal",
      "route": ["retriever", "llm"], "deadline_ms": ..., "attempt": 1, "payload": {...}, "state": {...},
      "timings_ms": {"encoder_wait": 0.4}, "at_us": ...}
+
+Where other programs look at a stream, what they look for stands beside these fields (`BESIDE`).
 """
 
 from __future__ import annotations
@@ -29,6 +31,17 @@ STATUSES: Final[tuple[Status, ...]] = get_args(Status)
 OURS: Final = b'{"v":1,"id":"'
 DEFAULT_TENANT: Final = "default"
 
+_DELIVERY: Final = ("message_id", "retry_count", "scheduled_at")
+BESIDE: Final[dict[str, tuple[str, ...]]] = {
+    "delivery_sms": _DELIVERY,
+    "delivery_mms": _DELIVERY,
+    "delivery_email": _DELIVERY,
+    "incoming": ("provider", "headers", "body"),
+}
+"""By flow: fields for other programs. They stand beside the envelope's own in place of the payload's of the same names;
+`message_id` and `retry_count` are made of id and attempt."""
+
+_MADE: Final = frozenset({"message_id", "retry_count"})
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _STRING: Final = frozenset({str})
 _NUMBERS: Final = frozenset({float, int})
@@ -113,6 +126,11 @@ class Job:
             body["replica"] = self.replica
         if self.retry_of:
             body["retry_of"] = self.retry_of
+        if self.flow in BESIDE:
+            names = BESIDE[self.flow]
+            made = {"message_id": self.id, "retry_count": self.attempt - 1}  # _MADE
+            body["payload"] = {name: value for name, value in self.payload.items() if name not in names}
+            body |= {name: made[name] if name in made else self.payload.get(name) for name in names}
         return body
 
 
@@ -126,12 +144,16 @@ def decode(data: bytes, vector: bytes | None = None) -> Job:
         body = orjson.loads(data)
         if body.pop("v") != 1 or not is_valid_id(body["id"]):
             raise MalformedEntry("the envelope's version or id is not one of ours", code="bad_envelope")
+        beside = {name: body.pop(name) for name in BESIDE.get(body["flow"], ()) if name in body}
         job = Job(vector=vector, **body)
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
         message = f"the entry begins like an envelope but is not one: {error}"
         raise MalformedEntry(message, code="bad_envelope", job_id=find_id(data)) from error
     if not _is_sound(job):
         raise MalformedEntry("a field of the envelope has a wrong type", code="bad_envelope", job_id=job.id)
+    for name, value in beside.items():
+        if value is not None and name not in _MADE:
+            job.payload[name] = value
     return job
 
 

@@ -50,6 +50,11 @@ key                        type    life                         written by      
 `user:<user_id>`           hash    as the last response, longer report, gateways        report, who ends a job
 `user_data:<user_id>`      zset    as the last response         who begins or ends a job  gateways
 `queues:<tenant>`          set     for ever, a setting bounds it gateways, webhook      gateways
+`message_queue:<type>`     stream  as `job:<stage>_in`           deliver, settle, promote  delivery stages
+`webhook_queue`            stream  as `job:<stage>_in`           incoming               incoming stage
+`delivery:<id>`            hash    its job; then setting, 7 days delivery scripts, settle  gateways, delivery stages
+`told:<hash>`              string  setting, 2 days               told, incoming         told, incoming
+`provider:<name>`          hash    until it may be called again  begin, hold            begin
 `telegram:<bot>`           zset    as chats, after their last   telegram connector      telegram connector
 `telegram_at:<bot>:<chat>` string  as its chat; `updates`: 1 day telegram connector      telegram connector
 """
@@ -106,6 +111,12 @@ INPUT: Final = "input:"
 USER: Final = "user:"
 USER_DATA: Final = "user_data:"
 QUEUES: Final = "queues:"
+DELIVERY_QUEUE: Final = "message_queue:"
+INCOMING_QUEUE: Final = "webhook_queue"
+INCOMING_STAGE: Final = "incoming"
+DELIVERY: Final = "delivery:"
+TOLD: Final = "told:"
+PROVIDER: Final = "provider:"
 TELEGRAM: Final = "telegram:"
 TELEGRAM_AT: Final = "telegram_at:"
 API_KEY_NAME: Final = "name:"
@@ -162,6 +173,12 @@ LUA_KEYS: Final = {
     "input": INPUT,
     "user": USER,
     "user_data": USER_DATA,
+    "delivery_queue": DELIVERY_QUEUE,
+    "incoming_queue": INCOMING_QUEUE,
+    "incoming_stage": INCOMING_STAGE,
+    "delivery": DELIVERY,
+    "told": TOLD,
+    "provider": PROVIDER,
     "cancel_channel": CANCEL_CHANNEL,
     "wake_channel": WAKE_CHANNEL,
     "placed": "job:llm_in",
@@ -175,6 +192,9 @@ BOUNDED: Final = {
     "job:*_in": "unfinished work, bounded by admission",
     "job:*_in:high": "unfinished work, bounded by admission",
     "job:*_in:low": "unfinished work, bounded by admission",
+    DELIVERY_QUEUE + "*": "unfinished work, bounded by admission",
+    INCOMING_QUEUE + "*": "unfinished work, bounded by admission",
+    DELIVERY + "*": "one per unfinished delivery; once it has ended it has a TTL",
     DELAYED: "unfinished work, bounded by admission",
     DEAD: "capped by count and age",
     LIVE_INDEX: "one member per live job",
@@ -201,9 +221,25 @@ BOUNDED: Final = {
 """Keys without a TTL (as glob patterns), each with the reason why it is bounded."""
 
 
+DELIVERY_STAGES: Final = ("sms", "mms", "email")
+"""What can be delivered; each is a stage of its own."""
+
+
 def stream(stage: str, priority: Priority = "normal") -> str:
     """Return the stream a stage reads for *priority*."""
-    return f"job:{stage}_in" if priority == "normal" else f"job:{stage}_in:{priority}"
+    if stage in DELIVERY_STAGES:
+        name = DELIVERY_QUEUE + stage
+    else:
+        name = INCOMING_QUEUE if stage == INCOMING_STAGE else f"job:{stage}_in"
+    return name if priority == "normal" else f"{name}:{priority}"
+
+
+def stage_of(name: str) -> str:
+    """Return the stage that reads a stream; its group bears the same name. (`group_of` is this for scripts.)"""
+    name = name.removesuffix(":high").removesuffix(":low")
+    if name == INCOMING_QUEUE:
+        return INCOMING_STAGE
+    return name.removeprefix(DELIVERY_QUEUE).removeprefix("job:").removesuffix("_in")
 
 
 def of_tenant(tenant: str, name: str) -> str:

@@ -33,7 +33,7 @@ from pipeline.settings import RetrieverSettings, Settings
 from pipeline.supervisor import Program, Supervisor
 
 STAGES: Final = ("encoder", "retriever", "llm", "aggregator", "webhook")
-LATER: Final = ("chat", "image", "report")
+LATER: Final = ("chat", "image", "report", "delivery")
 """Stages that nobody waits for when it all begins."""
 MOCKS: Final = 3
 READY_POLL_S: Final = 0.02

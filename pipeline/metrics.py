@@ -49,6 +49,19 @@ RECORD_LAG_S = Histogram(
 )
 DATABASE_UP = Gauge("penstock_record_database_up", "1 when the recorder can write")
 DATABASE_OUTAGES = Counter("penstock_record_database_outages_total", "Times the database went away from the recorder")
+DELIVERIES_TOLD = Counter(
+    "penstock_delivery_told_total",
+    "What providers told of deliveries, where it changed something",
+    ["stage", "provider", "status"],
+)
+# From a provider that takes it at once to one whose receiver was away for days.
+DELIVERY_SPANS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 300, 1_800, 3_600, 6 * 3_600, 86_400, 3 * 86_400)
+DELIVERED_S = Histogram(
+    "penstock_delivery_delivered_seconds",
+    "From the time when a delivery was due to the provider's word that it arrived",
+    ["stage", "provider"],
+    buckets=DELIVERY_SPANS_S,
+)
 
 OUTCOMES = (
     "forwarded",

@@ -174,7 +174,7 @@ def judge(
 async def _holdings(link: Link, streams: list[str]) -> dict[str, Holding]:
     found: dict[str, Holding] = defaultdict(Holding)
     for stream in streams:
-        stage = stream.removeprefix("job:").partition("_in")[0]
+        stage = keys.stage_of(stream)
         try:
             rows = (await link.call("XPENDING", stream, stage))[3] or []
             for name, count in rows:

@@ -194,6 +194,52 @@ REPORTS: Final = _table(
     sa.Index("reports_by_user", "tenant", "user_id", "created_ms", "report_id"),
 )
 
+DELIVERIES: Final = _table(
+    "deliveries",
+    "delivery_id",
+    _first("type", sa.Text()),
+    _first("sender", sa.Text()),
+    _first("recipient", sa.Text()),
+    _first("subject", sa.Text()),
+    _first("body", sa.Text()),
+    _first("html", sa.Text()),
+    _first("attachments", _JSON),
+    _first("metadata", _JSON),
+    _first("scheduled_ms", sa.BigInteger()),
+    _first("retry_of", sa.Text()),
+    _first("created_ms", sa.BigInteger()),
+    _latest("status", sa.Text()),
+    _latest("history", _JSON),
+    _latest("provider", sa.Text()),
+    _latest("provider_id", sa.Text()),
+    _latest("error", _JSON),
+    _latest("attempts", sa.BigInteger()),
+    _latest("changed_ms", sa.BigInteger()),
+    sa.Index("deliveries_by_time", "tenant", "created_ms", "delivery_id"),
+    sa.Index("deliveries_by_type", "tenant", "type", "created_ms", "delivery_id"),
+    sa.Index("deliveries_by_status", "tenant", "status", "created_ms", "delivery_id"),
+    sa.Index("deliveries_by_recipient", "tenant", "recipient", "created_ms", "delivery_id"),
+)
+
+INCOMING: Final = _table(
+    "incoming",
+    "incoming_id",
+    _first("provider", sa.Text()),
+    _first("provider_id", sa.Text()),
+    _first("type", sa.Text()),
+    _first("sender", sa.Text()),
+    _first("recipient", sa.Text()),
+    _first("subject", sa.Text()),
+    _first("body", sa.Text()),
+    _first("media", _JSON),
+    _first("created_ms", sa.BigInteger()),
+    _latest("status", sa.Text()),
+    _latest("result", _JSON),
+    _latest("error", _JSON),
+    _latest("finished_ms", sa.BigInteger()),
+    sa.Index("incoming_by_time", "tenant", "created_ms", "incoming_id"),
+)
+
 USERS: Final = _table(
     "users",
     "user_id",
@@ -366,7 +412,8 @@ def _batch(event: Event) -> Row:
     return {"status": "pending", "response_count": 0, "failed_count": 0} if event.rank == 0 else {}
 
 
-def _webhook(event: Event) -> Row:
+def _arrival(event: Event) -> Row:
+    """Return the outcome of a job that began when its event of rank 0 was written."""
     return _outcome(event) | ({"created_ms": event.at_ms} if event.rank == 0 else {})
 
 
@@ -397,7 +444,7 @@ def _erasure(event: Event) -> Row:
 KINDS: Final[dict[str, Kind]] = {
     "message": Kind(MESSAGES, _outcome),
     "batch": Kind(BATCHES, _batch, members="message"),
-    "webhook": Kind(WEBHOOKS, _webhook),
+    "webhook": Kind(WEBHOOKS, _arrival),
     "queue": Kind(QUEUES, lambda event: {"data": event.data, "changed_ms": event.at_ms}),
     "chat": Kind(CHATS, lambda event: {"changed_ms": event.at_ms}, members="chat_turn", inline="rows"),
     "chat_turn": Kind(CHAT_TURNS, lambda _: {}),
@@ -405,9 +452,11 @@ KINDS: Final[dict[str, Kind]] = {
     "key": Kind(API_KEYS, lambda _: {}),
     "report": Kind(REPORTS, _report),
     "erasure": Kind(ERASURES, _erasure),
+    "delivery": Kind(DELIVERIES, lambda event: {"changed_ms": event.at_ms}),
+    "incoming": Kind(INCOMING, _arrival),
 }
 
-PRIVATE: Final = frozenset({"report"})
+PRIVATE: Final = frozenset({"report", "delivery", "incoming"})
 """Kinds that tell of people: what an error quotes of them is for nobody's log."""
 
 # --- The database ------------------------------------------------------------------------------
@@ -546,6 +595,30 @@ class Records:
     ) -> tuple[list[Row], str | None]:
         """Return a page of the reports about a person, the newest first, and the cursor of the next one."""
         return await self._page(REPORTS, tenant, {"user_id": user_id}, None, None, after, limit)
+
+    async def delivery(self, tenant: str, delivery_id: str) -> Row | None:
+        """Return one delivery."""
+        return await self._one(DELIVERIES, tenant, DELIVERIES.c.delivery_id == delivery_id)
+
+    async def deliveries(
+        self,
+        tenant: str,
+        *,
+        type: str | None = None,  # noqa: A002 - the column is called so
+        status: str | None = None,
+        recipient: str | None = None,
+        since_ms: int | None = None,
+        until_ms: int | None = None,
+        after: str | None = None,
+        limit: int = 50,
+    ) -> tuple[list[Row], str | None]:
+        """Return a page of deliveries, the newest first, and the cursor of the next one; see `messages`."""
+        wanted = {"type": type, "status": status, "recipient": recipient}
+        return await self._page(DELIVERIES, tenant, wanted, since_ms, until_ms, after, limit)
+
+    async def incoming(self, tenant: str, incoming_id: str) -> Row | None:
+        """Return one message that came from outside."""
+        return await self._one(INCOMING, tenant, INCOMING.c.incoming_id == incoming_id)
 
     async def has_erased(self, tenant: str, epoch: str) -> bool:
         """Say whether an erasure was done under this name."""

@@ -340,7 +340,7 @@ class TelegramSettings(Section):
 
 
 class DeliveriesSettings(Section):
-    """Deliveries: who carries which type, and how many at once."""
+    """Deliveries: who carries which type, how many at once, what is kept of them, and what comes in from outside."""
 
     sms: str = Field("console", pattern=r"^[a-z][a-z0-9_]{0,31}$", description="provider: console, twilio, http")
     mms: str = Field("console", pattern=r"^[a-z][a-z0-9_]{0,31}$", description="provider: console, twilio, http")
@@ -348,11 +348,26 @@ class DeliveriesSettings(Section):
     sms_concurrency: int = Field(16, ge=1, le=1024, description="sms in hand of one delivery process")
     mms_concurrency: int = Field(16, ge=1, le=1024, description="mms in hand of one delivery process")
     email_concurrency: int = Field(16, ge=1, le=1024, description="emails in hand of one delivery process")
+    turn_wait_s: float = Field(
+        20.0, ge=0, le=600, description="in hand until its turn where a provider has a rate; later ones come again"
+    )
     public_url: ServiceUrl = Field("", description="where providers reach the gateway, for what they tell of a message")
+    sync: bool = Field(False, description="a request waits for the outcome of its delivery, for debugging")
+    sync_wait_s: float = Field(30.0, gt=0, le=600, description="and for so long at the most")
+    keep_s: float = Field(7 * 86_400, ge=60, le=366 * 86_400, description="a delivery in Redis, once it has ended")
+    event_id_s: float = Field(2 * 86_400, ge=60, le=31 * 86_400, description="an event of a provider counts once")
+    max_schedule_s: float = Field(30 * 86_400, gt=0, le=366 * 86_400, description="how far ahead scheduled_at may be")
+    max_body_bytes: int = Field(16 << 20, ge=1024, description="of a request that sends a message")
+    max_text_chars: int = Field(1 << 20, ge=1, description="of the body of an email, and of its HTML")
     max_attachments: int = Field(10, ge=0, le=100, description="of one message")
     max_attachment_bytes: int = Field(
         8 << 20, ge=1024, le=64 << 20, description="of one message's attachments together"
     )
+    incoming_concurrency: int = Field(16, ge=1, le=1024, description="messages from outside in hand of one process")
+    incoming_tenant: str = Field(
+        "default", pattern=r"^[A-Za-z0-9._-]{1,128}$", description="whose the messages from outside are"
+    )
+    incoming_url: str = Field("", max_length=2_048, description="told of each message from outside, by a webhook")
 
 
 class SmtpSettings(Section):
@@ -462,6 +477,8 @@ class Lifetimes(Section):
     image_s: float = Field(600.0, gt=0, le=86_400)
     chat_s: float = Field(540.0, gt=0, le=1_200, description="one run of a chat; its lock lasts a minute longer")
     report_s: float = Field(3_600.0, gt=0, le=86_400)
+    delivery_s: float = Field(3 * 86_400.0, gt=0, le=31 * 86_400)
+    incoming_s: float = Field(86_400.0, gt=0, le=31 * 86_400)
 
 
 class Settings(Section):
@@ -520,6 +537,7 @@ ALIASES: Final[dict[str, tuple[str, str]]] = {
     "WORKER_NAME": ("worker", "name"),
     "MAX_RETRIES": ("retry", "max_retries"),
     "DATABASE_URL": ("history", "url"),
+    "SYNC_MESSAGE_PROCESSING": ("deliveries", "sync"),
     "REDIS_CACHE_TTL": ("reports", "input_ttl_s"),
     "PENSTOCK_API_KEYS": ("gateway", "api_keys"),
     "TELEGRAM_BOT_TOKEN": ("telegram", "token"),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pipeline.batches import Batches
     from pipeline.chats import Chats
     from pipeline.clock import Clock
+    from pipeline.deliveries import Deliveries
     from pipeline.replicas import Replicas
     from pipeline.reports import Reports
     from pipeline.webhooks import Webhooks
@@ -37,6 +38,7 @@ class Context(Protocol):
         clock: Redis' time.
         webhooks: results to be told to receivers outside, and the secrets to sign them with.
         reports: finished reports, and who is writing one.
+        deliveries: the deliveries in Redis; this process begins those that it has in hand.
     """
 
     @property
@@ -59,6 +61,9 @@ class Context(Protocol):
 
     @property
     def reports(self) -> Reports: ...  # noqa: D102 - the class says it
+
+    @property
+    def deliveries(self) -> Deliveries: ...  # noqa: D102 - the class says it
 
 
 class Stage:

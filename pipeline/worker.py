@@ -24,6 +24,7 @@ from pipeline.batches import Batches
 from pipeline.chats import Chats
 from pipeline.clock import Clock
 from pipeline.connection import Backoff, GroupMissing, Link, Outage, OutOfMemory
+from pipeline.deliveries import Deliveries
 from pipeline.errors import BrokerUnavailable, NotReady, PenstockError
 from pipeline.handling import Handling, Held, Reason
 from pipeline.quarantine import Quarantine
@@ -69,6 +70,7 @@ class Worker:
         self.held: dict[tuple[str, bytes], Held] = {}
         self.not_ready: str | None = "starting"
         self._by_job: dict[str, Held] = {}
+        self._consumer = consumer
         self._settings = settings
         self._clock = clock
         self._quarantine = quarantine
@@ -87,6 +89,7 @@ class Worker:
         self._results: Link | None = None
         self._chats: Chats | None = None
         self._reports: Reports | None = None
+        self._deliveries: Deliveries | None = None
         self._follow_up_outage = Outage(f"{stage.name} control")
         self.replicas = Replicas(self.streams, settings, clock, self._entry_of, self._rng)
         self.batches = Batches(Link(settings.redis, f"{stage.name}-batches"), settings, clock)
@@ -128,6 +131,16 @@ class Worker:
                 Link(self._settings.redis, f"{self.stage.name}-reports"), self._settings, self._clock
             )
         return self._reports
+
+    @property
+    def deliveries(self) -> Deliveries:
+        """The deliveries in Redis; over a connection of their own, since they may be long."""
+        if self._deliveries is None:
+            link = Link(self._settings.redis, f"{self.stage.name}-deliveries")
+            self._deliveries = Deliveries(
+                link, self._settings, self._clock, consumer=self._consumer, entry_of=self._entry_of
+            )
+        return self._deliveries
 
     # --- feeding ---------------------------------------------------------------------------------
 
@@ -415,6 +428,8 @@ class Worker:
             await self._chats.close()
         if self._reports is not None:
             await self._reports.close()
+        if self._deliveries is not None:
+            await self._deliveries.close()
 
     def _abort(self, held: Held, reason: Reason) -> None:
         if held.settling or held.reason is not None:

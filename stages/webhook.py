@@ -1,4 +1,4 @@
-"""The webhook stage: tells a receiver outside what became of a batch, by Standard Webhooks 1.0.0.
+"""The webhook stage: tells a receiver outside what became of a batch, or what came in, by Standard Webhooks 1.0.0.
 
 One job is one piece of news, one handling is one attempt. An attempt is good when the head of the answer says 2xx; what
 follows the head is read a little, out of politeness, and changes nothing. 410 ends the job: the receiver wants no more.
@@ -191,7 +191,7 @@ class Webhook(Stage):
         """
         payload = _payload(job)
         happened_ms = payload.at_ms or job.accepted_us // 1000
-        told = payload.model_dump(exclude_none=True) | {"at_ms": happened_ms}
+        told = payload.model_dump(exclude_none=True, exclude={"data"}) | {"at_ms": happened_ms}
         if job.retry_of is not None:
             told["retry_of"] = job.retry_of
         job.state = told | {"attempts": job.state.get("attempts", [])}
@@ -202,12 +202,16 @@ class Webhook(Stage):
         webhooks, target = self._context.webhooks, yarl.URL(url.text, encoded=True)
         async with AsyncExitStack() as stack:
             stack.enter_context(self._shares.one_of(f"{target.host}:{target.port}"))
-            if await webhooks.size(payload.batch_id) > LARGE_BYTES:
-                await stack.enter_async_context(self._large)
-            results = await webhooks.results(payload.batch_id)
-            if results is None:
-                raise Reject("the results to be told are no longer kept", code="data_gone")
-            body = encode_body(payload, results, happened_ms)
+            if payload.data is None:
+                batch_id = payload.batch_id or ""
+                if await webhooks.size(batch_id) > LARGE_BYTES:
+                    await stack.enter_async_context(self._large)
+                results = await webhooks.results(batch_id)
+                if results is None:
+                    raise Reject("the results to be told are no longer kept", code="data_gone")
+                body = encode_body(payload, results, happened_ms)
+            else:
+                body = _encode(payload.event, happened_ms, payload.data)
             secrets = await webhooks.secrets(payload.queue)
             return await self._attempt(job, payload, target, body, secrets)
 
@@ -272,8 +276,12 @@ def encode_body(payload: WebhookPayload, results: bytes, at_ms: int) -> bytes:
         if not found:
             raise Reject(f"the results do not tell of message {payload.message_id}", code="data_gone")
         data = found[0]
+    return _encode(payload.event, at_ms, data)
+
+
+def _encode(event: str, at_ms: int, data: Json | orjson.Fragment) -> bytes:
     happened = datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="milliseconds")
-    return orjson.dumps({"type": payload.event, "timestamp": happened.replace("+00:00", "Z"), "data": data})
+    return orjson.dumps({"type": event, "timestamp": happened.replace("+00:00", "Z"), "data": data})
 
 
 def signed_headers(webhook_id: str, at_s: int, body: bytes, secrets: Secrets) -> dict[str, str]:

@@ -297,7 +297,7 @@ async def is_running(link: Link, job_id: str) -> bool:
     stream, entry = await link.call("HMGET", keys.LIVE + job_id, "stream", "entry")
     if not entry:
         return False
-    group = stream.decode().removeprefix("job:").split("_in")[0]
+    group = keys.stage_of(stream.decode())
     return bool(await link.call("XPENDING", stream, group, entry, entry, 1))
 
 
@@ -306,8 +306,11 @@ async def assert_nothing_is_left(link: Link) -> None:
     assert await link.call("ZCARD", keys.LIVE_INDEX) == 0
     assert await link.call("ZCARD", keys.DELAYED) == 0
     assert await link.call("KEYS", keys.LIVE + "*") == []
-    for name in await link.call("KEYS", "job:*_in*"):
-        assert await link.call("XLEN", name) == 0, name
+    for pattern in ("job:*_in*", keys.DELIVERY_QUEUE + "*", keys.INCOMING_QUEUE + "*"):
+        for name in await link.call("KEYS", pattern):
+            assert await link.call("XLEN", name) == 0, name
+    for name in await link.call("KEYS", keys.DELIVERY + "*"):
+        assert await link.call("PTTL", name) > 0, name
     for name in await link.call("KEYS", keys.LOAD + "*"):
         assert await link.call("GET", name) == b"0", name
     for pattern in (keys.LEASES, keys.RUNNING, keys.IN_FLIGHT):

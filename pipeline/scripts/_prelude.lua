@@ -139,6 +139,7 @@ local function read_live(id)
       check_chat(live.chat)
     end
     check_type(KEY.events, 'stream')
+    if live.kind == 'delivery' then check_type(KEY.delivery .. id, 'hash') end
     if live.kind == 'report' then
       live.report, live.batch = read_report(live.record), ''
     elseif live.batch ~= '' then
@@ -179,9 +180,12 @@ local function remove(stream, group, ...)
   call('XDEL', stream, ...)
 end
 
--- The group of a stream: the stage's name.
+-- The group of a stream: the stage's name (`stage_of` in keys.py).
 local function group_of(stream)
-  return string.match(string.gsub(string.gsub(stream, ':high$', ''), ':low$', ''), '^job:(.+)_in$')
+  local name = string.gsub(string.gsub(stream, ':high$', ''), ':low$', '')
+  if name == KEY.incoming_queue then return KEY.incoming_stage end
+  if string.sub(name, 1, #KEY.delivery_queue) == KEY.delivery_queue then return string.sub(name, #KEY.delivery_queue + 1) end
+  return string.match(name, '^job:(.+)_in$')
 end
 
 -- What the outcome of a flow that tells its story shows, of a job that ended while it waited for a retry: its state. Only
@@ -483,6 +487,74 @@ local function end_report(id, live, completion)
     .. '","created_ms":' .. report.at_ms .. ',' .. string.sub(completion, 2))
 end
 
+-- The statuses of a delivery, by rank: a status only ever gives way to a higher one. `cancelled` stands above all, so that
+-- nothing follows it, and is reached from below `sending` only.
+local RANKS = {
+  scheduled = 0, pending = 1, sending = 2, unknown = 3, sent = 4, undelivered = 5, failed = 6, delivered = 7, cancelled = 8,
+}
+
+-- A delivery: what scripts need of it; nil where there is none (any more), or where somebody has broken its record by hand.
+local function read_delivery(id)
+  local found = call('HMGET', KEY.delivery .. id, 'status', 'history', 'tenant', 'type', 'due_ms', 'keep_ms', 'doubt',
+    'provider', 'provider_id', 'error', 'attempts', 'changes')
+  if not (RANKS[found[1] or ''] and found[2] and found[3] and tonumber(found[6] or '')) then return nil end
+  return {
+    status = found[1], history = found[2], tenant = found[3], type = found[4], due_ms = found[5], keep_ms = found[6],
+    doubt = found[7], provider = found[8], provider_id = found[9], error = found[10], attempts = found[11],
+    changes = tonumber(found[12] or '0'),
+  }
+end
+
+-- Write a delivery's record, and tell history how it stands now: as a whole, so that the last word is the only one needed.
+local function write_delivery(id, delivery, now_us)
+  local function text(value) return value and value ~= '' and cjson.encode(value) or 'null' end
+  delivery.changes = delivery.changes + 1
+  call('HSET', KEY.delivery .. id, 'status', delivery.status, 'history', delivery.history,
+    'provider', delivery.provider or '', 'provider_id', delivery.provider_id or '', 'error', delivery.error or '',
+    'attempts', delivery.attempts or '0', 'changes', delivery.changes)
+  local error_text = delivery.error and delivery.error ~= '' and delivery.error or 'null'
+  remember('delivery', id, delivery.tenant, delivery.changes, now_us, '{"status":"' .. delivery.status
+    .. '","history":' .. delivery.history .. ',"provider":' .. text(delivery.provider) .. ',"provider_id":'
+    .. text(delivery.provider_id) .. ',"error":' .. error_text .. ',"attempts":' .. (delivery.attempts or '0') .. '}')
+end
+
+-- The one place where a delivery's status changes. error_text: JSON, '' none. Returns whether it did.
+local function raise_delivery(id, delivery, status, error_text, now_us)
+  if status == 'cancelled' and RANKS[delivery.status] >= RANKS.sending then return false end
+  if RANKS[status] <= RANKS[delivery.status] then return false end
+  delivery.status, delivery.error = status, error_text
+  delivery.history = string.sub(delivery.history, 1, -2) .. ',["' .. status .. '",' .. digits(math.floor(now_us / 1000))
+    .. ']]'
+  write_delivery(id, delivery, now_us)
+  return true
+end
+
+-- Codes of failures after which nobody knows whether what was begun has gone out.
+local UNCERTAIN = {poison = true, lost = true, outcome_unknown = true}
+
+-- A delivery's job has ended. What the provider itself has told weighs more than what the job found, and what was begun
+-- (`doubt`) by somebody who never said how it went may have gone out. From here on the record has a time to live.
+local function end_delivery(id, completion, now_us)
+  local delivery, key = read_delivery(id), KEY.delivery .. id
+  if not delivery then return end
+  local outcome = cjson.decode(completion)
+  local error_text = string.match(completion, '"error":({.*}),"worker":') or ''
+  local is_taken = RANKS[delivery.status] >= RANKS.sent
+  delivery.attempts = digits(outcome.attempts)
+  if outcome.status == 'completed' then
+    local provider_id = outcome.result.provider_id
+    local is_new = type(provider_id) == 'string' and provider_id ~= delivery.provider_id
+    if is_new then delivery.provider_id = provider_id end
+    if not raise_delivery(id, delivery, 'sent', '', now_us) and is_new then write_delivery(id, delivery, now_us) end
+  elseif delivery.doubt and (outcome.status ~= 'failed' or UNCERTAIN[outcome.error.code]) then
+    raise_delivery(id, delivery, 'unknown', error_text, now_us)
+  elseif not is_taken then
+    raise_delivery(id, delivery, 'failed', error_text, now_us)
+  end
+  call('HDEL', key, 'doubt')
+  call('PEXPIRE', key, delivery.keep_ms)
+end
+
 -- What follows from the end of a job that is remembered.
 local function record_end(id, live, completion, ttl_ms)
   if live.report then return end_report(id, live, completion) end
@@ -492,6 +564,8 @@ local function record_end(id, live, completion, ttl_ms)
     close_batch(id, ttl_ms, now_us)
   elseif live.kind == 'chat' then
     end_run(id, live, completion, now_us)
+  elseif live.kind == 'delivery' then
+    end_delivery(id, completion, now_us)
   else
     remember(live.kind, id, live.tenant or 'default', 10, now_us, completion)
   end

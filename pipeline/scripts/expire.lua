@@ -7,10 +7,11 @@
 local now_us = clock_us()
 local now_ms = math.floor(now_us / 1000)
 local expired, lost = 0, 0
+local has_letter = {batch = true, delivery = true}
 
 -- data: the envelope of the job; nil when it has vanished.
-local function bury_batch(id, live, status, code, message, data, deliveries)
-  if live.kind ~= 'batch' then return end
+local function bury_story(id, live, status, code, message, data, deliveries)
+  if not has_letter[live.kind] then return end
   local why = '{"type":"' .. status .. '","code":"' .. code .. '","message":"' .. message .. '"}'
   bury('{"reason":"' .. code .. '","job_id":"' .. id .. '","error":' .. why .. ',"attempts":' .. (live.attempts or '0')
     .. ',"deliveries":' .. (deliveries or 0) .. ',"stage":"' .. group_of(live.stream) .. '","stream":"' .. live.stream
@@ -20,7 +21,7 @@ end
 
 for _, id in ipairs(call('ZRANGEBYSCORE', KEY.live_index, '-inf', digits(now_ms), 'LIMIT', 0, ARGV[1])) do
   local readable, live = pcall(read_live, id)
-  if not readable or (live and live.kind == 'batch' and not has_type(KEY.dead, 'stream')) then
+  if not readable or (live and has_letter[live.kind] and not has_type(KEY.dead, 'stream')) then
     call('ZADD', KEY.live_index, digits(now_ms + 1000), id) -- a key of a wrong type: an operator must act, others pass
   elseif not live then
     call('ZREM', KEY.live_index, id)
@@ -28,7 +29,7 @@ for _, id in ipairs(call('ZRANGEBYSCORE', KEY.live_index, '-inf', digits(now_ms)
     local late = {'expired', 'deadline_exceeded', 'the deadline passed while the job was waiting'}
     local text = ended(id, live, late[1], late[2], late[3], now_us)
     if live.entry == '' then
-      bury_batch(id, live, late[1], late[2], late[3], live.body)
+      bury_story(id, live, late[1], late[2], late[3], live.body)
       call('ZREM', KEY.delayed, id)
       finish(id, live, text, ARGV[2])
       expired = expired + 1
@@ -39,11 +40,11 @@ for _, id in ipairs(call('ZRANGEBYSCORE', KEY.live_index, '-inf', digits(now_ms)
       if owner and call('EXISTS', KEY.worker .. owner) == 1 then
         call('ZADD', KEY.live_index, digits(now_ms + 1000), id) -- look again in a second
       elseif #rows == 0 then
-        bury_batch(id, live, 'failed', 'lost', 'the stream entry of this job vanished', nil, deliveries)
+        bury_story(id, live, 'failed', 'lost', 'the stream entry of this job vanished', nil, deliveries)
         finish(id, live, ended(id, live, 'failed', 'lost', 'the stream entry of this job vanished', now_us), ARGV[2])
         lost = lost + 1
       else
-        bury_batch(id, live, late[1], late[2], late[3], field_of(rows[1][2], 'data'), deliveries)
+        bury_story(id, live, late[1], late[2], late[3], field_of(rows[1][2], 'data'), deliveries)
         if owner then call('XACK', live.stream, group, live.entry) end
         call('XDEL', live.stream, live.entry)
         finish(id, live, text, ARGV[2])

@@ -103,6 +103,7 @@ local function settle(record)
     end
     local attempts = tonumber(string.match(record.b, '"attempt":(%d+)') or '1') - 1
     if record.verb == 'retry' then
+      if live.kind == 'delivery' then call('HDEL', KEY.delivery .. id, 'doubt') end -- how it went is known
       local due_ms = math.floor(now_us / 1000) + tonumber(record.a)
       call('HSET', key, 'attempts', attempts, 'stream', record.stream, 'entry', '', 'body', record.b, 'vector', record.c)
       call('ZADD', KEY.delayed, digits(due_ms), id)

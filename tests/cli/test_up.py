@@ -26,8 +26,8 @@ from tests.conftest import wait_until
 from tests.ports import take_port
 
 PARTS = [
-    "aggregator", "chat", "encoder", "gateway", "image", "llm", "mock1", "mock2", "mock3", "recorder", "redis",
-    "report", "retriever", "webhook",
+    "aggregator", "chat", "delivery", "encoder", "gateway", "image", "llm", "mock1", "mock2", "mock3", "recorder",
+    "redis", "report", "retriever", "webhook",
 ]  # fmt: skip
 PATH = (
     "/nonexistent" if os.environ.get("TEST_SERVER") == "valkey" else os.environ["PATH"]

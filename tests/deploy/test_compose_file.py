@@ -27,6 +27,7 @@ WANTED = {
     "llm_generator_3",
     "aggregator",
     "report",
+    "delivery",
     "webhook",
     "chat",
     "image",
@@ -38,7 +39,7 @@ WANTED = {
     "apisix",
 }
 WRITES = {"apisix"}  # beside its own programs
-PLAIN_STAGES = {"encoder", "retriever", "aggregator", "webhook", "chat", "image", "report", "recorder"}
+PLAIN_STAGES = {"encoder", "retriever", "aggregator", "webhook", "chat", "image", "report", "delivery", "recorder"}
 STAGES = {name for name in WANTED if name in PLAIN_STAGES or name.startswith("llm_")}
 SERVICES = compose.services()
 each_service = pytest.mark.parametrize("name", SERVICES)

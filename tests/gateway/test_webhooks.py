@@ -179,6 +179,40 @@ async def test_history_knows_what_redis_has_forgotten(front: Front, settings: Se
     assert history.asked[-1] == ("default", "w2")
 
 
+async def test_news_of_a_message_from_outside_is_told_anew_from_history(
+    front: Front, settings: Settings, tmp_path: Path
+) -> None:
+    """What the message says is read where it is kept; where that is gone there is nothing to tell."""
+    records = Records.open(f"sqlite:///{tmp_path}/history.db")
+    await records.upgrade()
+    message = {
+        "type": "sms",
+        "provider": "twilio",
+        "provider_id": "SM7",
+        "sender": "+1",
+        "recipient": "+2",
+        "body": "Hi",
+    }
+    await records.apply([Event("incoming", "m1", "default", 0, 1, message)])
+    transport = httpx.ASGITransport(create_app(settings, front, records))
+    async with httpx.AsyncClient(base_url="http://127.0.0.1", transport=transport) as http:
+        for number, known in enumerate(("m1", "m2")):
+            old = told(event="message.received", message_id=known) | {"batch_id": None}
+            row = Event("webhook", f"w{number}", "default", 10, 1, {"status": "failed", "result": old})
+            await records.apply([Event("webhook", f"w{number}", "default", 0, 1, old), row])
+            found = await http.get(f"/webhook/w{number}")
+            assert (found.status_code, found.json()["event"]) == (200, "message.received")
+        reply = await http.post("/webhook/w0/replay")
+        assert (await http.post("/webhook/w1/replay")).status_code == 404
+    standing = await front.standing(reply.json()["id"], "default")
+    assert standing is not None
+    assert standing.job.payload["data"] == {
+        "message_id": "m1", "from": "+1", "to": "+2", "type": "sms", "subject": None, "body": "Hi", "media": None,
+        "provider": "twilio", "provider_id": "SM7",
+    }  # fmt: skip
+    await records.close()
+
+
 async def test_replay_names_what_it_repeats_wherever_it_is_read(
     link: Link, front: Front, settings: Settings, tmp_path: Path
 ) -> None:

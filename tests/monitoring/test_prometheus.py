@@ -19,10 +19,14 @@ from tests.monitoring.watched import Prometheus
 from tests.whole.system import LEASE_S, Outside, System, outside
 
 PATIENCE_S = 30.0
-STAGES = ("encoder", "retriever", "llm", "aggregator", "webhook", "chat", "image", "report+requests", "recorder")
+STAGES = (
+    "encoder", "retriever", "llm", "aggregator", "webhook", "chat", "image", "report+requests",
+    "sms+mms+email+incoming", "recorder",
+)  # fmt: skip
 KINDS = {("gateway", ""), *(("stage", stage) for stage in STAGES)}
 LABELS = {
-    "connection", "ended", "le", "outcome", "priority", "reason", "record", "replica", "stage", "state", "status", "to",
+    "connection", "ended", "le", "outcome", "priority", "provider", "reason", "record", "replica", "stage", "state",
+    "status", "to",
     "generation", "implementation", "major", "minor", "patchlevel", "version",  # of Python itself
 }  # fmt: skip
 

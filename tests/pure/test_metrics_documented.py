@@ -11,6 +11,7 @@ import gateway.metrics
 import pipeline.metrics
 import stages.aggregator
 import stages.chat
+import stages.delivery
 import stages.embedders
 import stages.image
 import stages.llm
@@ -24,6 +25,7 @@ MODULES = (
     pipeline.metrics,
     stages.aggregator,
     stages.chat,
+    stages.delivery,
     stages.embedders,
     stages.image,
     stages.llm,

@@ -116,6 +116,7 @@ def test_misspelt_name_is_refused_with_the_right_one(wrong: str, meant: str) -> 
         ("MAX_RETRIES", "7", 7),
         ("DATABASE_URL", "postgres://me@there/history", "postgres://me@there/history"),
         ("REDIS_CACHE_TTL", "60", 60.0),
+        ("SYNC_MESSAGE_PROCESSING", "true", True),
         ("PENSTOCK_API_KEYS", "a:1,b:2", ("a:1", "b:2")),
         ("TELEGRAM_BOT_TOKEN", "1:a", SecretStr("1:a")),
     ],
@@ -125,7 +126,7 @@ def test_names_from_elsewhere_are_honoured(name: str, text: str, value: object) 
     section, field = ALIASES[name]
     assert getattr(getattr(load({name: text}), section), field) == value
     assert load({name: ""}) == Settings()
-    if field not in {"slots", "max_retries", "input_ttl_s"}:
+    if field not in {"slots", "max_retries", "input_ttl_s", "sync"}:
         ours = f"{PREFIX}{section.upper()}__{field.upper()}"
         chosen = load({name: text, ours: FITTING.get(ours, "http://other" if field in ADDRESSES else "other")})
         assert getattr(getattr(chosen, section), field) != value

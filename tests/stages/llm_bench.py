@@ -191,6 +191,7 @@ class FakeContext:
     webhooks: Any = None
     chats: Any = None
     reports: Any = None
+    deliveries: Any = None
 
 
 @dataclass

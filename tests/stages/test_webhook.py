@@ -80,6 +80,7 @@ class Kept(Webhooks):
 class FakeContext:
     webhooks: Kept = field(default_factory=Kept)
     reports: Any = None
+    deliveries: Any = None
     replicas: Any = None
     batches: Any = None
     chats: Any = None
@@ -185,6 +186,19 @@ async def test_one_message_is_told_by_itself(bench: Bench) -> None:
         await stage.handle(job(receiver.url, event="message.completed", message_id="m2"))
     body = receiver.got[0].verified(SECRET)
     assert (body["type"], body["data"]) == ("message.completed", RESULTS["results"][1])
+
+
+async def test_a_message_from_outside_is_told_as_its_job_carries_it(bench: Bench) -> None:
+    """There is no batch whose results could be read; what it says stands in no story of the job."""
+    stage = await bench.stage()
+    data = {"message_id": "m1", "from": "+1500", "to": "+1501", "body": "Thanks!"}
+    async with receiving() as receiver:
+        one = job(receiver.url, event="message.received", message_id="m1", data=data)
+        del one.payload["batch_id"]
+        await stage.handle(one)
+    body = receiver.got[0].verified(SECRET)
+    assert (body["type"], body["data"]) == ("message.received", data)
+    assert "Thanks!" not in repr(one.state)
 
 
 async def test_the_news_is_the_same_in_every_attempt(bench: Bench) -> None:

@@ -50,6 +50,7 @@ WORDS: Final = {
     "llm": "-m stages llm",
     "aggregator": "-m stages aggregator",
     "report": "-m stages report",
+    "delivery": "-m stages delivery",
     "webhook": "-m stages webhook",
     "chat": "-m stages chat",
     "image": "-m stages image",

@@ -107,7 +107,7 @@ async def test_sigterm_answers_what_was_accepted_and_leaves_no_process() -> None
             replies = await asyncio.gather(*asked)
     assert [reply.status for reply in replies] == [200] * 40
     assert code == 0
-    assert len(children) == 14
+    assert len(children) == 15
     assert not any(lives(pid) for pid in children)
 
 

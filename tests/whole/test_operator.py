@@ -14,7 +14,8 @@ import pytest
 from tests.conftest import wait_until
 from tests.whole.system import END_S, Outside, System, penstock
 
-WORKERS = ("encoder", "retriever", "llm", "aggregator", "webhook", "chat", "image", "report", "recorder")
+WORKERS = ("encoder", "retriever", "llm", "aggregator", "webhook", "chat", "image", "report", "delivery", "recorder")
+STAGES = {*WORKERS, "requests", "sms", "mms", "email", "incoming"} - {"delivery"}  # which is a process, and no stage
 
 
 async def test_one_command_answers_the_first_question() -> None:
@@ -41,9 +42,15 @@ async def test_status_shows_workers_streams_and_replicas(whole: Outside) -> None
         return len(found["workers"]) == len(WORKERS)
 
     await wait_until(all_are_shown, timeout_s=END_S)
-    assert {stage for worker in found["workers"] for stage in worker["stages"]} == {*WORKERS, "requests"}
+    assert {stage for worker in found["workers"] for stage in worker["stages"]} == STAGES
     assert {worker["pid"] for worker in found["workers"]} == {whole.system.pid_of(stage) for stage in WORKERS}
-    assert {stream["stream"] for stream in found["streams"]} >= {"job:encoder_in", "job:retriever_in", "job:llm_in"}
+    assert {stream["stream"] for stream in found["streams"]} >= {
+        "job:encoder_in",
+        "job:retriever_in",
+        "job:llm_in",
+        "message_queue:sms",
+        "webhook_queue",
+    }
     assert {replica["url"] for replica in found["replicas"]} == set(whole.system.replicas)
     assert (found["live_jobs"], found["delayed"]) == (0, 0)
 

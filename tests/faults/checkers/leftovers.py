@@ -12,6 +12,9 @@ from typing import Any
 
 from pipeline import keys
 
+WORK = ("job:*_in*", keys.DELIVERY_QUEUE + "*", keys.INCOMING_QUEUE + "*")
+"""Streams that hold unfinished work only."""
+
 
 @dataclass(frozen=True, slots=True)
 class Leftovers:
@@ -40,11 +43,14 @@ async def check(redis: Any) -> Leftovers:
                 load.append(name)
         elif name.startswith((keys.LEASES, keys.RUNNING)):
             load.append(name)
-        elif fnmatch.fnmatchcase(name, "job:*_in*"):
+        elif any(fnmatch.fnmatchcase(name, pattern) for pattern in WORK):
             if await redis.xlen(name):
                 work.append(name)
         elif name.startswith((keys.LIVE, keys.IN_FLIGHT)) or name in {keys.LIVE_INDEX, keys.DELAYED}:
             work.append(name)
+        elif name.startswith(keys.DELIVERY):  # none is unfinished
+            if await redis.pttl(name) == -1:
+                endless.append(name)
         elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in keys.BOUNDED) and await redis.pttl(name) == -1:
             endless.append(name)
     return Leftovers(load, endless, work)

@@ -1,0 +1,408 @@
+"""Deliveries in Redis: accepted, given to a provider, told of, read.
+
+A delivery is a job (flows `delivery_sms`, `delivery_mms`, `delivery_email`) and a record of its own, `delivery:<id>`,
+which has the same id, says what is to go out and how it stands, and outlives the job. Its status only rises
+(`raise_delivery` in the scripts' prelude): so whoever tells of it, in whatever order and however often, the same comes
+of it. docs/DELIVERIES.md tells the whole life of a delivery.
+
+A message goes out at most once where the provider cannot know it by its id. Just before it is handed over, `begin`
+marks it; whoever ends it, or has it retried, says with that how it went. An heir who finds the mark knows that nobody
+does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import orjson
+
+from pipeline import flows, keys, metrics, scripts
+from pipeline.clock import Clock, monotonic_us
+from pipeline.connection import Argument, Link, OutOfMemory, insist, within
+from pipeline.errors import BrokerUnavailable, IdempotencyMismatch, LeaseLost, Overloaded, RetryLater
+from pipeline.flows import FLOWS, DeliveryPayload, IncomingPayload, ReceivedMessage
+from pipeline.job import Job, Json, new_id
+
+if TYPE_CHECKING:
+    from pipeline.front import Idempotency
+    from pipeline.settings import Settings
+    from pipeline.streams import Entry
+
+AGAIN_S: Final = 1.0
+DELIVERY_FLOWS: Final = frozenset(f"delivery_{kind}" for kind in keys.DELIVERY_STAGES)
+
+Status = Literal[
+    "scheduled", "pending", "sending", "unknown", "sent", "undelivered", "failed", "delivered", "cancelled"
+]
+Told = Literal["sent", "undelivered", "failed", "delivered"]
+"""What a provider may tell."""
+WordOfTold = Literal["applied", "late", "duplicate", "unknown_delivery"]
+WordOfReceived = Literal["accepted", "duplicate"]
+WordOfBegin = Literal["begun", "busy", "held", "doubt", "taken", "cancelled", "gone"]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is to be delivered.
+
+    Attributes:
+        content: `from`, `to`, and what else was given of `subject`, `body`, `html`, `attachments`, `metadata`.
+        scheduled_at: when to send it, as its sender wrote it, and `due_ms` the same instant; None: now.
+        retry_of: the delivery that this one repeats by hand.
+    """
+
+    type: str
+    tenant: str
+    content: Json
+    scheduled_at: str | None = None
+    due_ms: int | None = None
+    retry_of: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptedDelivery:
+    """A delivery was accepted, now or earlier under the same Idempotency-Key (`repeated`).
+
+    Attributes:
+        status: with which it was accepted, `scheduled` or `pending`.
+    """
+
+    id: str
+    status: str
+    deadline_ms: int
+    repeated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """How a delivery stands.
+
+    Attributes:
+        content: see `Order`.
+        due_ms: when it was to go out.
+        history: each status it has had, with the instant when it came to it.
+        doubt: somebody has begun to hand it over, and has not said yet how it went.
+    """
+
+    id: str
+    tenant: str
+    type: str
+    status: str
+    content: Json
+    created_ms: int
+    due_ms: int
+    history: list[tuple[str, int]]
+    provider: str | None
+    provider_id: str | None
+    error: Json | None
+    attempts: int
+    retry_of: str | None
+    doubt: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """May it be given to its provider now?
+
+    Attributes:
+        word: `begun` only; `busy` and `held`: not before `wait_s` is over; else see begin.lua.
+        turn_us: the turn it was given, which is to be waited for; None: no waiting.
+    """
+
+    word: str
+    wait_s: float = 0.0
+    turn_us: int | None = None
+
+
+class Deliveries:
+    """The deliveries in Redis, over one connection; `clock` is Redis' time."""
+
+    def __init__(
+        self,
+        link: Link,
+        settings: Settings,
+        clock: Clock,
+        *,
+        consumer: str = "",
+        entry_of: Callable[[str], Entry | None] = lambda _: None,
+    ) -> None:
+        """Work over *link*.
+
+        Args:
+            consumer: who holds the entries of the deliveries that begin here.
+            entry_of: returns the entry in hand of a job.
+        """
+        self.clock = clock
+        self._link = link
+        self._settings = settings
+        self._consumer = consumer
+        self._entry_of = entry_of
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._link.close()
+
+    # --- accepting -------------------------------------------------------------------------------
+
+    async def accept(
+        self,
+        order: Order,
+        *,
+        delivery_id: str = "",
+        idempotency: Idempotency | None = None,
+        in_flight_limit: int | None = None,
+        reply: str = "",
+    ) -> AcceptedDelivery:
+        """Accept a delivery: when this returns, it is in Redis and reaches a status that is final.
+
+        Args:
+            delivery_id: a fresh id; made here when empty.
+            in_flight_limit: unfinished jobs its tenant may have.
+            reply: the stream of the gateway that waits for its outcome.
+
+        Raises:
+            Overloaded: too much unfinished work, of all, of this tenant (`too_many_in_flight`), or of the recorder.
+            IdempotencyMismatch: the key was used with another body.
+            BrokerUnavailable: no answer within a second; with `unknown` it may have been accepted all the same.
+        """
+        if not self.clock.is_set:  # its deadline would be counted from a clock that may be hours off
+            raise BrokerUnavailable("Redis has not been reached yet")
+        settings, flow = self._settings, FLOWS[f"delivery_{order.type}"]
+        job = flows.new_job(
+            flow.name, DeliveryPayload(scheduled_at=order.scheduled_at), job_id=delivery_id or new_id(),
+            now_ms=order.due_ms or self.clock.now_ms(), lifetime_s=settings.lifetimes.delivery_s, tenant=order.tenant,
+        )  # fmt: skip
+        job.retry_of = order.retry_of
+        stage, tail = job.launch()
+        limited = in_flight_limit is not None
+        reply_of = await insist(
+            self._link,
+            scripts.DELIVER,
+            (
+                job.id, order.type, order.tenant, orjson.dumps(order.content), orjson.dumps(_asked(order)), tail,
+                keys.stream(stage, job.priority), job.deadline_ms, order.due_ms or 0,
+                int(settings.deliveries.keep_s * 1000), settings.admission.max_jobs, settings.history.max_backlog,
+                keys.IN_FLIGHT + order.tenant if limited else "", in_flight_limit or 0, reply,
+                keys.IDEMPOTENCY + idempotency.key if idempotency else "", idempotency.body_hash if idempotency else "",
+                int(idempotency.ttl_s * 1000) if idempotency else 0, order.retry_of or "",
+            ),
+            self.clock,
+            settings.redis.reconnect_cap_s,
+        )  # fmt: skip
+        word, answering, status = (part.decode() for part in reply_of[1:])
+        match word:
+            case "mismatch":
+                raise IdempotencyMismatch
+            case "in_flight":
+                text = f"this API key has {in_flight_limit} unfinished jobs, as many as it may"
+                raise Overloaded(text, code="too_many_in_flight")
+        _refuse_overload(word)
+        return AcceptedDelivery(answering, status or "pending", job.deadline_ms, repeated=word == "repeated")
+
+    async def received(
+        self, provider: str, event_id: str, message: ReceivedMessage, *, headers: dict[str, str], body: str
+    ) -> WordOfReceived:
+        """Accept a message that a provider brings from outside: when this returns, it will be carried on, once.
+
+        Args:
+            event_id: by which the provider knows it; the same when it brings it again.
+            headers: of its request, those that tell of the message.
+            body: of its request, as it came.
+
+        Raises:
+            Overloaded: too much unfinished work, or too much that waits to be recorded.
+            BrokerUnavailable: no answer within a second.
+        """
+        if not self.clock.is_set:
+            raise BrokerUnavailable("Redis has not been reached yet")
+        settings = self._settings
+        payload = IncomingPayload(provider=provider, headers=headers, body=body, message=message)
+        job = flows.new_job(
+            "incoming", payload, job_id=new_id(), now_ms=self.clock.now_ms(),
+            lifetime_s=settings.lifetimes.incoming_s, tenant=settings.deliveries.incoming_tenant,
+        )  # fmt: skip
+        stage, tail = job.launch()
+        reply = await insist(
+            self._link,
+            scripts.INCOMING,
+            (
+                _event_key(provider, event_id), int(settings.deliveries.event_id_s * 1000), job.id, tail,
+                keys.stream(stage, job.priority), job.tenant, job.deadline_ms, flows.record_of(job),
+                settings.admission.max_jobs, settings.history.max_backlog,
+            ),
+            self.clock,
+            settings.redis.reconnect_cap_s,
+        )  # fmt: skip
+        word: WordOfReceived = reply[1].decode()
+        _refuse_overload(word)
+        return word
+
+    # --- handing over ----------------------------------------------------------------------------
+
+    async def begin(
+        self, job: Job, provider: str, *, per_s: float = 0.0, turn_us: int | None = None, again: bool = False
+    ) -> Begun:
+        """Ask whether the delivery of a job in hand may be given to its provider now; if so, it is `sending`.
+
+        Args:
+            per_s: how many messages a second the provider takes from all processes together; 0: any number.
+            turn_us: the turn that was given before, and has come.
+            again: whether it may be handed over though somebody may have done so before.
+
+        Raises:
+            LeaseLost: the job is no longer in this hand.
+            BrokerUnavailable: Redis does not answer; it is not to be handed over then.
+        """
+        entry = self._entry_of(job.id)
+        if entry is None:
+            raise LeaseLost
+        gap_us = int(1e6 / per_s) if per_s else 0
+        reply = await self._run(
+            scripts.BEGIN,
+            (
+                entry.stream, keys.stage_of(entry.stream), entry.id, entry.deliveries, self._consumer, job.id, provider,
+                gap_us, int(self._settings.deliveries.turn_wait_s * 1000), "" if turn_us is None else turn_us,
+                "again" if again else "",
+            ),
+        )  # fmt: skip
+        word = reply[1].decode()
+        if word == "lost":
+            raise LeaseLost
+        wait_s = int(reply[2]) / 1e6 if len(reply) > 2 else 0.0
+        return Begun(word, wait_s, int(reply[3]) if word == "wait" else None)
+
+    async def hold(self, provider: str, for_s: float) -> float:
+        """Leave a provider alone for a while, in all processes; return for how long it is from now on."""
+        reply = await self._run(scripts.HOLD, (provider, int(for_s * 1000)))
+        return int(reply[1]) / 1000
+
+    # --- being told ------------------------------------------------------------------------------
+
+    async def told(
+        self, source: str, event_id: str, delivery_id: str, status: Told, error: Json | None = None
+    ) -> WordOfTold:
+        """Note what a provider tells of a delivery.
+
+        Args:
+            source: who tells it.
+            event_id: by which the source knows this event; the same when it tells it again.
+            error: `{"type", "code", "message"}` of one that has failed.
+
+        Returns:
+            `applied`; `late`: it stands higher already; `duplicate`: this event was told before; `unknown_delivery`:
+            there is none of this id, or it is kept no longer.
+
+        Raises:
+            BrokerUnavailable: no answer within a second.
+        """
+        reply = await insist(
+            self._link,
+            scripts.TOLD,
+            (
+                _event_key(source, event_id), int(self._settings.deliveries.event_id_s * 1000), delivery_id, status,
+                orjson.dumps(error) if error else "",
+            ),
+            self.clock,
+            self._settings.redis.reconnect_cap_s,
+        )  # fmt: skip
+        word: WordOfTold = reply[1].decode()
+        if word == "applied":
+            kind, provider, took_ms = reply[2].decode(), reply[3].decode(), int(reply[4])
+            metrics.DELIVERIES_TOLD.labels(kind, provider, status).inc()
+            if status == "delivered":
+                metrics.DELIVERED_S.labels(kind, provider).observe(took_ms / 1000)
+        return word
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    async def read(self, delivery_id: str) -> Delivery | None:
+        """Return how a delivery stands; None where Redis knows none of this id (any more).
+
+        Raises what `Link.run` does, and ValueError, KeyError: its key holds what Penstock never wrote.
+        """
+        return (await self.read_many([delivery_id]))[0]
+
+    async def read_many(self, ids: Sequence[str]) -> list[Delivery | None]:
+        """Return how deliveries stand, in order; see `read`."""
+        rows = await self._link.run(scripts.DELIVERIES, (), ids) if ids else []
+        return [_delivery(delivery_id, row) for delivery_id, row in zip(ids, rows, strict=True)]
+
+    async def find(self, ids: Sequence[str]) -> list[Delivery | None]:
+        """Return how deliveries stand, where somebody at a gateway waits for it.
+
+        Raises:
+            BrokerUnavailable: no answer within a second.
+        """
+        return await within(self.read_many(ids))
+
+    async def _run(self, script: scripts.Script, args: Sequence[Argument]) -> Any:
+        try:
+            sent_us = monotonic_us()
+            reply = await self._link.run(script, (), args)
+        except OutOfMemory as error:
+            raise RetryLater(str(error), code="out_of_memory", after_s=AGAIN_S, charged=False) from error
+        self.clock.observe(int(reply[0]), sent_us)
+        return reply
+
+    def __repr__(self) -> str:
+        return f"<Deliveries over {self._link.name}>"
+
+
+def _refuse_overload(word: str) -> None:
+    if word == "backlog":
+        raise Overloaded("the recorder is behind: too much waits to be written to history; try again later")
+    if word == "overloaded":
+        raise Overloaded
+
+
+def _asked(order: Order) -> Json:
+    """Return what history is told of a delivery; of attachments their names: it is no store of files."""
+    content = order.content
+    asked: Json = {name: content[name] for name in ("subject", "body", "html", "metadata") if name in content}
+    names = ("filename", "content_type", "url")
+    listed = [{name: one[name] for name in names if one.get(name)} for one in content.get("attachments", ())]
+    asked |= {"type": order.type, "sender": content["from"], "recipient": content["to"]}
+    asked |= {"attachments": listed} if listed else {}
+    asked |= {"scheduled_ms": order.due_ms} if order.due_ms else {}
+    return asked | ({"retry_of": order.retry_of} if order.retry_of else {})
+
+
+def told_of(message_id: str, message: Mapping[str, Any]) -> Json:
+    """Return what a webhook tells of a message from outside.
+
+    Args:
+        message: what `flows.ReceivedMessage` holds, and `provider`.
+    """
+    names = ("type", "sender", "recipient", "subject", "body", "media", "provider", "provider_id")
+    told = {name: message.get(name) for name in names}
+    return {"message_id": message_id, "from": told.pop("sender"), "to": told.pop("recipient")} | told
+
+
+def _event_key(source: str, event_id: str) -> str:
+    """Return an event as it stands in keys: ids of providers may be long, and hold anything."""
+    return hashlib.sha256(f"{source}\n{event_id}".encode()).hexdigest()[:32]
+
+
+def _delivery(delivery_id: str, row: Sequence[bytes]) -> Delivery | None:
+    fields = {name.decode(): value.decode() for name, value in zip(row[::2], row[1::2], strict=True)}
+    if not fields:
+        return None
+    return Delivery(
+        id=delivery_id,
+        tenant=fields["tenant"],
+        type=fields["type"],
+        status=fields["status"],
+        content=orjson.loads(fields["content"]),
+        created_ms=int(fields["created_ms"]),
+        due_ms=int(fields["due_ms"]),
+        history=[(status, at_ms) for status, at_ms in orjson.loads(fields["history"])],
+        provider=fields.get("provider") or None,
+        provider_id=fields.get("provider_id") or None,
+        error=orjson.loads(fields["error"]) if fields.get("error") else None,
+        attempts=int(fields.get("attempts") or 0),
+        retry_of=fields.get("retry_of"),
+        doubt="doubt" in fields,
+    )
