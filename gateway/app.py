@@ -23,6 +23,7 @@ from gateway import (
     discovery,
     documents,
     health,
+    incoming,
     jobs,
     messages,
     openapi,
@@ -57,6 +58,7 @@ def operations() -> tuple[Operation, ...]:
         *reports.OPERATIONS,
         *deliveries.OPERATIONS,
         *webhooks.OPERATIONS,
+        *incoming.OPERATIONS,
         *jobs.OPERATIONS,
         *health.OPERATIONS,
         *discovery.OPERATIONS,
@@ -91,9 +93,10 @@ def create_app(
     """Return the application that serves *front*, and what *records* remember; what streams ends with *stop*.
 
     Raises:
-        ConfigError: the API keys are malformed.
+        ConfigError: the API keys are malformed, or a vendor's key is none.
     """
-    gateway = Gateway(settings, front, Callers(settings.gateway, front), records, stop or asyncio.Event())
+    callers, vendors = Callers(settings.gateway, front), incoming.vendors(settings)
+    gateway = Gateway(settings, front, callers, records, vendors, stop or asyncio.Event())
     return Edge(_router(operations()), gateway)
 
 

@@ -9,13 +9,15 @@ No label is unbounded: codes and outcomes come from our own tables, never from a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, get_args
 
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from gateway.vendors import REASONS, SKIPPED
+from pipeline.deliveries import WordOfReceived, WordOfTold
 from pipeline.overview import Overview
 
 OUTCOMES: Final = (
@@ -42,6 +44,9 @@ REPLICA_LOAD: Final = Gauge("api_gateway_replica_load", "Jobs now leased to an L
 REFUSALS: Final = Counter("penstock_gateway_refusals_total", "Requests refused, by error code", ["reason"])
 CHAT_MESSAGES: Final = Counter("penstock_chat_messages_total", "Messages of chats, by what they met", ["outcome"])
 CHAT_CLEARED: Final = Counter("penstock_chat_cleared_total", "What clears of chats threw away", ["record"])
+INCOMING: Final = Counter(
+    "penstock_incoming_total", "What vendors told, by what became of it, or why it was refused", ["provider", "outcome"]
+)
 
 QUERY_OUTCOME: Final = {outcome: QUERIES.labels(outcome) for outcome in OUTCOMES}
 
@@ -52,6 +57,9 @@ for _outcome in ("started", "joined", "merged", "interrupted", "duplicate"):
     CHAT_MESSAGES.labels(_outcome)
 for _record in ("messages", "replies"):
     CHAT_CLEARED.labels(_record)
+for _provider in ("twilio", "sendgrid"):
+    for _outcome in (*get_args(WordOfTold), *get_args(WordOfReceived), *SKIPPED, *REASONS, "unavailable"):
+        INCOMING.labels(_provider, _outcome)
 
 
 def pipeline_metrics(overview: Overview | None, *, redis_up: bool, max_jobs: int, max_backlog: int) -> list[Metric]:

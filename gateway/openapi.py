@@ -34,7 +34,7 @@ _MEANING: Final[dict[int, str]] = {
     202: "Accepted; to be done",
     400: "Not HTTP, or not JSON",
     401: "No API key, or none of ours",
-    403: "The API key was revoked, or a browser sends this on behalf of another site",
+    403: "The API key was revoked, a vendor's signature is missing or wrong, or a browser sends this for another site",
     404: "Not found",
     408: "The request took too long to arrive",
     409: "Cancelled, or finished already",

@@ -23,6 +23,7 @@ from gateway.auth import Callers
 from gateway.errors import MOST_PATH_CHARS, BrokenKey, ClientGone, Headers, Problem, invalid
 from gateway.idempotency import read_key
 from gateway.limits import read_body
+from gateway.vendors import Vendor
 from pipeline.clock import monotonic_us
 from pipeline.errors import HistoryUnavailable, JobLost
 from pipeline.flows import Payload, new_job
@@ -194,6 +195,7 @@ class Gateway:
 
     Attributes:
         records: history, where there is one.
+        vendors: who may tell us what became of messages, by name.
         stop: set when the gateway is to stop; answers that stream end then.
     """
 
@@ -201,6 +203,7 @@ class Gateway:
     front: Front
     callers: Callers
     records: Records | None = None
+    vendors: Mapping[str, Vendor] = field(default_factory=dict)
     stop: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -259,7 +262,7 @@ class Call:
 
     @property
     def query_string(self) -> str:
-        """What stands behind the `?`."""
+        """What stands behind the `?`, byte by byte."""
         return cast("bytes", self._scope["query_string"]).decode("latin-1")
 
     def path_id(self, name: str) -> str:
@@ -277,6 +280,10 @@ class Call:
             raise HistoryUnavailable
         return self.gateway.records
 
+    async def read_raw(self, max_bytes: int | None = None) -> bytes:
+        """Return the body as it came, whatever it is; arguments and errors as for `read`, but for what it holds."""
+        return await read_body(self._receive, self.headers, max_bytes or self.gateway.settings.gateway.max_body_bytes)
+
     async def read(
         self, model: type[Model], max_bytes: int | None = None, *, long: str = "", most: int | None = None
     ) -> Model:
@@ -291,8 +298,7 @@ class Call:
             Problem: too large, not JSON, not an object, or with wrong fields.
             ClientGone: the client left before its body had arrived.
         """
-        limit = max_bytes or self.gateway.settings.gateway.max_body_bytes
-        raw = await read_body(self._receive, self.headers, limit)
+        raw = await self.read_raw(max_bytes)
         try:
             value = orjson.loads(raw)
         except orjson.JSONDecodeError as error:

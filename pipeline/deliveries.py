@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import orjson
 
 from pipeline import flows, keys, metrics, scripts
+from pipeline.batching import MOST
 from pipeline.clock import Clock, monotonic_us
 from pipeline.connection import Argument, Link, OutOfMemory, insist, within
 from pipeline.errors import BrokerUnavailable, IdempotencyMismatch, LeaseLost, Overloaded, RetryLater
@@ -115,6 +116,21 @@ class Begun:
     word: str
     wait_s: float = 0.0
     turn_us: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What a provider tells of a delivery.
+
+    Attributes:
+        id: by which the provider knows this event; the same when it tells it again.
+        error: `{"type", "code", "message"}` of one that has failed.
+    """
+
+    id: str
+    delivery_id: str
+    status: Told
+    error: Json | None = None
 
 
 class Deliveries:
@@ -284,37 +300,36 @@ class Deliveries:
     async def told(
         self, source: str, event_id: str, delivery_id: str, status: Told, error: Json | None = None
     ) -> WordOfTold:
-        """Note what a provider tells of a delivery.
+        """Note what a provider tells of a delivery; see `told_all`."""
+        return (await self.told_all(source, [Event(event_id, delivery_id, status, error)]))[0]
+
+    async def told_all(self, source: str, events: Sequence[Event]) -> list[WordOfTold]:
+        """Note what a provider tells of deliveries.
 
         Args:
             source: who tells it.
-            event_id: by which the source knows this event; the same when it tells it again.
-            error: `{"type", "code", "message"}` of one that has failed.
 
         Returns:
-            `applied`; `late`: it stands higher already; `duplicate`: this event was told before; `unknown_delivery`:
-            there is none of this id, or it is kept no longer.
+            Of each event, in order: `applied`; `late`: the delivery stands higher already; `duplicate`: this event was
+            told before; `unknown_delivery`: there is none of this id, or it is kept no longer.
 
         Raises:
-            BrokerUnavailable: no answer within a second.
+            BrokerUnavailable: no answer within a second. Some may have been noted: who tells all of them again is told
+                which.
         """
-        reply = await insist(
-            self._link,
-            scripts.TOLD,
-            (
-                _event_key(source, event_id), int(self._settings.deliveries.event_id_s * 1000), delivery_id, status,
-                orjson.dumps(error) if error else "",
-            ),
-            self.clock,
-            self._settings.redis.reconnect_cap_s,
-        )  # fmt: skip
-        word: WordOfTold = reply[1].decode()
-        if word == "applied":
-            kind, provider, took_ms = reply[2].decode(), reply[3].decode(), int(reply[4])
-            metrics.DELIVERIES_TOLD.labels(kind, provider, status).inc()
-            if status == "delivered":
-                metrics.DELIVERED_S.labels(kind, provider).observe(took_ms / 1000)
-        return word
+        words: list[WordOfTold] = []
+        for first in range(0, len(events), MOST):
+            some = events[first : first + MOST]
+            args: list[Argument] = [int(self._settings.deliveries.event_id_s * 1000)]
+            for one in some:
+                error = orjson.dumps(one.error) if one.error else b""
+                args += [_event_key(source, one.id), one.delivery_id, one.status, error]
+            reply = await insist(self._link, scripts.TOLD, args, self.clock, self._settings.redis.reconnect_cap_s)
+            for one, (word, *more) in zip(some, reply[1:], strict=True):
+                words.append(word.decode())
+                if more:
+                    _count(one.status, *more)
+        return words
 
     # --- reading ---------------------------------------------------------------------------------
 
@@ -349,6 +364,13 @@ class Deliveries:
 
     def __repr__(self) -> str:
         return f"<Deliveries over {self._link.name}>"
+
+
+def _count(status: Told, kind: bytes, provider: bytes, took_ms: bytes) -> None:
+    labels = (kind.decode(), provider.decode())
+    metrics.DELIVERIES_TOLD.labels(*labels, status).inc()
+    if status == "delivered":
+        metrics.DELIVERED_S.labels(*labels).observe(int(took_ms) / 1000)
 
 
 def _refuse_overload(word: str) -> None:

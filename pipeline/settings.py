@@ -368,6 +368,19 @@ class DeliveriesSettings(Section):
         "default", pattern=r"^[A-Za-z0-9._-]{1,128}$", description="whose the messages from outside are"
     )
     incoming_url: str = Field("", max_length=2_048, description="told of each message from outside, by a webhook")
+    sendgrid_public_keys: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
+        (), description="verification keys of SendGrid's webhooks"
+    )
+    signature_age_s: float = Field(3_600.0, ge=1, le=15 * 86_400, description="a signature that tells its time counts")
+
+    @model_validator(mode="after")
+    def _events_are_known_for_longer_than_they_count(self) -> Self:
+        if self.event_id_s < 2 * self.signature_age_s:  # who signs may have a clock that is ahead by as much
+            raise ValueError(
+                f"event_id_s ({self.event_id_s}) must be at least twice signature_age_s ({self.signature_age_s}): "
+                "an event that is forgotten while its signature still counts could be told again by anybody"
+            )
+        return self
 
 
 class SmtpSettings(Section):
@@ -404,6 +417,7 @@ class TwilioSettings(Section):
 
     account_sid: str = Field("", pattern=r"^(AC[0-9a-fA-F]{32})?$", description="of the account, from the console")
     auth_token: SecretStr | None = Field(None, description="of the account; it also signs what Twilio tells us")
+    second_auth_token: SecretStr | None = Field(None, description="the account's secondary one, while it is changed")
     api_key_sid: str = Field("", pattern=r"^(SK[0-9a-fA-F]{32})?$", description="of an API key, used to send if set")
     api_key_secret: SecretStr | None = None
     api_url: ServiceUrl = Field("https://api.twilio.com", description="or that of another region, or of a test")
