@@ -15,21 +15,22 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal
 
 import orjson
-from pydantic import BaseModel, Field, StringConstraints, TypeAdapter
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints, TypeAdapter
 
-from gateway.asked import LIMIT, Asked, from_redis, wrong
-from gateway.errors import Problem
+from gateway.asked import LIMIT, Asked, from_redis, not_found, own_id, wrong
+from gateway.errors import RETRY_SOON_S, Problem
 from gateway.idempotency import read_key
 from gateway.metrics import CHAT_CLEARED, CHAT_MESSAGES
 from gateway.operation import Answer, Call, Operation, Parameter, answer
+from gateway.queues import Model, Text, storable
 from pipeline import keys
 from pipeline.chats import LOOK_EVERY_S, Message, Persona, Policy
-from pipeline.errors import PenstockError
-from pipeline.flows import ModelName, Name, Payload
-from pipeline.job import Json, Priority, is_valid_id, new_id
+from pipeline.errors import HistoryUnavailable, PenstockError
+from pipeline.flows import Name, Payload
+from pipeline.job import Json, Priority, new_id
 
 ChatId = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._-]+$")]
-Prompt = Annotated[str, StringConstraints(min_length=1, max_length=32_000)]
+Prompt = Annotated[str, StringConstraints(min_length=1, max_length=32_000), AfterValidator(storable)]
 
 PING_S: Final = 15.0
 """Proxies close a connection on which nothing is said for a while, a minute usually."""
@@ -44,8 +45,8 @@ _EVENT_ID: Final = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
 class ChatMessageRequest(Payload):
     """One message of a person."""
 
-    user_id: Annotated[str, StringConstraints(min_length=1, max_length=128)]
-    text: Annotated[str, StringConstraints(min_length=1)]
+    user_id: Annotated[str, StringConstraints(min_length=1, max_length=128), AfterValidator(storable)]
+    text: Text
     message_id: Name | None = Field(None, description="counts once in its chat; made here when absent")
     priority: Priority = Field("normal", description="chats of `high` go first")
 
@@ -110,7 +111,7 @@ class PersonaRequest(Payload):
 
     system_prompt: Prompt | None = Field(None, description="who it is, and how it speaks")
     state_prompt: Prompt | None = Field(None, description="what to remember of a chat: asks for one JSON object")
-    model: ModelName | None = None
+    model: Model | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     image_prompt: Prompt | None = Field(None, description="an image is made of it and each reply, after the reply")
     policy: Policy = Field("merge", description="a new message waits for the next reply, or interrupts this one")
@@ -176,7 +177,7 @@ async def set_chat_persona(call: Call) -> Answer:
     request = await call.read(ChatPersonaRequest)
     chat_id = _chat_id(call)
     name = request.persona
-    if name is not None and await from_redis(call.front.chats.persona(call.tenant, name)) is None:
+    if name is not None and await _persona(call, name) is None:
         raise wrong("persona", "nobody has set up a persona of this name: PUT /persona/{name}", "unknown_persona")
     return answer(await _clear(call, chat_id, name or "") | {"persona": name})
 
@@ -207,6 +208,9 @@ async def events(call: Call) -> Answer:
     elif _EVENT_ID.fullmatch(after) is None:
         param = "Last-Event-ID" if sent is not None else "after"
         raise wrong(param, "the id of an event, as it came with it", "invalid_cursor")
+    most = call.gateway.settings.chats.max_streams
+    if call.front.chat_watch.count >= most:
+        raise Problem(503, "too_many_streams", f"{most} streams of events are open here", retry_after_s=RETRY_SOON_S)
     headers = [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
     return Answer(200, b": welcome\n\n", headers, EVENT_STREAM, stream=_events(call, chat, after))
 
@@ -248,10 +252,10 @@ async def _wait(stop: asyncio.Task[Any], news: asyncio.Event) -> None:
 
 async def image(call: Call) -> Answer:
     """Fetch an image that followed a reply; kept for a day."""
-    chat, image_id = keys.of_tenant(call.tenant, _chat_id(call)), call.path_id("image_id")
-    found = await from_redis(call.front.chats.image(chat, image_id)) if is_valid_id(image_id) else None
+    chat, image_id = keys.of_tenant(call.tenant, _chat_id(call)), own_id(call, "image_id", "image")
+    found = await from_redis(call.front.chats.image(chat, image_id))
     if found is None:
-        raise Problem(404, "image_not_found", f"there is no image {image_id[:128]!r} (any more)")
+        raise not_found("image", image_id)
     data, content_type = found
     headers = [(b"cache-control", b"private, max-age=86400, immutable"), (b"x-content-type-options", b"nosniff")]
     return Answer(200, data, headers, content_type)
@@ -270,7 +274,10 @@ async def history(call: Call) -> Answer:
     if following is None:
         last = rows[-1]["seq"] if rows else after
         turns = await from_redis(call.front.chats.turns(keys.of_tenant(call.tenant, chat_id)))
-        shown += [_turn(turn) for turn in turns if turn["seq"] > last]
+        later, room = [turn for turn in turns if turn["seq"] > last], limit - len(rows)
+        shown += [_turn(turn) for turn in later[:room]]
+        if len(later) > room:
+            following = later[room - 1]["seq"] if room else last
     return answer({"messages": shown, "next": None if following is None else str(following)})
 
 
@@ -287,16 +294,16 @@ def _turn(row: Json) -> Json:
 async def look_at_persona(call: Call) -> Answer:
     """Tell how a persona is set up."""
     name = _chat_id(call, "name")
-    persona = await from_redis(call.front.chats.persona(call.tenant, name))
+    persona = await _persona(call, name)
     if persona is None:
-        raise Problem(404, "persona_not_found", f"there is no persona {name!r}")
+        raise not_found("persona", name)
     return answer(_shown_persona(name, persona))
 
 
 async def set_persona(call: Call) -> Answer:
     """Set a persona up, all of it: what is not named is the service's own.
 
-    Chats that have it follow at their next reply.
+    Chats that have it follow at their next reply. A tenant has so many personas at most (409).
     """
     request = await call.read(PersonaRequest)
     name = _chat_id(call, "name")
@@ -306,6 +313,22 @@ async def set_persona(call: Call) -> Answer:
     )  # fmt: skip
     await from_redis(call.front.chats.set_persona(call.tenant, name, persona))
     return answer(_shown_persona(name, persona))
+
+
+async def _persona(call: Call, name: str) -> Persona | None:
+    """Return a persona; one that Redis has lost, and history has, is put back."""
+    found = await from_redis(call.front.chats.persona(call.tenant, name))
+    if found is not None:
+        return found
+    try:
+        kept = await call.history.persona(call.tenant, name)
+    except HistoryUnavailable:
+        return None
+    if kept is None:
+        return None
+    persona = Persona(**{field: kept[field] for field in Persona.__slots__ if field in kept})
+    await from_redis(call.front.chats.set_persona(call.tenant, name, persona))
+    return persona
 
 
 def _shown_persona(name: str, persona: Persona) -> Json:
@@ -401,6 +424,7 @@ OPERATIONS: Final = (
         set_persona,
         body=PersonaRequest,
         answers={200: PersonaShown},
+        errors=(409,),
         parameters=(_NAME,),
         example={"system_prompt": "You are a ship's cook, and speak like one.", "policy": "merge"},
     ),

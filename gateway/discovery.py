@@ -1,7 +1,7 @@
 """Where Prometheus finds every live process: `GET /sd/targets`, in the form of its HTTP service discovery.
 
-Workers say in their lease where they serve `/metrics`; gateways enlist themselves, so that any gateway names them all.
-When Redis is away the answer is 503, and Prometheus keeps the targets it knows.
+Workers say in their lease where they serve `/metrics`; gateways and connectors enlist themselves, so that any gateway
+names them all. When Redis is away the answer is 503, and Prometheus keeps the targets it knows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TargetGroup(BaseModel):
 
     targets: list[str] = Field(description="host and port that serve `/metrics`")
     labels: dict[str, str] = Field(
-        description="`kind`: gateway or stage; a stage process has `worker` and `stages`, too"
+        description="`kind`: gateway, stage or telegram; a stage process has `worker` and `stages`, too"
     )
 
 
@@ -55,8 +55,8 @@ def target_groups(overview: Overview, here: str) -> list[TargetGroup]:
         here: the name of this machine. Prometheus is taken to run where it reaches what this gateway reaches.
     """
     groups = [
-        TargetGroup(targets=[reachable(one.address, one.host, here)], labels={"kind": "gateway"})
-        for one in overview.gateways
+        TargetGroup(targets=[reachable(one.address, one.host, here)], labels={"kind": one.kind})
+        for one in (*overview.gateways, *overview.connectors)
     ]
     groups += [
         TargetGroup(

@@ -26,6 +26,7 @@ from pipeline.errors import (
     Overloaded,
     PenstockError,
     RotatedLately,
+    TooManyPersonas,
     TooManyQueues,
     WrongField,
 )
@@ -146,6 +147,8 @@ def problem_of(error: PenstockError, job_id: str | None = None) -> Problem | Non
             return Problem(422, "invalid_field", str(error), param=error.param[:MOST_PATH_CHARS])
         case TooManyQueues():
             return Problem(409, "too_many_queues", str(error), param="queue_id")
+        case TooManyPersonas():
+            return Problem(409, "too_many_personas", str(error), param="name")
         case RotatedLately():
             return Problem(409, "rotated_lately", str(error), param="queue_id")
         case MalformedCursor():

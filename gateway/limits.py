@@ -1,10 +1,12 @@
 """Bounds on what a client may make us hold: bytes of head and body, time to send them, number of connections.
 
-uvicorn bounds none of these with its fast parser. Two rules, kept by `BoundedHttp`, do:
+uvicorn bounds none of these with its fast parser. Three rules, kept by `BoundedHttp`, do:
 
 - **Time.** From the first byte of a request (or the start of the connection) to the last byte of its body at most
   `receive_timeout_s` may pass. Only a request that does not arrive in one piece ever starts the timer. The rule holds
   also for a body that nobody reads any more, because its request was answered early (413).
+- **Reading.** A client that takes nothing of what is written to it for `send_timeout_s` is dropped: it would hold its
+  connection, and what it was to be told, until the gateway ends.
 - **Bytes.** The parser keeps names and values of headers until they are whole. So bytes that it has taken without
   giving anything back - a head that does not end, or trailers - are counted, and are at most `MAX_HEAD_BYTES`.
   What it gives back as body is bounded by `read_body`, or discarded.
@@ -121,6 +123,7 @@ class BoundedHttp(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._timer: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
         self._partial = True  # some of a request is still to come
         self._in_body = False  # its head is whole
         self._unparsed = 0  # bytes the parser took since it last gave something back
@@ -139,6 +142,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_waiting_for_reader()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -159,6 +163,14 @@ class BoundedHttp(HttpToolsProtocol):
             self._refuse(_HEAD_TOO_LARGE)
         elif self._timer is None:
             self._start_timer()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.limits.send_timeout_s, self._on_unread)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_waiting_for_reader()
 
     # What the parser calls while it is fed.
 
@@ -219,6 +231,16 @@ class BoundedHttp(HttpToolsProtocol):
             self._refuse(_TOO_SLOW)
         else:
             self.transport.close()  # opened and never used, as browsers do: nothing was asked, nothing is answered
+
+    def _stop_waiting_for_reader(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
+    def _on_unread(self) -> None:
+        self._unread = None
+        REFUSALS.labels("send_timeout").inc()
+        self.transport.abort()  # `close` would wait for the reader
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Final, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
 
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -107,6 +109,8 @@ def pipeline_metrics(overview: Overview | None, *, redis_up: bool, max_jobs: int
                             overview.reports_repeated),
         CounterMetricFamily("penstock_report_responses_dropped", "Responses dropped, since there were too many",
                             overview.responses_dropped),
+        _counters("penstock_chat_unanswered", "Messages of chats that ended without an answer, by how", "ended",
+                  {"failed": overview.chats_failed, "expired": overview.chats_expired}),
     ]  # fmt: skip
     replicas = [((view.url,), view) for view in overview.replicas]
     told += [
@@ -146,6 +150,13 @@ def _workers_by_stage(overview: Overview) -> list[tuple[tuple[str, str], int]]:
 
 def _gauge(name: str, about: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(name, about, value)
+
+
+def _counters(name: str, about: str, label: str, values: Mapping[str, float]) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, about, labels=(label,))
+    for of, value in values.items():
+        family.add_metric((of,), value)
+    return family
 
 
 def _gauges(

@@ -141,6 +141,9 @@ class Records(Protocol):
     ) -> tuple[list[Json], int | None]:
         """Return a page of what was said in a chat, and the number to go on from."""
 
+    async def persona(self, tenant: str, name: str) -> Json | None:
+        """Return what was given last when a persona was set up; None when it never was."""
+
     async def batches(
         self,
         tenant: str,

@@ -6,13 +6,20 @@ done before it is done: a chat that is cleared twice could lose what was said be
 and sends them, one after another in each chat; how far each chat was told is noted in Redis after the sending. A
 process that dies between sending and noting sends that event again: at least once.
 
+The first loop sends nothing itself: one chat that Telegram wants to wait would make all people wait. What it answers,
+to a command say, is sent by the task that tells this chat of its events, and is lost with the process.
+
 The Bot API is spoken directly: three methods over HTTP. Chat 42 of the bot 123 is the chat `tg.123.42`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 import signal
+import socket
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, Final
@@ -21,8 +28,9 @@ import aiohttp
 import orjson
 import structlog
 import uvloop
+from prometheus_client import Counter, Gauge, start_http_server
 
-from pipeline import keys, logs
+from pipeline import keys, logs, scripts
 from pipeline.chats import Chats, Message
 from pipeline.clock import Clock, monotonic_us
 from pipeline.connection import Backoff, Link, Outage
@@ -54,6 +62,23 @@ SLOWER: Final = "You are quicker than I am. Please wait for an answer."
 WHICH: Final = "Which persona? /persona NAME, or /persona - for none."
 UNKNOWN: Final = "I know no persona of that name."
 CHANGED: Final = "Somebody else answers from here on."
+
+_COMMAND: Final = re.compile(r"/(start|clear|persona)(?:@\w+)?(?:\s+(.*))?", re.DOTALL)
+_PERSONA: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
+"""As `PUT /persona/{name}` has it: with a colon it could name another tenant's."""
+MOST_ANSWERS: Final = 10
+"""That wait to be sent to one chat; older ones go. Nobody reads the tenth answer to a command."""
+
+_METHODS: Final = {"getUpdates": "updates", "sendMessage": "texts", "sendPhoto": "photos"}
+UPDATES: Final = Counter("penstock_telegram_updates_total", "What people wrote, by what became of it", ["outcome"])
+CALLS: Final = Counter("penstock_telegram_calls_total", "Calls of the Bot API, by their ends", ["record", "outcome"])
+WAITED_S: Final = Counter("penstock_telegram_wait_seconds_total", "Time that Telegram asked to wait (retry_after)")
+BEHIND: Final = Gauge("penstock_telegram_chats_behind", "Chats to which something is being sent, or tried to")
+for _outcome in ("said", "refused", "command", "unreadable"):  # a counter that begins at 1 shows no increase
+    UPDATES.labels(_outcome)
+for _record in _METHODS.values():
+    for _outcome in ("done", "refused", "away", "asked_to_wait"):
+        CALLS.labels(_record, _outcome)
 
 
 class Refused(PenstockError):
@@ -99,6 +124,21 @@ class BotApi:
 
     async def _call(self, method: str, body: Json | Callable[[], aiohttp.FormData], timeout_s: float) -> Any:
         """Call a method; wait as long as Telegram says when it was called too often."""
+        record = _METHODS[method]
+        try:
+            answer = await self._call_until_answered(method, record, body, timeout_s)
+        except (Refused, ConfigError):
+            CALLS.labels(record, "refused").inc()
+            raise
+        except Away:
+            CALLS.labels(record, "away").inc()
+            raise
+        CALLS.labels(record, "done").inc()
+        return answer
+
+    async def _call_until_answered(
+        self, method: str, record: str, body: Json | Callable[[], aiohttp.FormData], timeout_s: float
+    ) -> Any:
         while True:
             sent: Json = {"json": body} if isinstance(body, dict) else {"data": body()}  # a form is sent once
             try:
@@ -118,11 +158,13 @@ class BotApi:
                 raise Away(f"{method}: status {status}, and no answer of the Bot API") from None
             if status == 429 and after_s:
                 log.info("telegram asks to wait", method=method, seconds=after_s)
+                CALLS.labels(record, "asked_to_wait").inc()
+                WAITED_S.inc(float(after_s))
                 await asyncio.sleep(float(after_s))
                 continue
             if status in {401, 404}:
                 raise ConfigError(f"Telegram does not know this bot (PENSTOCK_TELEGRAM__TOKEN): {words}")
-            if status in {400, 403}:
+            if status in {400, 403, 413}:
                 raise Refused(f"{method}: {words}")
             raise Away(f"{method}: {status} {words}")
 
@@ -142,10 +184,15 @@ class Connector:
         self._chats = Chats(Link(settings.redis, "telegram-chats"), settings, self._clock)
         self._telling: dict[str, asyncio.Task[None]] = {}
         self._more: set[str] = set()  # chats with something new since their task began
+        self._answers: dict[str, deque[str]] = {}  # to commands, by chat: what was not sent yet
         self._keep_ms = int(settings.chats.keep_s * 1000)
+        BEHIND.set_function(lambda: len(self._telling))
 
-    async def run(self, stop: asyncio.Event) -> None:
+    async def run(self, stop: asyncio.Event, metrics_address: str) -> None:
         """Work until *stop*.
+
+        Args:
+            metrics_address: where this process serves its metrics; Prometheus learns it from any gateway.
 
         Raises:
             ConfigError: Telegram does not know the bot.
@@ -156,6 +203,7 @@ class Connector:
                     group.create_task(self._hear_people(), name="telegram updates"),
                     group.create_task(self._hear_events(), name="telegram events"),
                     group.create_task(self._look_forever(), name="telegram look"),
+                    group.create_task(self._enlist_forever(metrics_address), name="telegram enlist"),
                 ]
                 await stop.wait()
                 for task in tasks:
@@ -168,6 +216,18 @@ class Connector:
             await asyncio.gather(*self._telling.values(), return_exceptions=True)
             for link in (self._link, self._listener, self._chats):
                 await link.close()
+
+    async def _enlist_forever(self, address: str) -> None:
+        about = {"name": f"telegram-{self._bot}", "address": address, "host": socket.gethostname(), "pid": os.getpid()}
+        record, lease_s = orjson.dumps(about | {"kind": "telegram"}), self._settings.worker.lease_s
+        try:
+            while True:
+                with suppress(PenstockError):  # Redis is away: the other loops tell of it
+                    await self._link.run(scripts.ENLIST, (), (record, int(lease_s * 1000)))
+                await asyncio.sleep(lease_s / 3)
+        finally:
+            with suppress(PenstockError):  # then the entry lapses
+                await self._link.call("ZREM", keys.GATEWAYS, record)
 
     # --- what people write -----------------------------------------------------------------------
 
@@ -184,7 +244,7 @@ class Connector:
             backoff.succeeded()
             for update in found:
                 message, update_id = update.get("message") or {}, int(update["update_id"])
-                if str(message.get("text", "")).startswith("/"):
+                if _COMMAND.fullmatch(str(message.get("text", ""))):
                     await self._insist(lambda: self._note(update_id))  # noqa: B023 - used at once
                 await self._insist(lambda: self._do(message))  # noqa: B023 - used at once
                 await self._insist(lambda: self._note(update_id))  # noqa: B023 - used at once
@@ -215,32 +275,44 @@ class Connector:
     async def _do(self, message: Json) -> None:
         number = (message.get("chat") or {}).get("id")
         if not isinstance(number, int):
+            UPDATES.labels("unreadable").inc()
             return
         chat_id, text = f"tg.{self._bot}.{number}", message.get("text")
         if not isinstance(text, str) or not text:
-            await self._api.send(number, TEXT_ONLY)
+            UPDATES.labels("unreadable").inc()
+            self._answer(chat_id, TEXT_ONLY)
             return
-        word, _, rest = text.partition(" ")
-        match word.partition("@")[0]:
-            case "/start":
-                await self._api.send(number, HELLO)
-            case "/clear":
+        command = _COMMAND.fullmatch(text)
+        if command is None:
+            await self._say(chat_id, message, text)
+            return
+        match command[1]:
+            case "start":
+                answer = HELLO
+            case "clear":
                 await self._chats.clear(self._tenant, chat_id)
-                await self._api.send(number, CLEARED)
-            case "/persona":
-                await self._api.send(number, await self._choose(chat_id, rest.strip()))
+                answer = CLEARED
             case _:
-                await self._say(number, chat_id, message, text)
+                answer = await self._choose(chat_id, (command[2] or "").strip())
+        UPDATES.labels("command").inc()
+        self._answer(chat_id, answer)
+
+    def _answer(self, chat_id: str, words: str) -> None:
+        """Have something sent to a chat that is no event of it, after what is being sent there now."""
+        chat = keys.of_tenant(self._tenant, chat_id)
+        self._answers.setdefault(chat, deque(maxlen=MOST_ANSWERS)).append(words)
+        self._tell(chat)
 
     async def _choose(self, chat_id: str, name: str) -> str:
         if not name:
             return WHICH
-        if name != "-" and await self._chats.persona(self._tenant, name) is None:
+        is_known = name == "-" or (_PERSONA.fullmatch(name) and await self._chats.persona(self._tenant, name))
+        if not is_known:
             return UNKNOWN
         await self._chats.clear(self._tenant, chat_id, persona="" if name == "-" else name)
         return CHANGED
 
-    async def _say(self, number: int, chat_id: str, message: Json, text: str) -> None:
+    async def _say(self, chat_id: str, message: Json, text: str) -> None:
         chat = keys.of_tenant(self._tenant, chat_id)
         if not self._clock.is_set:
             sent_us = monotonic_us()
@@ -252,7 +324,7 @@ class Connector:
         await self._link.call("ZADD", keys.TELEGRAM + self._bot, now_ms, chat)
         await self._link.call("ZREMRANGEBYSCORE", keys.TELEGRAM + self._bot, "-inf", now_ms - self._keep_ms)
         await self._link.call("PEXPIRE", keys.TELEGRAM + self._bot, self._keep_ms)
-        user = str((message.get("from") or {}).get("id", number))
+        user = str((message.get("from") or {}).get("id", chat_id.rpartition(".")[2]))
         most = self._settings.chats.max_text_chars
         said = Message(f"tg{message.get('message_id')}", user, text[:most])
         try:
@@ -260,7 +332,10 @@ class Connector:
         except Overloaded as error:
             if error.code != "too_many_waiting":
                 raise
-            await self._api.send(number, SLOWER)
+            UPDATES.labels("refused").inc()
+            self._answer(chat_id, SLOWER)
+        else:
+            UPDATES.labels("said").inc()
 
     # --- what becomes of it ----------------------------------------------------------------------
 
@@ -301,6 +376,7 @@ class Connector:
                 self._more.discard(chat)
                 try:
                     await self._tell_new(chat)
+                    await self._send_answers(chat)
                 except ConfigError:
                     log.exception("nothing can be sent")
                     return
@@ -311,6 +387,17 @@ class Connector:
                     backoff.succeeded()
         finally:
             del self._telling[chat]
+
+    async def _send_answers(self, chat: str) -> None:
+        while answers := self._answers.get(chat):
+            words = answers[0]
+            try:
+                await self._api.send(int(chat.removeprefix(self._prefix)), words)
+            except Refused as error:
+                log.info("telegram refuses", reason=str(error))
+            if answers and answers[0] is words:  # else it had to make room for another
+                answers.popleft()
+        self._answers.pop(chat, None)
 
     async def _tell_new(self, chat: str) -> None:
         after = await self._link.call("GET", self._cursor(chat))
@@ -390,14 +477,20 @@ async def serve(settings: Settings, stop: asyncio.Event | None = None) -> None:
     stop = stop or asyncio.Event()
     loop = asyncio.get_running_loop()
     signals = (signal.SIGTERM, signal.SIGINT)
+    try:
+        server, _ = start_http_server(settings.metrics.port, settings.metrics.host)
+    except OSError as error:
+        raise ConfigError(f"PENSTOCK_METRICS__PORT: cannot listen on {settings.metrics.port}: {error}") from error
     for number in signals:
         loop.add_signal_handler(number, stop.set)
     try:
         async with aiohttp.ClientSession() as session:
             api = BotApi(session, settings.telegram.api_url, token)
-            log.info("telegram.connected", bot=bot)
-            await Connector(settings, api, bot).run(stop)
+            log.info("telegram.connected", bot=bot, metrics_port=server.server_port)
+            await Connector(settings, api, bot).run(stop, f"{settings.metrics.host}:{server.server_port}")
     finally:
+        server.shutdown()
+        server.server_close()
         for number in signals:
             loop.remove_signal_handler(number)
 

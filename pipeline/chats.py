@@ -22,7 +22,15 @@ import structlog
 from pipeline import flows, keys, scripts
 from pipeline.clock import Clock, monotonic_us
 from pipeline.connection import Argument, Backoff, Link, OutOfMemory, insist, within
-from pipeline.errors import BrokerUnavailable, IdempotencyMismatch, Overloaded, PenstockError, RetryLater
+from pipeline.errors import (
+    BrokerUnavailable,
+    IdempotencyMismatch,
+    MaybeAccepted,
+    Overloaded,
+    PenstockError,
+    RetryLater,
+    TooManyPersonas,
+)
 from pipeline.job import Json, Priority, new_id
 
 if TYPE_CHECKING:
@@ -32,7 +40,12 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 AGAIN_S: Final = 1.0
-EVENTS_AT_ONCE: Final = 100
+MAYBE_SAID: Final = (
+    "Redis did not say whether it took this message: say it again with the same message_id, or under the same "
+    "Idempotency-Key, then it counts once"
+)
+EVENTS_AT_ONCE: Final = 20
+"""Whoever does not read holds so many in our memory, each as long as a reply."""
 LOOK_EVERY_S: Final = 5.0
 """For new events, when no hint comes: hints may be lost, events may not."""
 
@@ -145,8 +158,8 @@ class Chats:
             Overloaded: too much unfinished work, of all, of this tenant (`too_many_in_flight`), of this chat
                 (`too_many_waiting`), or of the recorder.
             IdempotencyMismatch: the key was used with another body.
-            BrokerUnavailable: no answer within a second; with `unknown` it may have been accepted all the same, and
-                saying it again, with the same id, says it once.
+            MaybeAccepted: no answer within a second, and it may have been accepted all the same.
+            BrokerUnavailable: no answer within a second.
         """
         if not self.clock.is_set:
             raise BrokerUnavailable("Redis has not been reached yet")
@@ -159,19 +172,22 @@ class Chats:
         stage, tail = job.launch()
         element = {"message_id": message.id, "user_id": message.user_id, "priority": message.priority}
         limited = in_flight_limit is not None
-        reply = await self._insist(
-            scripts.SAY,
-            (
-                chat, chat_id, tenant, message.id, orjson.dumps(element | {"text": message.text}), job.id, tail,
-                keys.stream(stage, job.priority), int(self._settings.lifetimes.chat_s * 1000),
-                int(settings.queue_ttl_s * 1000), int(settings.keep_s * 1000), settings.max_waiting,
-                int(settings.message_id_s * 1000), self._settings.admission.max_jobs,
-                self._settings.history.max_backlog, keys.IN_FLIGHT + tenant if limited else "", in_flight_limit or 0,
-                int(settings.idle_s * 1000), int(settings.interrupt_for_s * 1000), self._completion_ttl_ms,
-                keys.IDEMPOTENCY + idempotency.key if idempotency else "", idempotency.body_hash if idempotency else "",
-                int(idempotency.ttl_s * 1000) if idempotency else 0,
-            ),
+        args = (
+            chat, chat_id, tenant, message.id, orjson.dumps(element | {"text": message.text}), job.id, tail,
+            keys.stream(stage, job.priority), int(self._settings.lifetimes.chat_s * 1000),
+            int(settings.queue_ttl_s * 1000), int(settings.keep_s * 1000), settings.max_waiting,
+            int(settings.message_id_s * 1000), self._settings.admission.max_jobs,
+            self._settings.history.max_backlog, keys.IN_FLIGHT + tenant if limited else "", in_flight_limit or 0,
+            int(settings.idle_s * 1000), int(settings.interrupt_for_s * 1000), self._completion_ttl_ms,
+            keys.IDEMPOTENCY + idempotency.key if idempotency else "", idempotency.body_hash if idempotency else "",
+            int(idempotency.ttl_s * 1000) if idempotency else 0,
         )  # fmt: skip
+        try:
+            reply = await self._insist(scripts.SAY, args)
+        except BrokerUnavailable as error:
+            if error.unknown:
+                raise MaybeAccepted(MAYBE_SAID) from error
+            raise
         word, waiting, what = reply[1].decode(), int(reply[2]), reply[3].decode()
         match word:
             case "mismatch":
@@ -212,7 +228,7 @@ class Chats:
         settings = self._settings.chats
         args = (
             chat, run, "begin" if begin else "go on", settings.max_batch, settings.single_ms, settings.quiet_ms,
-            settings.max_wait_ms,
+            settings.max_wait_ms, settings.prompt_chars,
         )  # fmt: skip
         reply = await self._run(scripts.CHAT_TAKE, args)
         _, word, wait_ms, first_ms, dropped, _, fields, state, turns, messages = reply
@@ -246,9 +262,16 @@ class Chats:
         word: Saved = reply[1].decode()
         return word, int(reply[2])
 
-    async def keep_image(self, chat: str, epoch: int, image_id: str, data: bytes, content_type: str) -> Kept:
-        """Keep an image and tell of it, unless the chat has begun anew since (`lost`)."""
-        args = (chat, epoch, image_id, data, content_type, int(self._settings.images.keep_s * 1000))
+    async def keep_image(
+        self, chat: str, epoch: int, image_id: str, data: bytes, content_type: str, message_ids: Sequence[str] = ()
+    ) -> Kept:
+        """Keep an image and tell of it, unless the chat has begun anew since (`lost`).
+
+        Args:
+            message_ids: of the messages that its reply answers.
+        """
+        args: list[Argument] = [chat, epoch, image_id, data, content_type, int(self._settings.images.keep_s * 1000)]
+        args += message_ids
         word: Kept = (await self._run(scripts.CHAT_IMAGE, args))[1].decode()
         return word
 
@@ -291,12 +314,18 @@ class Chats:
         return _persona(fields) if fields else None
 
     async def set_persona(self, tenant: str, name: str, persona: Persona) -> None:
-        """Put a persona in the place of what was there under this name; history is told."""
+        """Put a persona in the place of what was there under this name; history is told.
+
+        Raises:
+            TooManyPersonas: it would be one more than its tenant may have.
+        """
         given = {field: value for field in Persona.__slots__ if (value := getattr(persona, field)) is not None}
         args: list[Argument] = [keys.of_tenant(tenant, name), name, tenant, orjson.dumps(given)]
+        args.append(self._settings.chats.max_personas)
         for field in Persona.__slots__:
             args += [field, str(given.get(field, ""))]
-        await within(self._link.run(scripts.PERSONA, (), args))
+        if await within(self._link.run(scripts.PERSONA, (), args)) == b"full":
+            raise TooManyPersonas
 
     @property
     def _completion_ttl_ms(self) -> int:
@@ -332,6 +361,11 @@ class ChatWatch:
                 del self._watchers[chat]
             if not self._watchers:
                 await self.close()
+
+    @property
+    def count(self) -> int:
+        """How many watch now."""
+        return sum(len(here) for here in self._watchers.values())
 
     async def close(self) -> None:
         """Stop listening."""

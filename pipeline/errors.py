@@ -137,6 +137,10 @@ class TooManyQueues(PenstockError):
     """This tenant has as many queues as it may: use one of them, or raise PENSTOCK_MESSAGES__MAX_QUEUES."""
 
 
+class TooManyPersonas(PenstockError):
+    """This tenant has as many personas as it may: change one of them, or raise PENSTOCK_CHATS__MAX_PERSONAS."""
+
+
 class RotatedLately(PenstockError):
     """This secret was replaced within the last day, and the one before it still signs: wait until that has ended."""
 

@@ -194,11 +194,13 @@ class ImagePayload(Payload):
         chat: as it stands in keys.
         epoch: of the reply.
         message_id: of the reply; the image bears it, too.
+        message_ids: of the messages that the reply answers.
     """
 
     chat: Annotated[str, StringConstraints(min_length=1, max_length=300)]
     epoch: int = Field(ge=0)
     message_id: Name
+    message_ids: list[Name] = Field(default_factory=list)
     prompt: Annotated[str, StringConstraints(min_length=1)]
 
 

@@ -16,7 +16,7 @@ key                        type    life                         written by      
 `reply:<gateway>`          stream  60 s after its gateway       settle, cancel, expire  that gateway
 `worker:<consumer>`        string  lease, 10 s                  its worker              all workers, gateways
 `workers`                  zset    until seen to be gone        workers                 status, gateways
-`gateways`                 zset    lease, 10 s                  gateways                gateways, status
+`gateways`                 zset    lease, 10 s                  gateways, telegram      gateways, status
 `llm:replicas`             hash    url until it is dropped      llm workers             gateways, llm workers
 `llm:load:<URL>`           string  bounded by replicas          all scripts             anyone
 `llm:leases:<URL>`         zset    job id until the job leaves  submit, place, move ... submit, place
@@ -40,6 +40,8 @@ key                        type    life                         written by      
 `chat_events:<chat>`       stream  as its chat, about 1,000     chat scripts            gateways
 `chat_image:<chat>:<id>`   hash    setting, 24 h                chat_image              gateways
 `persona:<name>`           hash    for ever                     gateways                chat stage, say
+`personas:<tenant>`        set     for ever, a setting bounds it gateways               gateways
+`chat_counts`              hash    for ever, two numbers        chat scripts            gateways
 `report_generation_requests` stream an entry until it is taken  any back end            report
 `report_generation_responses` stream setting, age and count     report, who ends a job  any back end
 `report_request:<id>`      string  as its response              report, who ends a job  report
@@ -100,7 +102,9 @@ CHAT_SEEN: Final = "chat_seen:"
 CHAT_TURNS: Final = "chat_turns:"
 CHAT_EVENTS: Final = "chat_events:"
 CHAT_IMAGE: Final = "chat_image:"
+CHAT_COUNTS: Final = "chat_counts"
 PERSONA: Final = "persona:"
+PERSONAS: Final = "personas:"
 REPORT_REQUESTS: Final = "report_generation_requests"
 REPORT_RESPONSES: Final = "report_generation_responses"
 REPORT_REQUEST: Final = "report_request:"
@@ -160,8 +164,10 @@ LUA_KEYS: Final = {
     "chat_turns": CHAT_TURNS,
     "chat_events": CHAT_EVENTS,
     "chat_image": CHAT_IMAGE,
+    "chat_counts": CHAT_COUNTS,
     "chat_channel": CHAT_CHANNEL,
     "persona": PERSONA,
+    "personas": PERSONAS,
     "queues": QUEUES,
     "api_key_name": API_KEY_NAME,
     "report_requests": REPORT_REQUESTS,
@@ -210,8 +216,9 @@ BOUNDED: Final = {
     ROWS + "*": "one per event that names it",
     API_KEYS: "two fields per key that an operator made",
     BATCH + "*": "open batches, bounded by admission; a closed one has a TTL",
-    QUEUE + "*": "one per queue that was set up, or that signs webhooks",
-    PERSONA + "*": "one per persona that was set up",
+    PERSONA + "*": "one per persona that was set up, bounded by a setting",
+    PERSONAS + "*": "one member per persona",
+    CHAT_COUNTS: "two numbers",
     REPORT_REQUESTS: "what other back ends ask for and no worker has taken yet",
     REPORT_RESPONSES: "capped by count and age",
     REPORT_COUNTS: "two numbers",

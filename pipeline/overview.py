@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
@@ -79,16 +79,18 @@ class WorkerView:
 
 @dataclass(frozen=True, slots=True)
 class GatewayView:
-    """One gateway.
+    """One gateway, or another process that is no worker.
 
     Attributes:
-        address: where it listens, host and port.
+        address: where it listens, host and port: a gateway for requests, others for who reads their metrics.
+        kind: gateway, or telegram.
     """
 
     name: str
     address: str
     host: str
     pid: int
+    kind: str = "gateway"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,8 @@ class Overview:
         report_requests: requests of other back ends that no worker has turned into jobs.
         reports_repeated: requests that were known already, ever.
         responses_dropped: responses that had to go since there were too many, ever.
+        connectors: processes that join the chats to a messenger.
+        chats_failed, chats_expired: messages of chats that ended so, and without an answer, ever.
     """
 
     streams: list[StreamView]
@@ -122,6 +126,9 @@ class Overview:
     report_requests: int = 0
     reports_repeated: int = 0
     responses_dropped: int = 0
+    connectors: list[GatewayView] = field(default_factory=list)
+    chats_failed: int = 0
+    chats_expired: int = 0
 
 
 async def look(link: Link, *, thorough: bool = True) -> Overview:
@@ -141,13 +148,16 @@ async def look(link: Link, *, thorough: bool = True) -> Overview:
     if thorough:
         stages |= await _stages_with_streams(link)
     streams = [await _stream(link, stage, priority) for stage in sorted(stages) for priority in PRIORITIES]
+    failed, expired = await link.call("HMGET", keys.CHAT_COUNTS, "failed", "expired")
     repeated, dropped = await link.call("HMGET", keys.REPORT_COUNTS, "repeated", "dropped")
+    listeners = await _gateways(link)
     memory = parse_info(await link.call("INFO", "memory"))
     return Overview(
         streams=streams,
         replicas=await _replicas(link, now_ms),
         workers=workers,
-        gateways=await _gateways(link),
+        gateways=[one for one in listeners if one.kind == "gateway"],
+        connectors=[one for one in listeners if one.kind != "gateway"],
         lapsed_workers=lapsed,
         live_jobs=int(await link.call("ZCARD", keys.LIVE_INDEX)),
         delayed=int(await link.call("ZCARD", keys.DELAYED)),
@@ -160,6 +170,8 @@ async def look(link: Link, *, thorough: bool = True) -> Overview:
         report_requests=int(await link.call("XLEN", keys.REPORT_REQUESTS)),
         reports_repeated=int(repeated or 0),
         responses_dropped=int(dropped or 0),
+        chats_failed=int(failed or 0),
+        chats_expired=int(expired or 0),
     )
 
 
@@ -267,5 +279,8 @@ async def _workers(link: Link, now_ms: int) -> tuple[list[WorkerView], int]:
 async def _gateways(link: Link) -> list[GatewayView]:
     records = await link.call("ZRANGE", keys.GATEWAYS, 0, -1)
     bodies = [orjson.loads(record) for record in records]
-    views = [GatewayView(body["name"], body["address"], body["host"], body["pid"]) for body in bodies]
+    views = [
+        GatewayView(body["name"], body["address"], body["host"], body["pid"], body.get("kind", "gateway"))
+        for body in bodies
+    ]
     return sorted(views, key=lambda view: view.name)

@@ -691,6 +691,11 @@ class Records:
         del rows[limit:]
         return rows, rows[-1]["seq"] if more else None
 
+    async def persona(self, tenant: str, name: str) -> Json | None:
+        """Return what was given last when a persona was set up; None when it never was."""
+        row = await self._one(PERSONAS, tenant, PERSONAS.c.name == name)
+        return None if row is None else row["data"]
+
     async def _one(self, table: sa.Table, tenant: str, which: sa.ColumnElement[bool]) -> Row | None:
         query = sa.select(table).where(table.c.tenant == tenant, which)
         if "created_ms" in table.c:

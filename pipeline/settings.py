@@ -255,6 +255,7 @@ class GatewaySettings(Section):
     max_in_flight_per_key: int = Field(1_000, ge=1, description="unfinished jobs of one API key")
     max_body_bytes: int = Field(1 << 20, ge=1024)
     receive_timeout_s: float = Field(10.0, gt=0, le=600, description="for headers and body of one request")
+    send_timeout_s: float = Field(60.0, gt=0, le=600, description="a client that reads nothing for so long is dropped")
     max_connections: int = Field(4096, ge=1)
     max_query_chars: int = Field(16_000, ge=1)
 
@@ -302,6 +303,8 @@ class ChatsSettings(Section):
     keep_s: float = Field(30 * 86_400, ge=3_600, le=366 * 86_400, description="a chat in Redis, after its last word")
     message_id_s: float = Field(86_400.0, ge=60, le=30 * 86_400, description="a message id counts once for so long")
     max_text_chars: int = Field(16_000, ge=1, le=1_000_000, description="of one message")
+    max_personas: int = Field(1_000, ge=1, description="personas of one tenant")
+    max_streams: int = Field(2_000, ge=1, description="streams of events that one gateway holds open")
 
 
 class ReportsSettings(Section):

@@ -151,14 +151,16 @@ class Chat(Stage):
             BATCH.labels("answered").observe(answered)
             SPAN_S.labels("run").observe(max(0, now_ms - job.state["taken_ms"]) / 1000)
         done = self._end(job, "answered", {"message_ids": message_ids, "text": text})
-        return Done(done.value, start=self._image(job, run, text))
+        return Done(done.value, start=self._image(job, run, message_ids, text))
 
-    def _image(self, job: Job, run: ChatPayload, text: str) -> tuple[Job, ...]:
+    def _image(self, job: Job, run: ChatPayload, message_ids: list[str], text: str) -> tuple[Job, ...]:
         """Return the job that makes an image of the reply, where the persona wants one. It begins as the run ends."""
         prompt = job.state.get("image_prompt")
         if not prompt:
             return ()
-        payload = ImagePayload(chat=run.chat, epoch=run.epoch, message_id=job.id, prompt=f"{prompt}\n\n{text}")
+        payload = ImagePayload(
+            chat=run.chat, epoch=run.epoch, message_id=job.id, message_ids=message_ids, prompt=f"{prompt}\n\n{text}"
+        )
         image = new_job(
             "image", payload, job_id=f"{job.id}-image", now_ms=self._context.clock.now_ms(),
             lifetime_s=self._image_life_s, tenant=job.tenant, priority="low",

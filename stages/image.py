@@ -92,7 +92,9 @@ class Image(Stage):
         payload = ImagePayload.model_validate(job.payload)
         data = read_image(await self._post(job, payload), self._settings.max_bytes)
         kind = next(kind for beginning, kind in KINDS.items() if data.startswith(beginning))
-        word = await self._context.chats.keep_image(payload.chat, payload.epoch, payload.message_id, data, kind)
+        word = await self._context.chats.keep_image(
+            payload.chat, payload.epoch, payload.message_id, data, kind, payload.message_ids
+        )
         IMAGES.labels(word).inc()
         return Done({"image_id": payload.message_id, "ended": word, "bytes": len(data)})
 

@@ -88,6 +88,7 @@ end
 local function check_chat(key)
   check_accept()
   check_type(KEY.events, 'stream')
+  check_type(KEY.chat_counts, 'hash')
   check_type(KEY.chat .. key, 'hash')
   check_type(KEY.chat_queue .. key, 'list')
   check_type(KEY.chat_lock .. key, 'string')
@@ -302,9 +303,16 @@ local function read_chat(key)
   }
 end
 
--- The id and the instant (ms) of what stands in a chat's queue; nil of what nobody of ours has put there.
+-- The id and the instant (ms) of what stands in a chat's queue; nil of what is no message at all.
 local function message_of(element)
   return string.match(element, '^{"message_id":"([^"]+)",.*"at_ms":(%d+)}$')
+end
+
+-- The id of a message that was said, as it stands in a chat's queue. What was not said, or said otherwise, is none: it
+-- may look like one and be broken inside, and nothing would ever take it out of the queue.
+local function said_id(key, element)
+  local id = message_of(element)
+  return id and call('HGET', KEY.chat_open .. key, id) == element and id
 end
 
 -- The run that holds a chat's lock; nil when none does.
@@ -346,7 +354,7 @@ end
 local function end_messages(key, chat, elements, kind, error_text, now_us)
   local ids, rows = {}, {}
   for _, element in ipairs(elements) do
-    local id = message_of(element)
+    local id = said_id(key, element)
     if id then
       ids[#ids + 1] = '"' .. id .. '"'
       call('HDEL', KEY.chat_open .. key, id)
@@ -355,6 +363,7 @@ local function end_messages(key, chat, elements, kind, error_text, now_us)
     end
   end
   if #ids == 0 then return 0 end
+  if kind ~= 'cleared' then call('HINCRBY', KEY.chat_counts, kind, #ids) end -- who clears counts himself
   local more = '"message_ids":[' .. table.concat(ids, ',') .. '],"error":' .. error_text
   tell_chat(key, chat, kind, more, now_us)
   remember_chat(chat, rows, now_us)
@@ -411,9 +420,12 @@ local function end_run(id, live, completion, now_us)
   if holder and status ~= 'completed' then
     local text = string.match(completion, '"error":({.-}),"worker":') or 'null'
     local kind = status == 'expired' and 'expired' or 'failed'
-    if chat.taken > 0 then
-      local taken = call('LRANGE', queue, 0, chat.taken - 1)
-      call('LTRIM', queue, chat.taken, -1)
+    local most = chat.taken
+    -- It failed before it had any: the next run would meet the same, and the one after it.
+    if status == 'failed' and call('HGET', KEY.chat .. key, 'began') ~= id then most = call('LLEN', queue) end
+    if most > 0 then
+      local taken = call('LRANGE', queue, 0, most - 1)
+      call('LTRIM', queue, most, -1)
       end_messages(key, chat, taken, kind, text, now_us)
     end
     local old = {}
@@ -623,14 +635,14 @@ local function note_record(more, id, tenant, record, now_us)
   remember(string.match(head, '^%a+'), id, tenant, 0, now_us, data)
 end
 
--- A queue that is to have a record: whether its tenant may have it. A queue that is there already always may.
--- most: queues of one tenant, '' for any number.
-local function enrol_queue(queue, most)
-  local names = KEY.queues .. (string.match(queue, '^(.+):[^:]*$') or 'default')
+-- A queue, or a persona, that is to have a record: whether its tenant may have it. One that is there already always may.
+-- kind: beginning of the key that holds the names of a tenant's. most: so many of one tenant, '' for any number.
+local function enrol(kind, name, most)
+  local names = kind .. (string.match(name, '^(.+):[^:]*$') or 'default')
   check_type(names, 'set')
-  if call('SISMEMBER', names, queue) == 1 then return true end
+  if call('SISMEMBER', names, name) == 1 then return true end
   if most ~= '' and call('SCARD', names) >= tonumber(most) then return false end
-  call('SADD', names, queue)
+  call('SADD', names, name)
   return true
 end
 

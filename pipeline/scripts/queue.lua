@@ -8,7 +8,7 @@ local now_us = clock_us()
 local key = KEY.queue .. ARGV[1]
 check_type(key, 'hash')
 check_type(KEY.events, 'stream')
-if not enrol_queue(ARGV[1], ARGV[5]) then return 'full' end
+if not enrol(KEY.queues, ARGV[1], ARGV[5]) then return 'full' end
 for i = 6, #ARGV, 2 do
   if ARGV[i + 1] == '' then call('HDEL', key, ARGV[i]) else call('HSET', key, ARGV[i], ARGV[i + 1]) end
 end

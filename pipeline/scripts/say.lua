@@ -32,7 +32,13 @@ if idem ~= '' then
   id = known[2] or id
   if known[1] then return answer('duplicate', holder and 'joined') end
 end
-if call('ZSCORE', seen, id) then return answer('duplicate', holder and 'joined') end
+if call('ZSCORE', seen, id) or call('HEXISTS', open, id) == 1 then
+  if idem ~= '' then
+    call('HSET', idem, 'hash', ARGV[22], 'job', id)
+    call('PEXPIRE', idem, ARGV[23])
+  end
+  return answer('duplicate', holder and 'joined')
+end
 if call('LLEN', queue) >= tonumber(ARGV[12]) then return answer('full') end
 if call('XLEN', KEY.events) >= tonumber(ARGV[15]) then return answer('backlog') end
 if not holder then

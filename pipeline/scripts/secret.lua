@@ -7,7 +7,7 @@
 -- Invariant: whoever asks at the same time gets the same secret. One that has signed signs for ARGV[4] after it was replaced.
 local key = KEY.queue .. ARGV[1]
 check_type(key, 'hash')
-if not enrol_queue(ARGV[1], ARGV[5]) then return {} end
+if not enrol(KEY.queues, ARGV[1], ARGV[5]) then return {} end
 local now_ms = math.floor(clock_us() / 1000)
 local found = call('HMGET', key, 'secret', 'secret_before', 'secret_before_until_ms')
 local secret, before = found[1], found[2]

@@ -67,6 +67,7 @@ class Layout:
     aggregators: int = 0
     webhooks: int = 0
     recorders: int = 0
+    chats: int = 0
     gateways: int = 1
     replicas: int = 3
     latency: str = "0.05"
@@ -280,7 +281,7 @@ class Cluster:
     @property
     def workers(self) -> list[Part]:
         """All stage processes."""
-        return self.of(*STAGES, *AFTERWARDS)
+        return self.of(*STAGES, *AFTERWARDS, "chat")
 
     @property
     def gateway_urls(self) -> list[str]:
@@ -368,6 +369,7 @@ class Cluster:
             *(f"aggregator-{n}" for n in range(1, layout.aggregators + 1)),
             *(f"webhook-{n}" for n in range(1, layout.webhooks + 1)),
             *(f"recorder-{n}" for n in range(1, layout.recorders + 1)),
+            *(f"chat-{n}" for n in range(1, layout.chats + 1)),
         ]
         for name in names:
             await self._add_proxy(name)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.faults.batches import piece_together as piece_batches_together
-from tests.faults.checkers import accounts, batches, calls, fencing, order, outcomes
+from tests.faults.chats import piece_together as piece_chats_together
+from tests.faults.checkers import accounts, batches, calls, chats, fencing, order, outcomes
 from tests.faults.checkers.calls import Calls
 from tests.faults.checkers.outcomes import Outcomes
 from tests.faults.history import Json, Told, piece_together, read
@@ -36,6 +37,7 @@ class Case:
     Attributes:
         clients, faults: the files of the history.
         batches, news: those of clients that send batches, and of receivers of webhooks, where a scenario has them.
+        chats: that of people in chats, likewise.
         recoveries_s: see `Nemesis`.
         may_lose: requests whose records a scenario has destroyed: those of them that are lost, or done twice, for a
             fault of Redis in their time are counted apart, and no second look at their outcomes is demanded. What else
@@ -54,6 +56,7 @@ class Case:
         self.faults = folder / "faults.jsonl"
         self.batches = folder / "batches.jsonl"
         self.news = folder / "news.jsonl"
+        self.chats = folder / "chats.jsonl"
         self.recoveries_s: list[float] = []
         self.may_lose: set[int] = set()
         self.may_end: set[str] = set()
@@ -108,6 +111,8 @@ class Case:
         self._judge_faults(faults)
         if self.batches.exists():
             self._judge_batches(faults)
+        if self.chats.exists():
+            self._judge_chats()
         return self.verdict
 
     def _judge_outcomes(self, requests: Sequence[Told], found: Outcomes, called: Calls, faults: Sequence[Json]) -> None:
@@ -208,6 +213,21 @@ class Case:
         self.require(f"batches that were not accepted: {len(mute)}, among them {mute[:5]}", not mute)
         crashed = [f"{one.n}: {one.crashed}" for one in sent if one.crashed]
         self.require(f"senders of batches crashed: {crashed[:3]}", not crashed)
+
+    def _judge_chats(self) -> None:
+        """Demand of chats what `checkers.chats` looks for."""
+        verdict = self.verdict
+        records = (line for path in sorted(self.folder.glob("run-*/replica-*.jsonl")) for line in read(path))
+        found = chats.check(piece_chats_together(self.chats), records)
+        verdict.accepted += found.messages
+        verdict.lost += len(found.lost)
+        verdict.duplicated += len(found.doubled)
+        verdict.wrong += len(found.wrong) + len(found.strange) + len(found.unlike_replicas)
+        verdict.out_of_order += len(found.disordered)
+        verdict.figures["chats"] = {"chats": found.chats, "messages": found.messages, "replies": found.replies}
+        for name, those in found.broken().items():
+            self.require(f"{name.replace('_', ' ')}: {len(those)} in chats, among them {those[:5]}", not those)
+        self.require("some messages are accepted in chats", found.messages > 0)
 
     def _judge_faults(self, faults: Sequence[Json]) -> None:
         """Demand that the faults met work in hand; tell how long it took to recover."""

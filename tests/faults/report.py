@@ -18,7 +18,7 @@ from tests.faults.sabotage import BREAKS, ROOT
 VERDICTS: Final = ROOT / "docs" / "reliability.jsonl"
 PAGE: Final = ROOT / "docs" / "RELIABILITY.md"
 LONG: Final = 21
-MATRIX: Final = (*range(1, LONG), 22, 23)
+MATRIX: Final = (*range(1, LONG), 22, 23, 24)
 
 COLUMNS: Final = (
     "#", "Scenario", "`just faults` with", "Accepted", "Kills", "Faults", "met work", "Lost", "Destroyed", "Duplicated",
@@ -49,6 +49,8 @@ def main() -> int:
         page = put(page, "matrix", f"{table(COLUMNS, [row(cell) for cell in matrix])}\n\n{caption(matrix)}")
     if with_batches := [cell for cell in matrix if "batches" in cell["figures"]]:
         page = put(page, "batches", "\n".join(f"- {batches(cell)}" for cell in with_batches))
+    if with_chats := [cell for cell in matrix if "chats" in cell["figures"]]:
+        page = put(page, "chats", "\n".join(f"- {chats(cell)}" for cell in with_chats))
     if LONG in cells:
         page = put(page, "long run", f"{long_run(cells[LONG])}\n\n{caption([cells[LONG]])}")
     if breaks:
@@ -88,6 +90,12 @@ def batches(cell: Json) -> str:
     counts = figures.pop("batches")
     late = "".join(f"; {name} {value}" for name, value in figures.items() if name.startswith("batch "))
     return f"Scenario {cell['number']}, seed {cell['seed']}, {cell['seconds']:.0f} s: {_words(counts)}{late}"
+
+
+def chats(cell: Json) -> str:
+    """Return what came of the chats of one cell."""
+    told = _words(cell["figures"]["chats"])
+    return f"Scenario {cell['number']}, seed {cell['seed']}, {cell['seconds']:.0f} s: {told}"
 
 
 def grown(mib: dict[str, float]) -> str:

@@ -1,9 +1,10 @@
 """Chats under any order of what people do and what befalls processes: each message has one end, in order, from one run.
 
-Hypothesis draws the steps: people speak, repeat themselves, type, clear, change the persona; three workers take runs,
-work, let go of them, crash, freeze and come back; locks, queues and runs lapse. The stage is the real one, and so are
-the scripts; only the model is made up: it answers with what it was asked, so that a reply tells which messages it read.
-After every step what must hold is looked at; at the end one living worker drains what is left.
+Hypothesis draws the steps: people speak, repeat themselves, type, clear, change the persona; strangers put things into
+queues; three workers take runs, work, let go of them, crash, freeze and come back; locks, queues and runs lapse. The
+stage is the real one, and so are the scripts; only the model is made up: it answers with what it was asked, so that a
+reply tells which messages it read. After every step what must hold is looked at; at the end one living worker drains
+what is left.
 
 `TEST_MACHINE_EXAMPLES=2000` explores at random, for as long as that takes.
 """
@@ -48,6 +49,7 @@ CHATS: Final = ("a", "b")
 STAGES: Final = ("chat", "llm")
 WORKERS: Final = 3
 FAR_MS: Final = 600_000
+STRANGE: Final = (b"hello", b'{"message_id":"z","text":"z","at_ms":1}', b'{"message_id":"m1",broken,"at_ms":1}')
 PATIENCE_S: Final = 60.0
 
 PICTURE: Final = f"""
@@ -205,6 +207,14 @@ class Machine(RuleBasedStateMachine):
             number = data.draw(strategies.sampled_from(sorted(self.runs)), "run")
             self.do(self.front.cancel(self.runs[number], "default"))
 
+    @step(2)
+    def stranger(self, data: strategies.DataObject) -> None:
+        """Another program puts something that was not said into a queue, in front or behind."""
+        chat = data.draw(strategies.sampled_from(CHATS), "chat")
+        element = data.draw(strategies.sampled_from(STRANGE), "element")
+        command = data.draw(strategies.sampled_from(["LPUSHX", "RPUSHX"]), "where")
+        self.do(self.link.call(command, keys.CHAT_QUEUE + chat, element))
+
     # --- workers ---------------------------------------------------------------------------------
 
     @step(8)
@@ -358,7 +368,7 @@ class Machine(RuleBasedStateMachine):
         told: list[Any],
         live: list[bytes],
     ) -> None:
-        waiting = [orjson.loads(one)["message_id"] for one in queue]
+        waiting = [orjson.loads(one)["message_id"] for one in queue if one not in STRANGE]
         accepted = {name.decode() for name in open_ids}
         ends = [orjson.loads(fields[1]) for _, fields in events]
         ended = [message_id for event in ends for message_id in event["message_ids"]]

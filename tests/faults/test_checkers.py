@@ -603,7 +603,7 @@ CAUGHT = [
     ("lines", "code", "told"),
     [
         ([*CELLS, *CAUGHT], 0, "red: none; missing: none; not caught: none; not tried: none"),
-        ([*CELLS[:-2], CELLS[-1], *CAUGHT], 1, "missing: 23;"),
+        ([*CELLS[:-2], CELLS[-1], *CAUGHT], 1, "missing: 24;"),
         ([*CELLS[:-1], *CAUGHT], 1, "missing: 21;"),
         ([*CELLS, CELLS[0] | {"green": False}, *CAUGHT], 1, "red: 1;"),
         ([*CELLS, *CAUGHT, CAUGHT[0] | {"caught_by": None}], 1, "not caught: owner check;"),

@@ -15,7 +15,7 @@ import pytest
 
 from gateway.app import create_app
 from gateway.server import Server, listen
-from pipeline import keys
+from pipeline import connection, keys, scripts
 from pipeline.connection import Link
 from pipeline.front import Front
 from pipeline.job import Done, Job
@@ -176,6 +176,39 @@ async def test_streams_end_when_the_gateway_stops(service: Service) -> None:
         assert await ear.ended()
 
 
+async def test_so_many_streams_are_open_at_once(services: Any, settings: Settings) -> None:
+    """One more is refused, and there is room again when one has ended."""
+    service = await services(changed(settings, chats={"max_streams": 1}))
+    async with service.listening():
+        refused = await service.http.get("/chat/d/events")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "too_many_streams")
+        assert refused.headers["retry-after"] == "1"
+    await wait_until(lambda: service.front.chat_watch.count == 0)
+    async with service.listening("d"):
+        pass
+
+
+async def test_a_message_that_redis_may_have_taken_is_told_as_such(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was; said again under its id it counts once."""
+    monkeypatch.setattr(connection, "ANSWER_WITHIN_S", 0.2)
+    link = service.front.chats._link
+    run = link.run
+
+    async def deaf(script: scripts.Script, *args: Any, **more: Any) -> Any:
+        await run(script, *args, **more)
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(link, "run", deaf)
+        refused = await service.say("one", message_id="m")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "maybe_accepted")
+    assert "message_id" in refused.json()["error"]["message"]
+    monkeypatch.undo()
+    assert (await service.say("one", message_id="m")).json()["queue_length"] == 1
+
+
 async def test_head_of_a_stream_has_an_end(service: Service) -> None:
     """Whoever asks for the headers only does not wait for events."""
     reply = await service.http.head("/chat/c/events")
@@ -208,6 +241,20 @@ async def test_clear_and_persona_begin_the_chat_anew(service: Service, settings:
     assert await service.link.call("HGET", keys.CHAT + "c", "persona") is None
 
 
+async def test_a_persona_that_redis_has_lost_comes_back_from_history(service: Service) -> None:
+    """When somebody looks at it, or chooses it; one that was never set up does not."""
+    given = {"system_prompt": "You rhyme.", "temperature": 0.5, "policy": "interrupt"}
+    shown = (await service.http.put("/persona/poet", json=given)).json()
+    await service.record()
+    for path, body in (("/chat/c/persona", {"persona": "poet"}), ("/chat/c/persona", {"persona": "nobody"})):
+        for name in await service.link.call("KEYS", "persona*"):
+            await service.link.call("DEL", name)
+        status = (await service.http.put(path, json=body)).status_code
+        assert status == (200 if body["persona"] == "poet" else 422)
+    assert (await service.http.get("/persona/poet")).json() == shown
+    assert await service.link.call("HGET", keys.PERSONA + "poet", "policy") == b"interrupt"
+
+
 async def test_a_clear_drops_the_reply_that_was_being_made(service: Service, settings: Settings) -> None:
     """And says so."""
     gate = Gate(answering)
@@ -222,12 +269,20 @@ async def test_a_clear_drops_the_reply_that_was_being_made(service: Service, set
 async def test_an_image_is_fetched_by_the_id_that_its_event_told(service: Service) -> None:
     """As bytes of its own type; another id, and another chat's, is 404."""
     epoch = (await service.http.post("/chat/c/clear")).json()["epoch"]
-    await service.front.chats.keep_image("c", epoch, "r1", b"\x89PNG\r\n\x1a\n", "image/png")
-    found = await service.http.get("/chat/c/images/r1")
+    image_id = "a" * 32
+    await service.front.chats.keep_image("c", epoch, image_id, b"\x89PNG\r\n\x1a\n", "image/png")
+    found = await service.http.get(f"/chat/c/images/{image_id}")
     assert (found.status_code, found.headers["content-type"]) == (200, "image/png")
     assert found.content == b"\x89PNG\r\n\x1a\n"
-    for path in ("/chat/c/images/r2", "/chat/d/images/r1", "/chat/c/images/a%20b"):
+    for path in (f"/chat/c/images/{'b' * 32}", f"/chat/d/images/{image_id}", "/chat/c/images/a%20b"):
         assert (await service.http.get(path)).status_code == 404
+
+
+async def test_an_image_of_another_tenant_has_no_name_here(service: Service) -> None:
+    """Its key, `anna:c:<id>`, could be read as one of the chat `anna`."""
+    epoch, _, _ = await service.front.chats.clear("anna", "c")
+    await service.front.chats.keep_image("anna:c", epoch, "a" * 32, b"x", "image/png")
+    assert (await service.http.get(f"/chat/anna/images/c:{'a' * 32}")).status_code == 404
 
 
 async def test_history_shows_all_turns_in_order(service: Service, settings: Settings) -> None:
@@ -257,6 +312,19 @@ async def test_history_shows_all_turns_in_order(service: Service, settings: Sett
     assert [turn["text"] for turn in (await service.history())["messages"]] == wanted, "a month later"
 
 
+async def test_a_page_of_history_is_no_longer_than_asked_for(service: Service, settings: Settings) -> None:
+    """Also while all of it stands in Redis, since the recorder is behind."""
+    async with service.listening() as ear, working(settings, [Chat(settings), Scripted("llm", answering)]):
+        for number in range(2):
+            await service.say(f"text {number}")
+            await ear.next()
+    first = await service.history(limit=3)
+    assert [turn["text"] for turn in first["messages"]] == ["text 0", "heard: text 0", "text 1"]
+    second = await service.history(limit=3, after=first["next"])
+    assert [turn["text"] for turn in second["messages"]] == ["heard: text 1"]
+    assert second["next"] is None
+
+
 async def test_history_tells_of_messages_that_were_not_answered(service: Service) -> None:
     """A clear forgets them in Redis, and history keeps them."""
     await service.say("one")
@@ -283,6 +351,8 @@ async def test_wrong_fields_are_named(service: Service) -> None:
         ({"user_id": "ann"}, "text"),
         ({"user_id": "ann", "text": ""}, "text"),
         ({"user_id": "ann", "text": "x" * 16_001}, "text"),
+        ({"user_id": "ann", "text": "no\0database takes it"}, "text"),
+        ({"user_id": "\0", "text": "x"}, "user_id"),
         ({"user_id": "ann", "text": "x", "message_id": "a b"}, "message_id"),
         ({"user_id": "ann", "text": "x", "priority": "urgent"}, "priority"),
         ({"user_id": "ann", "text": "x", "chat": "y"}, "chat"),

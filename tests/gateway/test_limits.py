@@ -88,6 +88,16 @@ async def test_the_time_to_answer_is_not_the_time_to_receive(start: Start) -> No
         assert (await client.reply())[0] == 200
 
 
+async def test_a_client_that_reads_nothing_is_dropped(start: Start) -> None:
+    """It asks for more than its connection holds, and takes none of it; another one is answered meanwhile."""
+    gateway = await start(send_timeout_s=SOON_S)
+    async with connect(gateway.address) as client:
+        client.reader._transport.pause_reading()  # type: ignore[attr-defined]  # a client that does not read
+        asking = asyncio.create_task(_drip(client, b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * 20))
+        async with asyncio.timeout(30):
+            await asking  # it ends with the connection
+
+
 async def test_a_refused_body_is_discarded_for_a_bounded_time(start: Start) -> None:
     """After a 413 the rest may still come, for as long as any request may take."""
     gateway = await start(receive_timeout_s=SOON_S, max_body_bytes=1024)

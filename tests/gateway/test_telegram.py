@@ -8,8 +8,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import aiohttp
+import orjson
 import pytest
 from aiohttp import web
+from prometheus_client import REGISTRY
 from pydantic import SecretStr
 
 from gateway.telegram import CHANGED, CLEARED, FAILED, HELLO, SLOWER, TEXT_ONLY, UNKNOWN, serve, split
@@ -27,6 +30,14 @@ from tests.rig import Gate, Scripted, changed, working
 Json = dict[str, Any]
 TOKEN = "123:secret"
 CHAT = "tg.123.42"
+COUNTED = (
+    *(("penstock_telegram_updates_total", (("outcome", word),)) for word in ("command", "said", "unreadable")),
+    *(
+        ("penstock_telegram_calls_total", (("record", "texts"), ("outcome", word)))
+        for word in ("done", "refused", "asked_to_wait")
+    ),
+    ("penstock_telegram_wait_seconds_total", ()),
+)
 
 
 async def answering(job: Job) -> Done:
@@ -175,16 +186,17 @@ async def test_commands(link: Link, settings: Settings, bot: BotServer) -> None:
     """They are obeyed, with the bot's name behind them or not, and no model is asked."""
     chats = Chats(Link(settings.redis, "chats"), settings, Clock())
     await chats.set_persona("default", "poet", Persona("You rhyme."))
+    await chats.set_persona("acme", "secret", Persona("You know what Acme does."))
     await chats.close()
     async with Connected(settings):
-        for text in ("/start", "/persona nobody", "/persona poet", "/clear@penstock_bot"):
+        for text in ("/start", "/persona nobody", "/persona acme:secret", "/persona poet", "/clear@penstock_bot"):
             bot.write(text)
         bot.write(None, photo=[])
-        await wait_until(lambda: len(bot.sent) == 5)
-        assert bot.texts() == [HELLO, UNKNOWN, CHANGED, CLEARED, TEXT_ONLY]
+        await wait_until(lambda: len(bot.sent) == 6)
+        assert bot.texts() == [HELLO, UNKNOWN, UNKNOWN, CHANGED, CLEARED, TEXT_ONLY]
         assert await link.call("HGET", keys.CHAT + CHAT, "persona") == b"poet"
         bot.write("/persona -")
-        await wait_until(lambda: len(bot.sent) == 6)
+        await wait_until(lambda: len(bot.sent) == 7)
         assert await link.call("HGET", keys.CHAT + CHAT, "persona") is None
 
 
@@ -279,9 +291,65 @@ async def test_telegram_may_be_away(link: Link, settings: Settings, bot: BotServ
     assert bot.texts() == ["heard: one", "heard: two"]
 
 
-async def test_people_who_block_the_bot_hold_up_nobody(link: Link, settings: Settings, bot: BotServer) -> None:
+async def test_a_text_that_begins_with_a_slash_is_no_command_and_not_lost(
+    link: Link, settings: Settings, bot: BotServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connector dies when it was about to say it; the next one says it."""
+    reached = asyncio.Event()
+
+    async def never(*_: object, **__: object) -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    bot.write("/help me, please")
+    with monkeypatch.context() as patched:
+        patched.setattr(Chats, "say", never)
+        async with Connected(settings) as first:
+            await reached.wait()
+            await first.crash()
+    async with Connected(settings):
+        await wait_until(lambda: waits(link, CHAT, 1))
+
+
+async def test_a_chat_that_telegram_wants_to_wait_holds_up_no_other(
+    link: Link, settings: Settings, bot: BotServer
+) -> None:
+    """An hour, for the answer to a command; what others write is said meanwhile."""
+    bot.refusals = [(429, {"parameters": {"retry_after": 3_600}})]
+    async with Connected(settings):
+        bot.write("/start")
+        await wait_until(lambda: not bot.refusals)
+        bot.write("hello", chat=43)
+        await wait_until(lambda: waits(link, "tg.123.43", 1))
+
+
+async def test_metrics_tell_what_came_and_what_was_sent(link: Link, settings: Settings, bot: BotServer) -> None:
+    """Prometheus finds the process where gateways are listed; nothing in it names a person, a chat or a bot."""
+    bot.refusals = [(429, {"parameters": {"retry_after": 0.25}}), (403, {"description": "Forbidden"})]
+    before = [REGISTRY.get_sample_value(name, dict(labels)) or 0 for name, labels in COUNTED]
+    async with Connected(settings):
+        for text in ("/start", "hello"):
+            bot.write(text)
+        bot.write(None, photo=[])
+        await wait_until(lambda: len(bot.sent) == 1)
+        await wait_until(lambda: waits(link, CHAT, 1))
+        (record,) = await link.call("ZRANGE", keys.GATEWAYS, 0, -1)
+        address = orjson.loads(record)["address"]
+        async with aiohttp.ClientSession() as http, http.get(f"http://{address}/metrics") as answer:
+            page = await answer.text()
+    assert 'penstock_telegram_calls_total{outcome="asked_to_wait",record="texts"}' in page
+    assert "123" not in "".join(line.partition(" ")[0] for line in page.splitlines() if "telegram" in line)
+    after = [REGISTRY.get_sample_value(name, dict(labels)) or 0 for name, labels in COUNTED]
+    assert [now - then for now, then in zip(after, before, strict=True)] == [1, 1, 1, 1, 1, 1, 0.25]
+    assert await link.call("ZCARD", keys.GATEWAYS) == 0, "it signs off"
+
+
+@pytest.mark.parametrize("status", [403, 413], ids=["blocked", "too large"])
+async def test_people_who_block_the_bot_hold_up_nobody(
+    link: Link, settings: Settings, bot: BotServer, status: int
+) -> None:
     """What Telegram will never deliver is passed over."""
-    bot.refusals = [(403, {"description": "Forbidden: bot was blocked by the user"})]
+    bot.refusals = [(status, {"description": "Forbidden: bot was blocked by the user"})]
     async with Connected(settings), working(settings, [Chat(settings), Scripted("llm", answering)]):
         bot.write("one")
         await wait_until(lambda: not bot.refusals)

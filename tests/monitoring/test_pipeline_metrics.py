@@ -136,6 +136,18 @@ async def test_dead_letters_are_told_as_kept_and_as_ever_written(link: Link, gat
     assert told("penstock_dead_letters_written_total") == 3
 
 
+async def test_messages_of_chats_without_an_answer_are_counted_wherever_they_end(
+    link: Link, gateway: httpx.AsyncClient
+) -> None:
+    """A script of any process ends them, so Redis counts."""
+    await link.call("HSET", keys.CHAT_COUNTS, "failed", 2)
+    told = await _told(gateway)
+    assert (
+        told("penstock_chat_unanswered_total", ended="failed"),
+        told("penstock_chat_unanswered_total", ended="expired"),
+    ) == (2, 0)
+
+
 async def test_room_is_told_beside_what_is_taken(link: Link, gateway: httpx.AsyncClient, settings: Settings) -> None:
     """Jobs and memory."""
     told = await _told(gateway)

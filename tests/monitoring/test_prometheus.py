@@ -26,6 +26,7 @@ STAGES = (
 KINDS = {("gateway", ""), *(("stage", stage) for stage in STAGES)}
 LABELS = {
     "connection", "ended", "le", "outcome", "priority", "provider", "reason", "record", "replica", "stage", "state",
+    "connection", "ended", "le", "outcome", "part", "priority", "reason", "record", "replica", "stage", "state",
     "status", "to",
     "generation", "implementation", "major", "minor", "patchlevel", "version",  # of Python itself
 }  # fmt: skip
@@ -67,11 +68,13 @@ async def _every_process_is_found_and_reached(whole: Outside, watch: Prometheus)
 
 
 async def _some_of_everything_happens(whole: Outside) -> None:
-    """Answers, a refusal, a dead letter."""
+    """Answers, a refusal, a dead letter, a reply in a chat."""
     replies = await whole.ask_many(20, in_flight=5)
     assert {reply.status for reply in replies} == {200}
     assert (await whole.ask("")).status == 422
     await whole.redis.xadd(keys.stream("llm"), {"data": "no JSON"})
+    assert (await whole.send("POST", "/chat/m/messages", {"user_id": "ann", "text": "hello"})).status == 202
+    await wait_until(lambda: whole.redis.xlen(keys.CHAT_EVENTS + "m"), timeout_s=PATIENCE_S)
 
 
 async def _no_page_is_refused_by_promtool_or_has_labels_without_bound(

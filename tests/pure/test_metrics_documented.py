@@ -8,6 +8,7 @@ from pathlib import Path
 from prometheus_client import REGISTRY
 
 import gateway.metrics
+import gateway.telegram
 import pipeline.metrics
 import stages.aggregator
 import stages.chat
@@ -22,6 +23,7 @@ from tests.gateway.fake import NOTHING
 PAGE = Path(__file__).parents[2] / "docs" / "METRICS.md"
 MODULES = (
     gateway.metrics,
+    gateway.telegram,
     pipeline.metrics,
     stages.aggregator,
     stages.chat,

@@ -13,8 +13,8 @@ from pipeline import keys
 from pipeline.chats import Chats, ChatWatch, Message, Persona
 from pipeline.clock import Clock, monotonic_us
 from pipeline.connection import Link
-from pipeline.errors import Overloaded, RetryLater
-from pipeline.front import Front
+from pipeline.errors import IdempotencyMismatch, Overloaded, RetryLater, TooManyPersonas
+from pipeline.front import Front, Idempotency
 from pipeline.job import Done, Job, decode
 from pipeline.settings import Settings
 from stages.chat import Chat
@@ -60,6 +60,14 @@ async def run_of(link: Link, chat: str = "c") -> str | None:
 
 async def waiting(link: Link, chat: str = "c") -> list[str]:
     return [orjson.loads(one)["message_id"] for one in await link.call("LRANGE", keys.CHAT_QUEUE + chat, 0, -1)]
+
+
+async def age(link: Link, by_ms: int) -> None:
+    """Have the first message that waits be older than it is; of the future, with a span below 0."""
+    element = orjson.loads(await link.call("LINDEX", keys.CHAT_QUEUE + "c", 0))
+    older = orjson.dumps(element | {"at_ms": element["at_ms"] - by_ms})
+    await link.call("LSET", keys.CHAT_QUEUE + "c", 0, older)
+    await link.call("HSET", keys.CHAT_OPEN + "c", element["message_id"], older)
 
 
 async def told(chats: Chats, chat: str = "c") -> list[tuple[str, list[str]]]:
@@ -126,6 +134,17 @@ async def test_same_message_id_twice_is_one_message(link: Link, chats: Chats) ->
     again = await chats.say("default", "c", Message("a", "ann", "other words"))
     assert not again.is_new
     assert await waiting(link) == []
+
+
+async def test_an_id_counts_once_for_as_long_as_its_message_waits(link: Link, chats: Chats) -> None:
+    """Though it is none of the last thousand any more; and a key under which it came again is used up."""
+    await say(chats, "a")
+    await link.call("DEL", keys.CHAT_SEEN + "c")
+    again = await chats.say("default", "c", Message("a", "ann", "x"), idempotency=Idempotency("k", "hash", 60))
+    assert (again.is_new, again.waiting) == (False, 1)
+    with pytest.raises(IdempotencyMismatch):
+        await chats.say("default", "c", Message("b", "ann", "y"), idempotency=Idempotency("k", "other", 60))
+    assert await waiting(link) == ["a"]
 
 
 async def test_what_is_too_much_is_refused_and_leaves_nothing(link: Link, settings: Settings) -> None:
@@ -196,8 +215,7 @@ async def test_a_single_message_to_an_idle_chat_does_not_wait_for_quiet(link: Li
     assert (await chats.take("c", run, begin=True)).wait_ms <= 500
     await chats.typing("c")
     assert (await chats.take("c", run, begin=True)).wait_ms > 4_000
-    first = orjson.loads(await link.call("LINDEX", keys.CHAT_QUEUE + "c", 0))
-    await link.call("LSET", keys.CHAT_QUEUE + "c", 0, orjson.dumps(first | {"at_ms": first["at_ms"] - 20_001}))
+    await age(link, 20_001)
     assert (await chats.take("c", run, begin=True)).word == "taken", "the bound, however much is typed"
     await chats.close()
 
@@ -211,6 +229,19 @@ async def test_a_single_message_soon_after_another_waits_for_quiet(link: Link, s
     run = await run_of(link)
     assert run is not None
     assert (await chats.take("c", run, begin=True)).word == "wait"
+    await chats.close()
+
+
+async def test_nobody_waits_for_a_clock_that_was_set_back(link: Link, settings: Settings) -> None:
+    """A message that seems to come from the future is answered now."""
+    settings = changed(settings, chats={"quiet_ms": 5_000, "max_wait_ms": 20_000})
+    chats = Chats(Link(settings.redis, "chats"), settings, await clock_of(link))
+    await say(chats, "a")
+    await say(chats, "b")
+    run = str(await run_of(link))
+    assert (await chats.take("c", run, begin=True)).word == "wait"
+    await age(link, -3_600_000)
+    assert (await chats.take("c", run, begin=True)).word == "taken"
     await chats.close()
 
 
@@ -275,6 +306,23 @@ async def test_a_batch_holds_so_many_messages_and_the_next_run_takes_the_rest(li
     assert run is not None
     taken = await chats.take("c", run, begin=True)
     assert [message["message_id"] for message in taken.messages] == ["a", "b"]
+    await chats.close()
+
+
+async def test_a_batch_is_no_longer_than_a_prompt_may_be(link: Link, settings: Settings, hand: Hand) -> None:
+    """Characters count, not bytes; a message that is too long for itself is answered alone, and nobody waits."""
+    settings = changed(settings, chats={"prompt_chars": 100, "quiet_ms": 60_000, "max_wait_ms": 60_000})
+    chats = Chats(Link(settings.redis, "chats"), settings, await clock_of(link))
+    for message_id, text in (("a", "\U0001f600" * 60), ("b", "x" * 40), ("c", "y"), ("d", "z" * 200), ("e", "y")):
+        await chats.say("default", "c", Message(message_id, "ann", text))
+    for batch in (["a", "b"], ["c"], ["d"]):
+        entry = await hand.take_one()
+        run = decode(entry.data or b"").id
+        taken = await chats.take("c", run, begin=True)
+        assert [message["message_id"] for message in taken.messages] == batch
+        await save(chats, run, *batch)
+        await hand.settle(complete(entry))
+    assert (await chats.take("c", str(await run_of(link)), begin=True)).word == "wait", "this one has room for company"
     await chats.close()
 
 
@@ -386,9 +434,7 @@ async def test_a_run_nobody_worked_on_is_followed_by_another_until_its_messages_
     await front.cancel(first, "default")
     second = await run_of(link)
     assert second not in {None, first}
-    element = orjson.loads(await link.call("LINDEX", keys.CHAT_QUEUE + "c", 0))
-    old = orjson.dumps(element | {"at_ms": element["at_ms"] - 1_800_001})
-    await link.call("LSET", keys.CHAT_QUEUE + "c", 0, old)
+    await age(link, 1_800_001)
     await front.cancel(str(second), "default")
     assert await run_of(link) is None
     assert await told(chats) == [("expired", ["a"])]
@@ -404,6 +450,7 @@ async def test_messages_that_redis_dropped_are_told_as_expired(link: Link, chats
     run = decode((await hand.take_one()).data or b"").id
     assert (await chats.take("c", run, begin=True)).word == "empty"
     assert await told(chats) == [("expired", ["a", "b"])]
+    assert await link.call("HGETALL", keys.CHAT_COUNTS) == [b"expired", b"2"]
     await say(chats, "c")
     assert [row["text"] for row in await history(link)] == ["text of a", "text of b"]
     assert await told(chats) == [("expired", ["a", "b"])]
@@ -425,14 +472,66 @@ async def test_messages_that_came_after_the_queue_was_dropped_do_not_fail_with_t
     assert await run_of(link) not in {None, run}
 
 
+STRANGE = (
+    b"hello",
+    b'{"text":"x"}',
+    b'["a"]',
+    b"\xff\xfe",
+    b'{"message_id":"z","user_id":"u","text":"I look like one","at_ms":1}',
+    b'{"message_id":"z",and broken inside,"at_ms":1}',
+    b'{"message_id":"a","text":"said by another","at_ms":1}',
+)
+"""What strangers may put into a queue: nothing of it was said."""
+
+
 async def test_what_a_stranger_puts_into_the_queue_is_dropped(link: Link, chats: Chats) -> None:
-    """It has no id that could be answered."""
+    """What was never said can not be answered; a message that stands there twice is one."""
     await say(chats, "a")
-    for element in ("hello", '{"text":"x"}', '["a"]'):
-        await link.call("RPUSH", keys.CHAT_QUEUE + "c", element)
+    (said,) = await link.call("LRANGE", keys.CHAT_QUEUE + "c", 0, -1)
+    await link.call("LPUSH", keys.CHAT_QUEUE + "c", STRANGE[4])
+    await link.call("RPUSH", keys.CHAT_QUEUE + "c", *STRANGE, said)
     run = await run_of(link)
     taken = await chats.take("c", str(run), begin=True)
-    assert (taken.dropped, [m["message_id"] for m in taken.messages]) == (3, ["a"])
+    assert (taken.dropped, [m["message_id"] for m in taken.messages]) == (len(STRANGE) + 2, ["a"])
+    assert await waiting(link) == ["a"]
+
+
+async def test_a_queue_that_holds_nothing_but_strange_elements_keeps_no_run_busy(
+    link: Link, chats: Chats, settings: Settings
+) -> None:
+    """They come to the queue after the run has looked; the next run finds nobody to answer, and is the last."""
+    gate = Gate(Model())
+    async with working(settings, [Chat(settings), Scripted("llm", gate)]):
+        await say(chats, "a")
+        await wait_until(lambda: gate.waiting)
+        await link.call("RPUSH", keys.CHAT_QUEUE + "c", *STRANGE)
+        gate.open()
+        await wait_until(lambda: has_told(chats, 1))
+        await wait_until(lambda: is_free(link))
+    assert await told(chats) == [("reply", ["a"])]
+    await assert_nothing_is_left(link)
+
+
+async def test_strange_elements_do_not_spoil_what_history_is_told_of_others(link: Link, chats: Chats) -> None:
+    """One event tells of all that a clear ends: each row in it must be readable."""
+    await say(chats, "a")
+    await link.call("RPUSH", keys.CHAT_QUEUE + "c", *STRANGE)
+    await chats.clear("default", "c")
+    assert await told(chats) == [("cleared", ["a"])]
+    assert [(row["message_id"], row["status"]) for row in await history(link)] == [("a", "cleared")]
+
+
+async def test_a_run_that_fails_before_it_has_its_messages_fails_them(link: Link, chats: Chats, hand: Hand) -> None:
+    """Its persona's key is broken, say: the next run would meet the same, and write a dead letter every second."""
+    await say(chats, "a")
+    await say(chats, "b")
+    entry = await hand.take_one()
+    await hand.settle(bury(entry))
+    assert await run_of(link) is None
+    assert await told(chats) == [("failed", ["a", "b"])]
+    assert await link.call("HGETALL", keys.CHAT_COUNTS) == [b"failed", b"2"]
+    assert [row["status"] for row in await history(link)] == ["failed", "failed"]
+    await assert_nothing_is_left(link)
 
 
 async def test_a_key_of_a_wrong_type_stops_a_script_before_it_writes(link: Link, chats: Chats, hand: Hand) -> None:
@@ -743,14 +842,14 @@ async def test_an_image_is_told_once_and_not_after_a_clear(link: Link, chats: Ch
     """It is kept under its reply's id, for a day."""
     epoch, _, _ = await chats.clear("default", "c")
     for word in ("kept", "already"):
-        assert await chats.keep_image("c", epoch, "run-1", b"\x89PNG\0", "image/png") == word
+        assert await chats.keep_image("c", epoch, "run-1", b"\x89PNG\0", "image/png", ["a", "b"]) == word
     assert await chats.image("c", "run-1") == (b"\x89PNG\0", b"image/png")
     assert await chats.image("c", "run-2") is None
     assert 86_000_000 < await link.call("PTTL", keys.CHAT_IMAGE + "c:run-1") <= 86_400_000
     await chats.clear("default", "c")
     assert await chats.keep_image("c", epoch, "run-2", b"x", "image/png") == "lost"
     assert await chats.keep_image("nobody", epoch, "run-2", b"x", "image/png") == "lost"
-    assert await told(chats) == [("cleared", []), ("image", []), ("cleared", [])]
+    assert await told(chats) == [("cleared", []), ("image", ["a", "b"]), ("cleared", [])]
 
 
 async def test_an_image_job_begins_with_the_end_of_a_run_whose_persona_wants_one(
@@ -771,8 +870,26 @@ async def test_an_image_job_begins_with_the_end_of_a_run_whose_persona_wants_one
         "chat": "c",
         "epoch": event["epoch"],
         "message_id": event["message_id"],
+        "message_ids": event["message_ids"],
         "prompt": "In oil:\n\n" + event["text"],
     }
+
+
+# --- personas -----------------------------------------------------------------------------------
+
+
+async def test_a_tenant_has_so_many_personas_and_may_change_them(link: Link, settings: Settings) -> None:
+    """They are kept for ever, so they have a bound; another tenant's are none of them."""
+    settings = changed(settings, chats={"max_personas": 1})
+    chats = Chats(Link(settings.redis, "chats"), settings, Clock())
+    await chats.set_persona("default", "p", Persona("one"))
+    with pytest.raises(TooManyPersonas):
+        await chats.set_persona("default", "q", Persona("two"))
+    await chats.set_persona("default", "p", Persona("three"))
+    await chats.set_persona("anna", "q", Persona("four"))
+    assert await chats.persona("default", "q") is None
+    assert await chats.persona("default", "p") == Persona("three")
+    await chats.close()
 
 
 # --- watching -----------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def image_body(data: bytes) -> dict[str, Any]:
 
 
 def job() -> Job:
-    payload = {"chat": "acme:c", "epoch": 7, "message_id": "r1", "prompt": "a lease"}
+    payload = {"chat": "acme:c", "epoch": 7, "message_id": "r1", "message_ids": ["a", "b"], "prompt": "a lease"}
     return Job("r1-image", "image", payload, [], 0)
 
 
@@ -90,7 +90,7 @@ async def test_an_image_is_made_and_kept(server: Server) -> None:
     for url in (server.url, server.url + "/v1"):
         done = await run(kept, url=url, model="m", api_key="k")
         assert done == {"image_id": "r1", "ended": "kept", "bytes": len(PNG)}
-    assert kept.images == [("acme:c", 7, "r1", PNG, "image/png")] * 2
+    assert kept.images == [("acme:c", 7, "r1", PNG, "image/png", ["a", "b"])] * 2
     wish, authorization = server.asked[0]
     assert wish == {"prompt": "a lease", "n": 1, "size": "512x512", "response_format": "b64_json", "model": "m"}
     assert authorization == "Bearer k"

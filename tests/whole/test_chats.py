@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from pathlib import Path
 from typing import Any, Final
 
 import orjson
@@ -12,6 +13,8 @@ import pytest
 
 from pipeline import keys
 from tests.conftest import wait_until
+from tests.faults.chats import Bursts, piece_together
+from tests.faults.checkers.chats import check
 from tests.whole.system import END_S, Json, Outside, System, outside
 
 AT_ONCE: Final[dict[str, str]] = {f"PENSTOCK_CHATS__{name}": "0" for name in ("SINGLE_MS", "QUIET_MS", "MAX_WAIT_MS")}
@@ -141,43 +144,31 @@ async def test_nothing_from_before_a_clear_is_sent_after_it(whole: Outside) -> N
 
 
 @pytest.mark.timeout(300)
-async def test_bursts_of_many_chats_survive_the_death_of_whoever_works_on_them(whole: Outside) -> None:
+async def test_bursts_of_many_chats_survive_the_death_of_whoever_works_on_them(whole: Outside, tmp_path: Path) -> None:
     """Five hundred chats at once: no message is lost, none is answered twice, none before an earlier one."""
-    chats = [f"burst-{number}" for number in range(500)]
-    at_once = asyncio.Semaphore(50)
-    ends: list[list[Json]] = []
 
-    async def burst(chat: str) -> None:
-        async with at_once:
-            for number in range(3):
-                await say(whole, chat, f"{chat} says {number}")
-
-    async def all_ended() -> bool:
-        nonlocal ends
-        async with whole.redis.pipeline(transaction=False) as pipeline:
-            for chat in chats:
-                pipeline.xrange(keys.CHAT_EVENTS + chat)
-            found = await pipeline.execute()
-        ends = [[orjson.loads(fields[b"data"]) for _, fields in entries] for entries in found]
-        return all(sum(len(event["message_ids"]) for event in events) >= 3 for events in ends)
+    async def post(path: str, body: Json) -> tuple[int, Json]:
+        reply = await whole.send("POST", path, body)
+        return reply.status, reply.body if reply.status else {"error": {"code": "no_answer"}}
 
     async def kill(name: str) -> None:
         killed = whole.system.kill(name, signal.SIGKILL)
         await wait_until(lambda: whole.system.pid_of(name) not in {None, killed}, timeout_s=END_S)
         await wait_until(lambda: whole.works(whole.system.pid_of(name)), timeout_s=END_S)
 
+    bursts = Bursts(post, whole.redis, tmp_path / "chats.jsonl")
     async with asyncio.TaskGroup() as group:
-        bursts = [group.create_task(burst(chat)) for chat in chats]
+        sending = group.create_task(bursts.run(500))
         for name in ("chat", "llm", "chat", "llm"):
             await kill(name)
-        await asyncio.gather(*bursts)
+        await sending
     await kill("chat")
-    await wait_until(all_ended, timeout_s=4 * END_S, every_s=0.2)
+    await wait_until(bursts.are_told, timeout_s=4 * END_S, every_s=0.2)
     await whole.until_idle()
-    for chat, told in zip(chats, ends, strict=True):
-        assert {event["type"] for event in told} == {"reply"}, chat
-        answered = [message_id for event in told for message_id in event["message_ids"]]
-        assert answered == [f"{chat}_says_{number}" for number in range(3)]
+    await bursts.note_what_was_told()
+    found = check(piece_together(bursts.path), await whole.records())
+    assert (found.chats, found.messages) == (500, 1_500)
+    assert {name: those for name, those in found.broken().items() if those} == {}
 
 
 async def test_an_image_follows_the_reply(whole: Outside) -> None:

@@ -12,6 +12,8 @@ from tests.faults.history import Told, read
 
 _NUMBER: Final = re.compile(r"Request (\d+)\.")
 """Every question ends so: the replicas know which request they work for, whatever the job is called."""
+_REMEMBERING: Final = "Remembered so far:"
+"""A chat's run calls twice: what to remember is asked with these words, and then for the reply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +48,19 @@ def check(requests: Iterable[Told], records: Iterable[Path], *, harmed: Containe
     requests = list(requests)
     asked_by = {job_id: told for told in requests for job_id in told.ids}
     jobs: dict[int, set[str]] = {}
-    made: dict[str, list[tuple[float, bool]]] = {}  # when each call came, and whether any later one repeats it
+    # When each call of a job came, and whether any later one for the same thing repeats it.
+    made: dict[tuple[str, bool], list[tuple[float, bool]]] = {}
     answering: dict[str, float] = {}
     crossed = []
     for path in records:
         for line in read(path):
             job_id, status = str(line["request_id"]), line["status"]
             is_enough = status == "completed" or (status == "aborted" and path.stem not in harmed)
-            made.setdefault(job_id, []).append((line["arrived_s"], is_enough))
+            asked = str(line.get("messages", ""))
+            made.setdefault((job_id, _REMEMBERING in asked), []).append((line["arrived_s"], is_enough))
             if status == "completed":
                 answering[job_id] = max(line["began_s"], answering.get(job_id, 0.0))
-            numbers = {int(number) for number in _NUMBER.findall(str(line.get("messages", "")))}
+            numbers = {int(number) for number in _NUMBER.findall(asked)}
             for number in numbers:
                 jobs.setdefault(number, set()).add(job_id)
             told = asked_by.get(job_id)
