@@ -8,10 +8,8 @@ No label is unbounded: codes and outcomes come from our own tables, never from a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Final, get_args
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from typing import Final, get_args
 
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily

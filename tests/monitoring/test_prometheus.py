@@ -25,9 +25,8 @@ STAGES = (
 )  # fmt: skip
 KINDS = {("gateway", ""), *(("stage", stage) for stage in STAGES)}
 LABELS = {
-    "connection", "ended", "le", "outcome", "priority", "provider", "reason", "record", "replica", "stage", "state",
-    "connection", "ended", "le", "outcome", "part", "priority", "reason", "record", "replica", "stage", "state",
-    "status", "to",
+    "connection", "ended", "le", "outcome", "part", "priority", "provider", "reason", "record", "replica", "stage",
+    "state", "status", "to",
     "generation", "implementation", "major", "minor", "patchlevel", "version",  # of Python itself
 }  # fmt: skip
 
