@@ -22,7 +22,7 @@ class Entry:
     Attributes:
         delivery: our id, as the message carries it.
         taken: the receiver will deliver it.
-        answered: with which status or reply code; 0: the connection was dropped, or nothing was said.
+        answered: with which status or reply code; 0: the connection was dropped, by whomever, or nothing was said.
     """
 
     delivery: str
@@ -32,6 +32,10 @@ class Entry:
     taken: bool
     answered: int
     provider_id: str = ""
+
+
+UNREAD = Entry("", "", "", "", taken=False, answered=0)
+"""Somebody connected, and the connection was dropped before anything was read: whose message it was, nobody knows."""
 
 
 @dataclass

@@ -17,9 +17,9 @@ import email.policy
 import json
 import random
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email.message import EmailMessage
 from pathlib import Path
 from ssl import SSLContext
@@ -39,6 +39,7 @@ class Options:
     Attributes:
         ledger: the file it writes into.
         delay_ms: how long it takes with a message before it answers.
+        refuses: addresses for which it takes nothing (550 to RCPT).
     """
 
     host: str = "127.0.0.1"
@@ -47,6 +48,7 @@ class Options:
     faults: Mapping[str, float] = field(default_factory=dict)
     seed: int = 1
     delay_ms: float = 0.0
+    refuses: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class MailServer:
         ledger: Ledger | None = None,
         faults: Faults | None = None,
         delay_ms: float = 0.0,
+        refuses: Collection[str] = (),
     ) -> None:
         self.ledger = ledger or Ledger()
         self.faults = faults or Faults()
@@ -101,6 +104,7 @@ class MailServer:
         self.host, self.port = "localhost", 0
         self._tls, self._implicit_tls, self._login = tls, implicit_tls, login
         self._smtputf8, self._max_bytes, self._delay_ms = smtputf8, max_bytes, delay_ms
+        self._refuses = refuses
         self._server: asyncio.Server | None = None
         self._open: set[_Session] = set()
 
@@ -164,6 +168,8 @@ class MailServer:
             raise asyncio.CancelledError
         if server.fault == "deferred_rcpt":
             return f"451 4.7.1 <{address}>: greylisted"
+        if address in self._refuses:
+            return f"550 5.1.1 <{address}>: no such mailbox"
         envelope.rcpt_tos.append(address)
         return "250 2.1.5 Ok"
 
@@ -178,15 +184,20 @@ class MailServer:
             str(session.auth_data) if session.authenticated else None,
         )
         self.arrived.append(came)
-        if self._delay_ms:
-            await asyncio.sleep(self._delay_ms / 1000)
         answer = {"deferred": 451, "refused": 550, "drop_read": 0, "drop_taken": 0}.get(server.fault, 250)
+        taken = answer == 250 or server.fault == "drop_taken"
         message = came.email
         delivery = str(message["Message-ID"]).partition("@")[0].strip("<")
         text = message.get_body(("plain", "html"))
         body = text.get_content().strip() if text is not None else ""
-        taken = answer == 250 or server.fault == "drop_taken"
-        self.ledger.note(Entry(delivery, came.sender, came.to, body, taken, answer, str(message["Message-ID"])))
+        entry = Entry(delivery, came.sender, came.to, body, taken, answer, str(message["Message-ID"]))
+        try:
+            if self._delay_ms:
+                await asyncio.sleep(self._delay_ms / 1000)
+        except asyncio.CancelledError:  # the other end has gone: it hears no answer, whatever becomes of the message
+            self.ledger.note(replace(entry, answered=0))
+            raise
+        self.ledger.note(entry)
         if answer == 0:
             server.hang_up()
             raise asyncio.CancelledError
@@ -326,7 +337,7 @@ async def main(options: Options) -> None:
     """Run a real one until a signal comes."""
     ledger = Ledger(Path(options.ledger) if options.ledger else None)
     faults = Faults(options.faults, rng=random.Random(options.seed))
-    server = MailServer(ledger=ledger, faults=faults, delay_ms=options.delay_ms)
+    server = MailServer(ledger=ledger, faults=faults, delay_ms=options.delay_ms, refuses=options.refuses)
     await server.start(options.host, options.port)
     print(json.dumps({"host": options.host, "port": server.port}), flush=True)
     await until_told_to_stop()

@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,16 @@ from pipeline.errors import InDoubt, Reject, RetryLater
 from pipeline.settings import load
 from stages import providers
 from stages.providers import Outgoing, Provider
+from tests.conftest import wait_until
 from tests.deliveries import ledger
-from tests.deliveries.ledger import Entry, Faults
+from tests.deliveries.ledger import UNREAD, Entry, Faults
 from tests.deliveries.letters import an_email, an_sms
-from tests.deliveries.twilio import Options, Twilio
+from tests.deliveries.smtp import mail_server
+from tests.deliveries.twilio import ACCOUNT_SID, AUTH_TOKEN, Options, Told, Twilio, twilio
+from tests.ports import take_port
 
 MESSAGES = 100
+THINKS_MS = 200.0
 
 
 @asynccontextmanager
@@ -99,6 +103,79 @@ async def test_what_twilio_says_agrees_with_the_local_twilios_record(tmp_path: P
         outcomes = await what_became_of(providers.build("twilio", settings), messages)
     assert set(outcomes.values()) == {"Sent", "RetryLater", "Reject", "InDoubt"}
     assert_true(outcomes, ledger.read(record))
+
+
+async def leave(provider: Provider, message: Outgoing, has_arrived: Callable[[], bool]) -> None:
+    """Send a message, and be gone before its answer."""
+    await provider.start()
+    try:
+        sending = asyncio.create_task(provider.send(message), name="send")
+        await wait_until(has_arrived)
+        sending.cancel()
+        await asyncio.wait([sending])
+        assert sending.cancelled()
+    finally:
+        await provider.stop()
+
+
+async def test_an_answer_that_nobody_waits_for_is_none_in_the_record() -> None:
+    """The message is taken all the same: its sender was killed while the server thought."""
+    async with twilio(Options(delay_ms=THINKS_MS, callbacks="none")) as shop, mail_server(delay_ms=THINKS_MS) as post:
+        environ = {
+            "PENSTOCK_TWILIO__API_URL": shop.url,
+            "PENSTOCK_TWILIO__ACCOUNT_SID": ACCOUNT_SID,
+            "PENSTOCK_TWILIO__AUTH_TOKEN": AUTH_TOKEN,
+            "PENSTOCK_SMTP__HOST": "127.0.0.1",
+            "PENSTOCK_SMTP__PORT": str(post.port),
+            "PENSTOCK_SMTP__TLS": "none",
+        }
+        settings = load(environ)
+        await leave(providers.build("twilio", settings), an_sms(), lambda: bool(shop.requests))
+        await leave(providers.build("smtp", settings), an_email(), lambda: bool(post.arrived))
+        for record in (shop.ledger, post.ledger):
+            await wait_until(lambda record=record: bool(record.entries))  # type: ignore[misc]
+            assert [(entry.taken, entry.answered) for entry in record.entries] == [(True, 0)]
+
+
+async def test_a_mail_server_refuses_the_mailboxes_that_it_is_told_to() -> None:
+    """For good, and only these."""
+    async with mail_server(refuses=["nobody@refused.example"]) as post:
+        environ = {"HOST": "127.0.0.1", "PORT": str(post.port), "TLS": "none"}
+        settings = load({f"PENSTOCK_SMTP__{name}": value for name, value in environ.items()})
+        messages = [an_email(id="a" * 32, to="nobody@refused.example"), an_email(id="b" * 32)]
+        outcomes = await what_became_of(providers.build("smtp", settings), messages)
+    assert outcomes == {"a" * 32: "Reject", "b" * 32: "Sent"}
+
+
+async def test_callbacks_are_written_down_and_may_come_in_every_way(tmp_path: Path) -> None:
+    """One message after the other in another way, by chance; nobody listens here."""
+    told = tmp_path / "told.jsonl"
+    async with twilio(Options(callbacks="mixed", late_s=0.0, told=str(told), seed=2)) as shop:
+        given = {"API_URL": shop.url, "ACCOUNT_SID": ACCOUNT_SID, "AUTH_TOKEN": AUTH_TOKEN}
+        settings = load({f"PENSTOCK_TWILIO__{name}": value for name, value in given.items()})
+        url = f"http://127.0.0.1:{take_port()}/told?delivery="
+        messages = [an_sms(id=f"{number:032x}", callback_url=f"{url}{number}") for number in range(20)]
+        await what_became_of(providers.build("twilio", settings), messages)
+        await shop.settled()
+    lines = [json.loads(line) for line in told.read_text().splitlines()]
+    assert [Told(**line) for line in lines] == shop.told
+    assert {line["answered"] for line in lines} == {0}
+    ways: dict[str, list[str]] = {}
+    for line in lines:
+        ways.setdefault(line["url"], []).append(line["status"])
+    assert len(ways) == len(messages)
+    assert {len(statuses) for statuses in ways.values()} == {2, 4}
+    assert any("queued" in statuses for statuses in ways.values())
+    assert any(statuses == ["sent", "sent", "delivered", "delivered"] for statuses in ways.values())
+
+
+async def test_a_connection_that_was_dropped_unread_stands_in_the_record() -> None:
+    """As nobody's: a doubt that only a count accounts for."""
+    async with twilio(script=["drop_unread"]) as shop:
+        given = {"API_URL": shop.url, "ACCOUNT_SID": ACCOUNT_SID, "AUTH_TOKEN": AUTH_TOKEN}
+        settings = load({f"PENSTOCK_TWILIO__{name}": value for name, value in given.items()})
+        outcomes = await what_became_of(providers.build("twilio", settings), [an_sms()])
+    assert (list(outcomes.values()), shop.ledger.entries) == (["InDoubt"], [UNREAD])
 
 
 def test_a_fault_that_a_server_does_not_have_is_refused() -> None:

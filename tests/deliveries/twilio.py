@@ -5,7 +5,8 @@ It follows https://www.twilio.com/docs/messaging/api/message-resource and https:
 It checks what Twilio checks and answers as Twilio does: 201 with a Message, or an error body `{"code", "message",
 "more_info", "status"}`. The numbers of Twilio's test credentials (+15005550001 and so on) mean what they mean there.
 Where a message names a `StatusCallback`, it tells what became of it, signed as Twilio signs
-(https://www.twilio.com/docs/usage/security), in order, shuffled, twice or late.
+(https://www.twilio.com/docs/usage/security), in order, shuffled, twice or late; mixed: each message in one of these
+ways.
 
 It runs as a process of its own, too: `python -m tests.deliveries.twilio '{"ledger": "FILE", ...}'` prints
 `{"url", "account_sid", "auth_token"}` when it listens, and goes at SIGTERM. Its options are the fields of `Options`.
@@ -28,7 +29,7 @@ import re
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from pathlib import Path
@@ -38,10 +39,12 @@ from urllib.parse import parse_qs, parse_qsl, urlsplit
 
 import aiohttp
 
-from tests.deliveries.ledger import Entry, Faults, Ledger, until_told_to_stop
+from tests.deliveries.ledger import UNREAD, Entry, Faults, Ledger, until_told_to_stop
 
 ACCOUNT_SID: Final = "AC" + "0123456789abcdef" * 2
 AUTH_TOKEN: Final = "the-token-of-the-account"
+WAYS: Final = ("in_order", "shuffled", "twice", "late")
+"""In which it tells what became of a message."""
 FAULTS: Final = frozenset(
     {
         "too_many", "unavailable", "unavailable_for", "internal", "drop_unread", "drop_read",
@@ -77,9 +80,10 @@ class Options:
         ledger: the file it writes into.
         retry_after_s: what it asks for with `too_many` and `unavailable_for`.
         delay_ms: how long it takes with a message before it answers.
-        callbacks: in_order, shuffled, twice, late, or none.
+        callbacks: in_order, shuffled, twice, late, mixed, or none.
         callback_base: where status callbacks go instead of the origin they name; they are signed as they are named.
         undelivered: the share of messages that end so; the others are delivered.
+        told: a file to which each callback that was made is appended as a line of JSON (`Told`).
     """
 
     host: str = "127.0.0.1"
@@ -93,6 +97,7 @@ class Options:
     callback_base: str = ""
     undelivered: float = 0.0
     late_s: float = 1.0
+    told: str | None = None
 
 
 @dataclass(frozen=True)
@@ -123,8 +128,8 @@ class Twilio:
         keys: Mapping[str, str] | None = None,
     ) -> None:
         self.options = options or Options()
-        if self.options.callbacks not in {"in_order", "shuffled", "twice", "late", "none"}:
-            raise ValueError(f"callbacks can be in_order, shuffled, twice, late or none, not {self.options.callbacks}")
+        if self.options.callbacks not in (known := (*WAYS, "mixed", "none")):
+            raise ValueError(f"callbacks can be {', '.join(known)}, not {self.options.callbacks}")
         self.rng = random.Random(self.options.seed)
         self.ledger = Ledger(Path(self.options.ledger) if self.options.ledger else None)
         self.faults = Faults(self.options.faults, script or [], self.rng)
@@ -182,6 +187,7 @@ class Twilio:
         """Serve one connection, with one request."""
         fault = self.faults.draw()
         if fault == "drop_unread":
+            self.ledger.note(UNREAD)
             writer.transport.abort()
             return
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
@@ -195,6 +201,8 @@ class Twilio:
         taken = status == 201
         if taken:
             status, body, taken = self._harm(fault, status, body)
+        if reader.at_eof() or reader.exception() is not None:
+            status = 0  # the other end has gone meanwhile: it hears no answer, whatever becomes of the message
         sid = str(body.get("sid", ""))
         self.ledger.note(_entry(headers, form, taken=taken, answered=status, sid=sid))
         if taken and self.options.callbacks != "none" and "StatusCallback" in form:
@@ -295,19 +303,20 @@ class Twilio:
     # --- Status callbacks ------------------------------------------------------------------------
 
     def _begin_telling(self, sid: str, form: Form) -> None:
+        way = self.rng.choice(WAYS) if self.options.callbacks == "mixed" else self.options.callbacks
         ends_badly = self.rng.random() < self.options.undelivered
         statuses = ["sent", "undelivered" if ends_badly else "delivered"]  # none is made for the first status, `queued`
-        if self.options.callbacks == "twice":
+        if way == "twice":
             statuses = [status for status in statuses for _ in range(2)]
-        if self.options.callbacks == "shuffled":
+        if way == "shuffled":
             statuses = ["queued", "sending", *statuses]
             self.rng.shuffle(statuses)
-        task = asyncio.create_task(self._tell_all(sid, form, statuses), name=f"callbacks of {sid}")
+        task = asyncio.create_task(self._tell_all(sid, form, statuses, way), name=f"callbacks of {sid}")
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
 
-    async def _tell_all(self, sid: str, form: Form, statuses: list[str]) -> None:
-        if self.options.callbacks == "late":
+    async def _tell_all(self, sid: str, form: Form, statuses: list[str], way: str) -> None:
+        if way == "late":
             await asyncio.sleep(self.options.late_s)
         for status in statuses:
             await self.tell(_one(form, "StatusCallback"), sid, status, to=_one(form, "To"), sender=_one(form, "From"))
@@ -338,6 +347,9 @@ class Twilio:
         except aiohttp.ClientError:
             pass  # nobody listens: noted as 0
         self.told.append(Told(url, sid, status, answered))
+        if self.options.told is not None:
+            with Path(self.options.told).open("a") as file:
+                file.write(json.dumps(asdict(self.told[-1])) + "\n")
 
 
 def sign(url: str, fields: Mapping[str, str], token: str = AUTH_TOKEN) -> str:
