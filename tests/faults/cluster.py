@@ -44,6 +44,8 @@ METRICS_PATIENCE_S: Final = 10.0
 STAGES: Final = ("encoder", "retriever", "llm")
 AFTERWARDS: Final = ("aggregator", "webhook", "recorder")
 """What batches need besides: no other scenario runs them."""
+DELIVERY: Final = "delivery"
+"""The process of several stages, one for each type of deliveries: it holds work in all of their streams."""
 DEADLY: Final = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGINT})
 
 
@@ -68,6 +70,7 @@ class Layout:
     webhooks: int = 0
     recorders: int = 0
     chats: int = 0
+    deliveries: int = 0
     gateways: int = 1
     replicas: int = 3
     latency: str = "0.05"
@@ -98,6 +101,10 @@ def samples(text: str, name: str = "") -> dict[str, float]:
         raise LookupError(f"there is no metric {name}")
     lines = [line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#")]
     return {key: float(value) for key, _, value in lines}
+
+
+def _group_of(stream: str) -> str:
+    return "recorder" if stream == keys.EVENTS else keys.stage_of(stream)
 
 
 class Part:
@@ -209,6 +216,10 @@ class Part:
         return f"<Part {self.worker} {'lives' if self.lives else 'dead'}>"
 
 
+def _stages_of(part: Part) -> Sequence[str]:
+    return keys.DELIVERY_STAGES if part.stage == DELIVERY else (part.stage,)
+
+
 class RedisPart(Part):
     """Redis itself: it is there when it answers.
 
@@ -281,7 +292,7 @@ class Cluster:
     @property
     def workers(self) -> list[Part]:
         """All stage processes."""
-        return self.of(*STAGES, *AFTERWARDS, "chat")
+        return self.of(*STAGES, *AFTERWARDS, "chat", DELIVERY)
 
     @property
     def gateway_urls(self) -> list[str]:
@@ -370,6 +381,7 @@ class Cluster:
             *(f"webhook-{n}" for n in range(1, layout.webhooks + 1)),
             *(f"recorder-{n}" for n in range(1, layout.recorders + 1)),
             *(f"chat-{n}" for n in range(1, layout.chats + 1)),
+            *(f"{DELIVERY}-{n}" for n in range(1, layout.deliveries + 1)),
         ]
         for name in names:
             await self._add_proxy(name)
@@ -436,7 +448,7 @@ class Cluster:
 
         async def works() -> bool:
             values = await self.metrics(part)
-            return values.get(f'penstock_stage_ready{{stage="{part.stage}"}}') == 1.0
+            return all(values.get(f'penstock_stage_ready{{stage="{stage}"}}') == 1.0 for stage in _stages_of(part))
 
         await wait_until(works, timeout_s=READY_S, every_s=0.05)
         return time.monotonic() - began_s
@@ -496,18 +508,18 @@ class Cluster:
     async def in_hand(self, part: Part) -> list[Holding]:
         """Return the entries that the present life of a worker holds, as Redis has it."""
         held = []
-        streams = [keys.stream(part.stage, priority) for priority in PRIORITIES]
+        streams = [keys.stream(stage, priority) for stage in _stages_of(part) for priority in PRIORITIES]
         for stream in [keys.EVENTS] if part.stage == "recorder" else streams:
-            for consumer in await self.redis.xinfo_consumers(stream, part.stage):
+            group = _group_of(stream)
+            for consumer in await self.redis.xinfo_consumers(stream, group):
                 if consumer["name"].decode().startswith(part.worker + ":") and consumer["pending"]:
-                    rows = await self.redis.xpending_range(stream, part.stage, "-", "+", 1000, consumer["name"])
+                    rows = await self.redis.xpending_range(stream, group, "-", "+", 1000, consumer["name"])
                     held += [Holding(stream, row["message_id"], row["times_delivered"]) for row in rows]
         return held
 
     async def owner(self, stream: str, entry_id: bytes) -> str | None:
         """Return the worker name (`llm-1.3`) that holds an entry; None when nobody does, or the entry is gone."""
-        group = "recorder" if stream == keys.EVENTS else stream.removeprefix("job:").split("_in")[0]
-        rows = await self.redis.xpending_range(stream, group, entry_id, entry_id, 1)
+        rows = await self.redis.xpending_range(stream, _group_of(stream), entry_id, entry_id, 1)
         return rows[0]["consumer"].decode().partition(":")[0] if rows else None
 
     async def lost(self, held: Iterable[Holding], part: Part) -> list[Holding]:
@@ -521,6 +533,11 @@ class Cluster:
             for _, fields in await self.redis.xrange(one.stream, one.entry_id, one.entry_id):
                 found[one] = str(orjson.loads(fields[b"data"])["id"])
         return found
+
+    async def begun(self, held: Iterable[Holding]) -> list[str]:
+        """Return the ids of the deliveries in some entries that may be with their provider at this moment."""
+        ids = list((await self.job_ids(one for one in held if one.stream.startswith(keys.DELIVERY_QUEUE))).values())
+        return [one for one in ids if await self.redis.hexists(keys.DELIVERY + one, "doubt")]
 
     async def held_by_workers(self) -> int:
         """Return how many entries all workers together have in hand, as Redis has it."""

@@ -13,11 +13,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from tests.deliveries import ledger
 from tests.faults.batches import piece_together as piece_batches_together
 from tests.faults.chats import piece_together as piece_chats_together
-from tests.faults.checkers import accounts, batches, calls, chats, fencing, order, outcomes
+from tests.faults.checkers import accounts, batches, calls, chats, deliveries, fencing, order, outcomes
 from tests.faults.checkers.calls import Calls
 from tests.faults.checkers.outcomes import Outcomes
+from tests.faults.deliveries import callbacks, ledgers
+from tests.faults.deliveries import piece_together as piece_deliveries_together
 from tests.faults.history import Json, Told, piece_together, read
 from tests.faults.verdict import Verdict
 
@@ -38,6 +41,7 @@ class Case:
         clients, faults: the files of the history.
         batches, news: those of clients that send batches, and of receivers of webhooks, where a scenario has them.
         chats: that of people in chats, likewise.
+        deliveries: that of clients who send sms and emails, likewise; what these servers had stands beside it.
         recoveries_s: see `Nemesis`.
         may_lose: requests whose records a scenario has destroyed: those of them that are lost, or done twice, for a
             fault of Redis in their time are counted apart, and no second look at their outcomes is demanded. What else
@@ -57,6 +61,7 @@ class Case:
         self.batches = folder / "batches.jsonl"
         self.news = folder / "news.jsonl"
         self.chats = folder / "chats.jsonl"
+        self.deliveries = folder / "deliveries.jsonl"
         self.recoveries_s: list[float] = []
         self.may_lose: set[int] = set()
         self.may_end: set[str] = set()
@@ -113,6 +118,8 @@ class Case:
             self._judge_batches(faults)
         if self.chats.exists():
             self._judge_chats()
+        if self.deliveries.exists():
+            self._judge_deliveries(faults)
         return self.verdict
 
     def _judge_outcomes(self, requests: Sequence[Told], found: Outcomes, called: Calls, faults: Sequence[Json]) -> None:
@@ -228,6 +235,29 @@ class Case:
         for name, those in found.broken().items():
             self.require(f"{name.replace('_', ' ')}: {len(those)} in chats, among them {those[:5]}", not those)
         self.require("some messages are accepted in chats", found.messages > 0)
+
+    def _judge_deliveries(self, faults: Iterable[Json]) -> None:
+        """Demand of messages to people what `checkers.deliveries` looks for."""
+        verdict = self.verdict
+        had = [entry for path in ledgers(self.folder) for entry in ledger.read(path)]
+        begun = {delivery_id for line in faults for delivery_id in line.get("begun", ())}
+        sent = piece_deliveries_together(self.deliveries)
+        found = deliveries.check(sent, had, read(callbacks(self.folder)), begun)
+        verdict.accepted += found.messages
+        verdict.lost += len(found.lost)
+        verdict.duplicated += len(found.sent_twice) + len(found.accepted_twice)
+        verdict.wrong += len({*found.untrue, *found.unfounded, *found.forgiven, *found.doubtful, *found.changed})
+        verdict.out_of_order += len(found.sunk)
+        verdict.figures["deliveries"] = {
+            "messages": found.messages, **dict(sorted(found.statuses.items())), "taken by their receivers": found.taken,
+            "ever unknown": found.unknown, "of these without an answer that was heard": found.unanswered,
+            "on their way when their worker was harmed": found.begun,
+            "connections dropped unread": found.unread, "status callbacks": found.callbacks, "not heard": found.unheard,
+        }  # fmt: skip
+        verdict.figures["answers"] = {str(code): count for code, count in sorted(found.answers.items())}
+        for name, those in found.broken().items():
+            self.require(f"{name.replace('_', ' ')}: {len(those)} of the messages, among them {those[:5]}", not those)
+        self.require("some messages are accepted", found.messages > 0)
 
     def _judge_faults(self, faults: Sequence[Json]) -> None:
         """Demand that the faults met work in hand; tell how long it took to recover."""

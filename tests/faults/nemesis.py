@@ -17,7 +17,7 @@ from typing import Final
 from redis.exceptions import RedisError
 
 from pipeline.settings import RedisSettings, WorkerSettings
-from tests.faults.cluster import Cluster, Holding, Part
+from tests.faults.cluster import DELIVERY, Cluster, Holding, Part
 from tests.faults.history import Writer, piece_together, read
 
 TRY_FOR_S: Final = 3.0
@@ -121,9 +121,11 @@ class Nemesis:
         if spare_idle and not held:
             part.signal(signal.SIGCONT)
             return False
+        with _thawed_on_error(part):
+            begun = await self._begun(part, held)
         dead = part.worker
         await part.kill()
-        self.note("kill", dead, held=len(held), repeats=len(held) if part.stage == "llm" else 0)
+        self.note("kill", dead, held=len(held), repeats=len(held) if part.stage == "llm" else 0, **begun)
         self.watch(held, dead)
         if again_after_s is not None:
             await asyncio.sleep(again_after_s)
@@ -143,6 +145,7 @@ class Nemesis:
         with _thawed_on_error(part):
             frozen_s = time.monotonic()
             id_of = await self._cluster.job_ids(held)  # now: before its heir can have settled it
+            begun = await self._begun(part, held)
             watching = self.watch(held, part.worker)
             await asyncio.sleep(for_s)
             watching.cancel()  # what nobody took is its own again, and may take as long as the work does
@@ -158,8 +161,13 @@ class Nemesis:
             ids=[id_of[one] for one in lost if one in id_of],
             looked_s=looked_s,
             frozen_s=round(time.monotonic() - frozen_s, 3),
+            **begun,
         )
         return len(lost)
+
+    async def _begun(self, part: Part, held: Sequence[Holding]) -> dict[str, list[str]]:
+        """Return what a fault of a delivery worker tells besides: which of its messages are on their way."""
+        return {"begun": await self._cluster.begun(held)} if part.stage == DELIVERY else {}
 
     def watch(self, held: Sequence[Holding], dead: str) -> asyncio.Task[None]:
         """Measure from now on how long these entries stay in the hands of *dead*; cancel it when that one lives on."""

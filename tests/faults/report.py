@@ -18,7 +18,7 @@ from tests.faults.sabotage import BREAKS, ROOT
 VERDICTS: Final = ROOT / "docs" / "reliability.jsonl"
 PAGE: Final = ROOT / "docs" / "RELIABILITY.md"
 LONG: Final = 21
-MATRIX: Final = (*range(1, LONG), 22, 23, 24)
+MATRIX: Final = (*range(1, LONG), *range(22, 26))
 
 COLUMNS: Final = (
     "#", "Scenario", "`just faults` with", "Accepted", "Kills", "Faults", "met work", "Lost", "Destroyed", "Duplicated",
@@ -51,6 +51,8 @@ def main() -> int:
         page = put(page, "batches", "\n".join(f"- {batches(cell)}" for cell in with_batches))
     if with_chats := [cell for cell in matrix if "chats" in cell["figures"]]:
         page = put(page, "chats", "\n".join(f"- {chats(cell)}" for cell in with_chats))
+    if with_deliveries := [cell for cell in matrix if "deliveries" in cell["figures"]]:
+        page = put(page, "deliveries", "\n".join(f"- {deliveries(cell)}" for cell in with_deliveries))
     if LONG in cells:
         page = put(page, "long run", f"{long_run(cells[LONG])}\n\n{caption([cells[LONG]])}")
     if breaks:
@@ -96,6 +98,13 @@ def chats(cell: Json) -> str:
     """Return what came of the chats of one cell."""
     told = _words(cell["figures"]["chats"])
     return f"Scenario {cell['number']}, seed {cell['seed']}, {cell['seconds']:.0f} s: {told}"
+
+
+def deliveries(cell: Json) -> str:
+    """Return what came of the messages of one cell, and what their receivers said."""
+    told = _words(cell["figures"]["deliveries"])
+    said = ", ".join(f"{count:,} of {code}" for code, count in cell["figures"]["answers"].items())
+    return f"Scenario {cell['number']}, seed {cell['seed']}, {cell['seconds']:.0f} s: {told}; answers: {said}"
 
 
 def grown(mib: dict[str, float]) -> str:

@@ -5,6 +5,7 @@ by itself, or took too long, has caught nothing.
 
     python -m tests.faults.sabotage --json docs/reliability.jsonl    every break; the file is what `report` reads
     python -m tests.faults.sabotage --only lease                     those whose name holds this word
+    python -m tests.faults.sabotage --only doubt --scenario 25       by this scenario of the slice only
 
 The exit code is 0 when every break was caught, 1 when one was not, 2 when the unbroken tree is red already.
 """
@@ -69,6 +70,10 @@ BREAKS: Final = (
         "the answer itself", "pipeline/flows.py",
         'result=("answer", "model", "usage"),', 'result=("model", "usage"),',
     ),
+    Break(
+        "doubt of an heir", "pipeline/scripts/begin.lua",
+        "if delivery.doubt and ARGV[11] == '' then return answer('doubt') end", "local _ = delivery.doubt",
+    ),
 )  # fmt: skip
 
 
@@ -95,12 +100,14 @@ def main() -> int:
     """Try the breaks; return the exit code."""
     parser = argparse.ArgumentParser(description="Break the core on purpose; the fault suite must notice.")
     parser.add_argument("--only", default="", help="breaks whose name holds this")
+    slice_of_all = [number for number, one in load_all().items() if one.in_slice]
+    parser.add_argument("--scenario", type=int, action="append", choices=slice_of_all, help="only this one; repeatable")
     parser.add_argument("--json", type=appendable, help="append what came of it to this file")
     options = parser.parse_args()
     wanted = [one for one in BREAKS if options.only in one.name]
     if not wanted:
         parser.error(f"no break is called so: {options.only}")
-    numbers = [number for number, one in load_all().items() if one.in_slice]
+    numbers = options.scenario or slice_of_all
     with copied() as tree:
         baseline = [(number, run(tree, number)) for number in numbers]
     if red := [str(number) for number, verdict in baseline if verdict is None or not verdict["green"]]:

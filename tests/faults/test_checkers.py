@@ -467,6 +467,24 @@ async def test_leftovers_are_found(redis_server: RedisServer, link: Link) -> Non
     await link.call("FLUSHALL")
 
 
+async def test_leftovers_of_deliveries_are_found(redis_server: RedisServer, link: Link) -> None:
+    """Entries of their queues, a delayed one, a record that was to end; one that has ended stays a while."""
+    from redis.asyncio import Redis
+
+    queues = [keys.stream(stage) for stage in (*keys.DELIVERY_STAGES, keys.INCOMING_STAGE)]
+    for queue in queues:
+        await link.call("XADD", queue, "*", "data", "{}")
+    await link.call("ZADD", keys.DELAYED, 1, "a")
+    for delivery_id in ("a", "b"):
+        await link.call("HSET", keys.DELIVERY + delivery_id, "status", "sending")
+    await link.call("PEXPIRE", keys.DELIVERY + "b", 60_000)
+    async with Redis.from_url(redis_server.url) as redis:
+        found = await leftovers.check(redis)
+    assert sorted(found.work) == sorted([*queues, keys.DELAYED])
+    assert found.endless == [keys.DELIVERY + "a"]
+    await link.call("FLUSHALL")
+
+
 def test_history_is_pieced_together_from_its_file(tmp_path: Path) -> None:
     """What was written comes back; a line that a crash tore is left out."""
     path = tmp_path / "clients.jsonl"
@@ -603,7 +621,7 @@ CAUGHT = [
     ("lines", "code", "told"),
     [
         ([*CELLS, *CAUGHT], 0, "red: none; missing: none; not caught: none; not tried: none"),
-        ([*CELLS[:-2], CELLS[-1], *CAUGHT], 1, "missing: 24;"),
+        ([*CELLS[:-2], CELLS[-1], *CAUGHT], 1, "missing: 25;"),
         ([*CELLS[:-1], *CAUGHT], 1, "missing: 21;"),
         ([*CELLS, CELLS[0] | {"green": False}, *CAUGHT], 1, "red: 1;"),
         ([*CELLS, *CAUGHT, CAUGHT[0] | {"caught_by": None}], 1, "not caught: owner check;"),
