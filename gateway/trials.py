@@ -18,7 +18,7 @@ import orjson
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from gateway.checks import LOOK_EVERY_S, Site, until, worker_of
-from gateway.client import GatewayRefused, GatewayUnreachable
+from gateway.client import GatewayRefused, GatewayUnreachable, decide_wait_s
 from gateway.receiver import Receiver, receiving
 from gateway.verify import Check, Failed, Skipped
 from pipeline import flows, keys
@@ -41,6 +41,7 @@ NOBODY: Final = {
     "email": ("verify@penstock-verify.invalid", "verify@penstock-verify.invalid"),
 }
 """From whom and to whom the console is told: numbers that are kept for fiction, and a name that leads nowhere."""
+REPEATS: Final = 3
 UNSENT: Final = frozenset({"scheduled", "pending", "sending"})
 SENT_S: Final = 15.0
 RECORDED_S: Final = 5.0
@@ -172,7 +173,8 @@ async def _deliver(site: Site, kind: str, sender: str, recipient: str) -> str:
     error = f": {shown['error']['message']}" if shown.get("error") else ""
     provider = shown.get("provider") or "its provider"
     if not {"pending", "sending", "sent"} <= steps.keys():
-        said = f"an {kind} is {shown['status']} after {SENT_S:g} s, it was given to {provider}{error}"
+        still = f"still {shown['status']} after {SENT_S:g} s" if shown["status"] in UNSENT else shown["status"]
+        said = f"an {kind} that is given to {provider} is {still}{error}"
         raise Failed(said, _PROVIDER_TODO.format(provider=provider))
     if not steps["pending"] <= steps["sending"] <= steps["sent"]:
         raise Failed(f"an {kind} has had its statuses in another order: {steps}", "report this: it must never be")
@@ -277,7 +279,7 @@ async def _queue(site: Site) -> str:
     shown = await _get(site, f"/message/{message_id}")
     if shown["status"] != "pending":
         raise Failed(f"a message for in an hour is {shown['status']} now", "report this: it must never be")
-    await _ask(site, "POST", f"/message/{message_id}/cancel")
+    await _repeatedly(site, "POST", f"/message/{message_id}/cancel")
     if await site.link.call("ZSCORE", keys.DELAYED, message_id) is not None:
         raise Failed(f"a cancelled message still waits in {keys.DELAYED}", "report this: it must never be")
     await until(lambda: _get(site, f"/batch/{created['batch_id']}"), lambda batch: batch["status"] in ENDED)
@@ -293,7 +295,7 @@ async def _retry(site: Site) -> str:
         raise Failed(f"an attempt has failed, and the webhook is {first['status']}, not pending", _LETTERS_TODO)
     again = await until(lambda: _get(site, path), lambda shown: len(shown["attempts"]) > 1)
     one, two = again["attempts"][:2]
-    await _ask(site, "POST", f"/jobs/{webhook['id']}/cancel")
+    await _repeatedly(site, "POST", f"/jobs/{webhook['id']}/cancel")
     await until(lambda: _get(site, path), _has_ended)
     after_s = (two["at_ms"] - one["at_ms"]) / 1000
     return f"a webhook to nowhere failed ({one.get('error')}), was tried again {after_s:.1f} s later, and cancelled"
@@ -329,7 +331,7 @@ _WAY_OUT: Final = (
 )
 
 
-async def _ask(site: Site, method: str, path: str, body: Json | None = None) -> Any:
+async def _ask(site: Site, method: str, path: str, body: Json) -> Any:
     """Send one request; what a job failed of is told in the job's words."""
     try:
         return await site.client.send_once(method, path, body, timeout_s=60)
@@ -340,8 +342,23 @@ async def _ask(site: Site, method: str, path: str, body: Json | None = None) -> 
 
 
 async def _get(site: Site, path: str) -> Json:
-    found: Json = (await site.client.send_once("GET", path)).json()
-    return found
+    return await _repeatedly(site, "GET", path)
+
+
+async def _repeatedly(site: Site, method: str, path: str) -> Json:
+    """Send what may be sent twice: a few times where the gateway says "later", for a moment is no failure."""
+    failures = 0
+    while True:
+        try:
+            found: Json = (await site.client.send_once(method, path)).json()
+        except GatewayRefused as refusal:
+            wait_s = decide_wait_s(refusal.status, refusal.headers, failures)
+            failures += 1
+            if wait_s is None or failures > REPEATS:
+                raise
+            await asyncio.sleep(min(wait_s, 1.0))
+        else:
+            return found
 
 
 async def _create(site: Site, asked: Json) -> Json:

@@ -26,6 +26,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Final
@@ -151,11 +152,16 @@ class Senders:
         self._path = path
         self._writer = Writer(path)
 
-    async def run(self, messages: int, rate: float) -> None:
-        """Send messages in open loop, *rate* per second; return when each was accepted, or given up."""
+    async def run(self, messages: int, rate: float, enough: asyncio.Event) -> None:
+        """Send messages in open loop, *rate* per second, more of them until it is *enough*.
+
+        Returns when each was accepted, or given up.
+        """
         began_s = time.monotonic()
         async with asyncio.TaskGroup() as group:
-            for number in range(1, messages + 1):
+            for number in count(1):
+                if number > messages and enough.is_set():
+                    break
                 await asyncio.sleep(max(0.0, began_s + (number - 1) / rate - time.monotonic()))
                 group.create_task(self._live(number), name=f"message {number}")
 
