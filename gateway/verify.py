@@ -128,9 +128,13 @@ async def verify(
         verdicts.append(verdict)
         show(verdict)
 
+    me = asyncio.current_task()
+    assert me is not None
     try:
         for check in checks:
             await judge(check)
+            if me.cancelling():  # and yet it came here: now and then a library loses a cancellation on the way
+                raise asyncio.CancelledError
     finally:
         await judge(last)
     return verdicts

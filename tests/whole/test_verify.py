@@ -40,7 +40,7 @@ BY_MAIL: Final = {"PENSTOCK_DELIVERIES__EMAIL": "smtp"}
 MAKES: Final = {
     "query", "message", "batch", "history", "chat", "report", "delivery", "webhook", "queue", "retry", "dead-letter",
 }  # fmt: skip
-STAYS: Final = ("worker:", "reply:", "llm:", "job:completion:", "gateways", "workers", "queues:")
+STAYS: Final = ("worker:", "reply:", "llm:", "job:completion:", "gateways", "workers", "queues:", "chat_counts")
 """Keys of the system itself, and completions of jobs that no client hears of: they go within a minute."""
 TABLES: Final = ("batches", "messages", "webhooks", "chats", "chat_turns", "queues", "reports", "users", "deliveries")
 

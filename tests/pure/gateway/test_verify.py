@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import pytest
 from rich.console import Console
@@ -146,6 +147,25 @@ async def test_the_last_check_is_made_also_when_somebody_interrupts() -> None:
     with pytest.raises(asyncio.CancelledError):
         await running
     assert site.ran == ["endless", "clean-up"]
+
+
+async def test_an_interrupt_that_a_check_swallows_ends_the_run_all_the_same() -> None:
+    """As a client library does now and then: no further check is made but the last."""
+    begun = asyncio.Event()
+
+    async def swallow() -> None:
+        begun.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    site = Site()
+    checks = [check("first", waits=swallow), check("second")]
+    running = asyncio.create_task(verify(checks, check("clean-up"), site, stuck, lambda _verdict: None))
+    await begun.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert site.ran == ["first", "clean-up"]
 
 
 # --- Showing -----------------------------------------------------------------------------------
