@@ -336,6 +336,12 @@ def verify(
         str | None, typer.Option(help="The gateway; else the one of `penstock up`, or http://127.0.0.1:8000.")
     ] = None,
     api_key: Annotated[str | None, typer.Option(envvar="GATEWAY_API_KEY", help="Sent as bearer token.")] = None,
+    deliver_to: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Send a message for real: a number (sms) or an email address.")
+    ] = None,
+    deliver_from: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Its sender; the recipient where nobody is named.")
+    ] = None,
     redis_url: RedisUrl = None,
     data_dir: DataDir = DATA_DIR,
     json: AsJson = False,
@@ -364,7 +370,15 @@ def verify(
     began_s = time.monotonic()
     try:
         verdicts = asyncio.run(
-            _verify(chosen, url, api_key, redis_url, data_dir, *((show,) if json else shower(console)))
+            _verify(
+                chosen,
+                *((show,) if json else shower(console)),
+                url=url,
+                api_key=api_key,
+                deliver=(deliver_to, deliver_from),
+                settings=_settings(_redis_override(redis_url, data_dir)),
+                data_dir=data_dir,
+            )
         )
     except Unusable as error:
         sys.stderr.write(f"penstock: {error}\n")
@@ -374,11 +388,17 @@ def verify(
         _print_json(as_json(verdicts, took_s))
     else:
         console.print(summary(verdicts, took_s, console.width), soft_wrap=True)
-    raise typer.Exit(any(verdict.word == "FAIL" for verdict in verdicts))
+    raise typer.Exit(int(any(verdict.word == "FAIL" for verdict in verdicts)))
 
 
 async def _verify(
-    chosen: list[Any], url: str | None, api_key: str | None, redis_url: str | None, data_dir: Path, *watchers: Any
+    chosen: list[Any],
+    *watchers: Any,
+    url: str | None,
+    api_key: str | None,
+    deliver: tuple[str | None, str | None],
+    settings: Settings,
+    data_dir: Path,
 ) -> Any:
     from functools import partial
 
@@ -390,7 +410,6 @@ async def _verify(
     from pipeline.connection import Link
     from pipeline.status import ANSWER_S
 
-    settings = _settings(_redis_override(redis_url, data_dir))
     own = local.running(data_dir)
     keys = settings.gateway.api_keys
     api_key = api_key or (keys[0].partition(":")[2] if keys else None)
@@ -405,6 +424,8 @@ async def _verify(
                 redis_name=_without_password(settings.redis.url),
                 database_url=database_url or (_history_in(data_dir) if own else None),
                 has_key=api_key is not None,
+                deliver_to=deliver[0],
+                deliver_from=deliver[1],
             )
             return await run(chosen, CLEAN_UP, site, partial(stuck, site), *watchers)
     finally:

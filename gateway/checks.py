@@ -18,7 +18,7 @@ from httpx_aiohttp import AiohttpTransport
 
 from gateway.client import Client, GatewayRefused, GatewayUnreachable
 from gateway.verify import Check, Failed, Skipped
-from pipeline import flows
+from pipeline import flows, keys
 from pipeline.connection import Link, parse_info
 from pipeline.errors import BrokerUnavailable, ConfigError
 from pipeline.job import new_id
@@ -46,6 +46,8 @@ class Site:
         database_url: of the history; None where it is not known here.
         traces: what was made so far.
         token: in every name and text of ours, so that they are known from others'.
+        deliver_to: to whom deliveries go for real, and
+        deliver_from: from whom; None: only to the console, to nobody.
         making: requests under way of which it is not known yet what they made.
         usable: replicas that answer; None before anybody has looked.
     """
@@ -56,6 +58,8 @@ class Site:
     redis_name: str
     database_url: str | None = None
     has_key: bool = False
+    deliver_to: str | None = None
+    deliver_from: str | None = None
     traces: Traces = field(default_factory=Traces)
     token: str = field(default_factory=lambda: f"verify-{new_id()[:12]}")
     making: set[asyncio.Task[Any]] = field(default_factory=set)
@@ -126,7 +130,9 @@ async def _configuration(site: Site) -> str:
         raise Failed(f"Redis throws accepted jobs away when its memory is full: maxmemory-policy is {policy}", todo)
     seen = await site.seen()
     disk = (
-        "it writes every job to disk" if about.get("aof_enabled") == "1" else "what it holds is gone when it restarts"
+        "it keeps what it holds on disk"
+        if about.get("aof_enabled") == "1"
+        else "what it holds is gone when it restarts"
     )
     here = f"{_counted(len(seen.gateways), 'gateway')} and {_counted(len(seen.workers), 'worker')} are registered"
     if not seen.gateways and await _answers(site):
@@ -238,26 +244,39 @@ def _bearer(settings: Settings) -> dict[str, str]:
 # --- Workers -----------------------------------------------------------------------------------
 
 
-def _worker(stage: str, *, is_optional: bool = False) -> Check[Site]:
-    async def run(site: Site) -> str:
-        def is_well(seen: Overview) -> bool:
-            return any(worker.stages[stage] is None for worker in _workers(seen, stage))
+def _worker(name: str, *stages: str, is_optional: bool = False) -> Check[Site]:
+    """Return the check of a worker that is started by this name, and has these stages."""
 
-        found = _workers(await site.seen() if is_optional else await site.settled(site.seen, is_well), stage)
+    def of(seen: Overview, *, ready: bool) -> list[WorkerView]:
+        """Return the workers there are; none where a stage has none."""
+        found = [_workers(seen, stage) for stage in stages]
+        if ready:
+            found = [
+                [worker for worker in workers if worker.stages[stage] is None]
+                for stage, workers in zip(stages, found, strict=True)
+            ]
+        return list({worker.consumer: worker for workers in found for worker in workers}.values()) if all(found) else []
+
+    async def run(site: Site) -> str:
+        if is_optional:
+            seen = await site.seen()
+        else:
+            seen = await site.settled(site.seen, lambda seen: bool(of(seen, ready=True)))
+        if ready := of(seen, ready=True):
+            return _named(ready)
+        found = of(seen, ready=False)
         if not found and is_optional:
             raise Skipped("none runs; it is needed only where PENSTOCK_IMAGES__URL is set")
         if not found:
-            todo = f"start one: `penstock stage {stage}`; where it ends at once, the last lines of its log say why"
+            todo = f"start one: `penstock stage {name}`; where it ends at once, the last lines of its log say why"
             raise Failed("no worker of this stage runs", todo)
-        reasons = sorted({reason for worker in found if (reason := worker.stages[stage]) is not None})
-        ready = [worker for worker in found if worker.stages[stage] is None]
-        if not ready and stage == "recorder":  # it lives; that it cannot write is told of the database
-            return f"{_named(found)}; it waits: {'; '.join(reasons)}"
-        if not ready:
-            raise Failed(f"it runs, and cannot work: {'; '.join(reasons)}", "mend what it names; it goes on by itself")
-        return _named(ready)
+        reasons = {reason for worker in found for stage, reason in worker.stages.items() if reason and stage in stages}
+        if name == "recorder":  # it lives; that it cannot write is told of the database
+            return f"{_named(found)}; it waits: {'; '.join(sorted(reasons))}"
+        said = f"it runs, and cannot work: {'; '.join(sorted(reasons))}"
+        raise Failed(said, "mend what it names; it goes on by itself")
 
-    return Check(worker_of(stage), f"a worker of stage {stage}", run, needs=("redis",))
+    return Check(worker_of(name), f"a worker of stage {name}", run, needs=("redis",))
 
 
 def worker_of(stage: str) -> str:
@@ -308,7 +327,9 @@ async def until(read: Callable[[], Awaitable[Any]], is_well: Callable[[Any], boo
         await asyncio.sleep(LOOK_EVERY_S)
 
 
-_STAGES: Final = tuple(dict.fromkeys(stage for flow in flows.FLOWS.values() for stage in flow.route))
+_DELIVERY: Final = (*keys.DELIVERY_STAGES, keys.INCOMING_STAGE)
+"""Stages that one process has, started by the name `delivery`."""
+_STAGES: Final = dict.fromkeys(stage for flow in flows.FLOWS.values() for stage in flow.route if stage not in _DELIVERY)
 
 CHECKS: Final = (
     Check("gateway", "whether it answers", _gateway, 15.0),
@@ -323,5 +344,7 @@ CHECKS: Final = (
     Check("key", "whether the gateway takes our API key", _key, 10.0, ("gateway", "redis")),
     Check("database", "whether the history is read and written", _database, 30.0, ("gateway", "redis", "key")),
     Check("replicas", "whether the language models answer", _replicas, 15.0, ("redis",)),
-    *(_worker(stage, is_optional=stage == "image") for stage in (*_STAGES, "recorder")),
+    *(_worker(stage, stage, is_optional=stage == "image") for stage in _STAGES),
+    _worker("delivery", *_DELIVERY),
+    _worker("recorder", "recorder"),
 )

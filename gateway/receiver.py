@@ -29,7 +29,9 @@ class Receiver:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Take one request on one connection."""
         try:
-            with suppress(asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError, ConnectionError):
+            with suppress(
+                asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError, KeyError, ConnectionError
+            ):
                 self.told.put_nowait(await _read(reader))
                 writer.write(b"HTTP/1.1 204 No Content\r\nconnection: close\r\n\r\n")
                 await writer.drain()

@@ -9,29 +9,41 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import orjson
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from gateway.checks import LOOK_EVERY_S, Site, until, worker_of
-from gateway.client import GatewayRefused, GatewayUnreachable
+from gateway.client import GatewayRefused, GatewayUnreachable, decide_wait_s
 from gateway.receiver import Receiver, receiving
 from gateway.verify import Check, Failed, Skipped
 from pipeline import flows, keys
 from pipeline.dead import DeadLetters, Letter
 from pipeline.errors import HistoryUnavailable, PenstockError, Reject
 from pipeline.job import Json
+from pipeline.records import Records
 from pipeline.traces import entries_added, tenant_of, until_recorded
+
+T = TypeVar("T")
 
 LETTERS: Final = 1_000
 """Dead letters that are looked through for ours; the newest."""
 ENDED: Final = frozenset({"completed", "completed_with_errors", "failed", "expired", "cancelled"})
 NOWHERE: Final = "http://penstock-verify.invalid/hook"
 """No name ends like this (RFC 6761), so telling this receiver fails, and is tried again."""
+NOBODY: Final = {
+    "sms": ("+12025550100", "+12025550199"),
+    "mms": ("+12025550100", "+12025550199"),
+    "email": ("verify@penstock-verify.invalid", "verify@penstock-verify.invalid"),
+}
+"""From whom and to whom the console is told: numbers that are kept for fiction, and a name that leads nowhere."""
+REPEATS: Final = 3
+UNSENT: Final = frozenset({"scheduled", "pending", "sending"})
+SENT_S: Final = 15.0
 RECORDED_S: Final = 5.0
 ENDS_S: Final = 5.0
 HISTORY_S: Final = 3.0
@@ -130,6 +142,60 @@ async def _report(site: Site) -> str:
     return f"{len(shown['report']['markdown'])} characters written in {_since(began_s)}"
 
 
+# --- Deliveries --------------------------------------------------------------------------------
+
+
+async def _delivery(site: Site) -> str:
+    if site.deliver_to is not None:
+        kind = "email" if "@" in site.deliver_to else "sms"
+        asked = {kind: (site.deliver_from or site.deliver_to, site.deliver_to)}
+    else:
+        deliveries = site.settings.deliveries
+        asked = {kind: to for kind, to in NOBODY.items() if getattr(deliveries, kind) == "console"}
+    if not asked:
+        raise Skipped("every type goes out for real here: name somebody to send to, --deliver-to ADDRESS")
+    return "; ".join([await _deliver(site, kind, *who) for kind, who in asked.items()])
+
+
+async def _deliver(site: Site, kind: str, sender: str, recipient: str) -> str:
+    """Have one message go out; return how its status went."""
+    stream = keys.stream(kind)
+    before = await entries_added(site.link, stream)
+    body = {"type": kind, "from": sender, "to": recipient, "body": f"`penstock verify` tries this ({site.token})"}
+    delivery_id = await _made(site, _send(site, body))
+    path = f"/api/v1/messages/{delivery_id}"
+    try:
+        async with asyncio.timeout(SENT_S):
+            shown = await until(lambda: _get(site, path), lambda shown: shown["status"] not in UNSENT)
+    except TimeoutError:
+        shown = await _get(site, path)
+    steps = {step["status"]: step["at_ms"] for step in shown["history"]}
+    error = f": {shown['error']['message']}" if shown.get("error") else ""
+    provider = shown.get("provider") or "its provider"
+    if not {"pending", "sending", "sent"} <= steps.keys():
+        still = f"still {shown['status']} after {SENT_S:g} s" if shown["status"] in UNSENT else shown["status"]
+        said = f"an {kind} that is given to {provider} is {still}{error}"
+        raise Failed(said, _PROVIDER_TODO.format(provider=provider))
+    if not steps["pending"] <= steps["sending"] <= steps["sent"]:
+        raise Failed(f"an {kind} has had its statuses in another order: {steps}", "report this: it must never be")
+    if await entries_added(site.link, stream) <= before:
+        raise Failed(f"it was accepted, but {stream} has not grown", "name the Redis of this gateway: --redis-url")
+    since = {name: steps[name] - steps["pending"] for name in ("sending", "sent")}
+    return f"{kind} by {provider}: pending, sending {since['sending']} ms later, sent after {since['sent']} ms"
+
+
+async def _send(site: Site, body: Json) -> str:
+    delivery_id = str((await _ask(site, "POST", "/api/v1/messages/send", body)).json()["id"])
+    site.traces.deliveries.append(delivery_id)
+    tenant = await site.link.call("HGET", keys.DELIVERY + delivery_id, "tenant")
+    site.traces.tenant = tenant.decode() if tenant else site.traces.tenant
+    return delivery_id
+
+
+_PROVIDER_TODO: Final = (
+    "does {provider} run, and do the delivery workers reach it? Their log has each attempt; it is tried again by itself"
+)
+
 # --- Webhooks ----------------------------------------------------------------------------------
 
 
@@ -213,7 +279,7 @@ async def _queue(site: Site) -> str:
     shown = await _get(site, f"/message/{message_id}")
     if shown["status"] != "pending":
         raise Failed(f"a message for in an hour is {shown['status']} now", "report this: it must never be")
-    await _ask(site, "POST", f"/message/{message_id}/cancel")
+    await _repeatedly(site, "POST", f"/message/{message_id}/cancel")
     if await site.link.call("ZSCORE", keys.DELAYED, message_id) is not None:
         raise Failed(f"a cancelled message still waits in {keys.DELAYED}", "report this: it must never be")
     await until(lambda: _get(site, f"/batch/{created['batch_id']}"), lambda batch: batch["status"] in ENDED)
@@ -229,7 +295,7 @@ async def _retry(site: Site) -> str:
         raise Failed(f"an attempt has failed, and the webhook is {first['status']}, not pending", _LETTERS_TODO)
     again = await until(lambda: _get(site, path), lambda shown: len(shown["attempts"]) > 1)
     one, two = again["attempts"][:2]
-    await _ask(site, "POST", f"/jobs/{webhook['id']}/cancel")
+    await _repeatedly(site, "POST", f"/jobs/{webhook['id']}/cancel")
     await until(lambda: _get(site, path), _has_ended)
     after_s = (two["at_ms"] - one["at_ms"]) / 1000
     return f"a webhook to nowhere failed ({one.get('error')}), was tried again {after_s:.1f} s later, and cancelled"
@@ -265,7 +331,7 @@ _WAY_OUT: Final = (
 )
 
 
-async def _ask(site: Site, method: str, path: str, body: Json | None = None) -> Any:
+async def _ask(site: Site, method: str, path: str, body: Json) -> Any:
     """Send one request; what a job failed of is told in the job's words."""
     try:
         return await site.client.send_once(method, path, body, timeout_s=60)
@@ -276,17 +342,37 @@ async def _ask(site: Site, method: str, path: str, body: Json | None = None) -> 
 
 
 async def _get(site: Site, path: str) -> Json:
-    found: Json = (await site.client.send_once("GET", path)).json()
-    return found
+    return await _repeatedly(site, "GET", path)
+
+
+async def _repeatedly(site: Site, method: str, path: str) -> Json:
+    """Send what may be sent twice: a few times where the gateway says "later", for a moment is no failure."""
+    failures = 0
+    while True:
+        try:
+            found: Json = (await site.client.send_once(method, path)).json()
+        except GatewayRefused as refusal:
+            wait_s = decide_wait_s(refusal.status, refusal.headers, failures)
+            failures += 1
+            if wait_s is None or failures > REPEATS:
+                raise
+            await asyncio.sleep(min(wait_s, 1.0))
+        else:
+            return found
 
 
 async def _create(site: Site, asked: Json) -> Json:
     """Create a message or a batch in the queue of this run."""
     if "schedule_at" not in asked:
         _needs_a_replica(site)
-    making = asyncio.create_task(_make(site, asked), name="create messages")
-    site.making.add(making)  # whoever waits for it may be cancelled: what is made must be known to be removed
-    return await asyncio.shield(making)
+    return await _made(site, _make(site, asked))
+
+
+async def _made(site: Site, making: Coroutine[Any, Any, T]) -> T:
+    """Return what was made. Whoever waits may be cancelled, but not the making: it must be known to be removed."""
+    task = asyncio.create_task(making, name="make something")
+    site.making.add(task)
+    return await asyncio.shield(task)
 
 
 async def _make(site: Site, asked: Json) -> Json:
@@ -372,7 +458,7 @@ async def _end(site: Site) -> str:
     while True:
         unfinished = await traces.unfinished(site.link)
         asked += [
-            ("POST", f"/batch/{name}/cancel" if name in traces.batches else f"/jobs/{name}/cancel")
+            ("POST", f"/{'batch' if name in traces.batches else 'jobs'}/{name}/cancel")
             for name in unfinished
             if name not in done
         ]
@@ -392,25 +478,26 @@ async def _end(site: Site) -> str:
 
 
 async def _letters_of(site: Site) -> list[str]:
-    """Return the dead letters that jobs of ours have become: each holds the run's token in its text."""
+    """Return the dead letters that jobs of ours have become: they hold the run's token, or a delivery's id."""
     found = await DeadLetters(site.link, site.settings).list(LETTERS)
-    return [letter.id for letter in found if site.token in (letter.original or "")]
+    ours = site.traces.deliveries
+    return [letter.id for letter in found if letter.job_id in ours or site.token in (letter.original or "")]
 
 
 async def _forget(site: Site) -> str:
     """Take what was made out of the history; say what became of that."""
     traces = site.traces
-    if not traces.batches and not traces.chats:
+    if not traces.batches and not traces.chats and not traces.deliveries:
         return "the history was told nothing"
     if site.database_url is None:
         return "what the history knows of it stays there, since DATABASE_URL is not set here"
-    from pipeline.records import Records  # SQLAlchemy takes as long to import as all the rest
-
     records = Records.open(site.database_url, timeout_s=HISTORY_S)
     try:
         async with asyncio.timeout(RECORDED_S):
             await until_recorded(site.link)
-        rows = await records.forget(traces.tenant, batches=list(traces.batches), chats=traces.chats)
+        rows = await records.forget(
+            traces.tenant, batches=list(traces.batches), chats=traces.chats, deliveries=traces.deliveries
+        )
     except TimeoutError:
         return "what the history will know of it stays there, since nobody writes it now"
     except HistoryUnavailable as error:
@@ -447,6 +534,7 @@ TRIALS: Final = (
     ),
     _trial("chat", "a chat gets its reply", _chat, 40.0, "chat", "llm"),
     _trial("report", "a report is written", _report, 120.0, *dict.fromkeys(flows.FLOWS["report"].route)),
+    _trial("delivery", "a message goes out, step by step", _delivery, 60.0, after=(worker_of("delivery"),)),
     _trial("webhook", "a receiver is told, and knows who tells", _webhook, 30.0, *_TELLS),
     _trial("queue", "what is for later waits, and can be cancelled", _queue, 15.0, "aggregator"),
     _trial("retry", "what fails is tried again", _retry, 45.0, *_TELLS),

@@ -536,8 +536,10 @@ class Records:
             forgotten |= set(found.scalars())
         return [event for event in events if event.kind != "report" or event.data.get("epoch") not in forgotten]
 
-    async def forget(self, tenant: str, *, batches: Sequence[str] = (), chats: Sequence[str] = ()) -> int:
-        """Delete what is remembered of batches (their messages and webhooks too) and of chats; return how many rows.
+    async def forget(
+        self, tenant: str, *, batches: Sequence[str] = (), chats: Sequence[str] = (), deliveries: Sequence[str] = ()
+    ) -> int:
+        """Delete what is remembered of batches (with their messages and webhooks), chats and deliveries; return rows.
 
         Events of theirs that come later write their rows anew.
 
@@ -547,6 +549,7 @@ class Records:
         gone = 0
         named = [(table, "batch_id", batches) for table in (BATCHES, MESSAGES, WEBHOOKS)]
         named += [(table, "chat_id", chats) for table in (CHATS, CHAT_TURNS)]
+        named.append((DELIVERIES, "delivery_id", deliveries))
         async with self._connection(writes=True) as connection:
             for table, column, ids in named:
                 which = sa.and_(table.c.tenant == tenant, table.c[column].in_(list(ids)))

@@ -42,10 +42,12 @@ class Traces:
     queues: list[str] = field(default_factory=list)
     users: list[str] = field(default_factory=list)
     reports: list[str] = field(default_factory=list)
+    deliveries: list[str] = field(default_factory=list)
     letters: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.jobs or self.batches or self.chats or self.queues or self.users or self.letters)
+        made = (self.jobs, self.batches, self.chats, self.queues, self.users, self.deliveries, self.letters)
+        return any(made)
 
     async def unfinished(self, link: Link) -> list[str]:
         """Return what still goes on: jobs and batches, by their ids.
@@ -54,7 +56,7 @@ class Traces:
             What `Link.call` does (so for all that follows).
         """
         ids = [*self.jobs, *(message for messages in self.batches.values() for message in messages)]
-        ids += [webhook_id_of(batch_id) for batch_id in self.batches]
+        ids += self.deliveries + [webhook_id_of(batch_id) for batch_id in self.batches]
         found = [job_id for job_id in dict.fromkeys(ids) if await link.call("EXISTS", keys.LIVE + job_id)]
         for batch_id in self.batches:
             key = keys.BATCH + batch_id
@@ -93,6 +95,7 @@ class Traces:
     def _keys(self) -> list[tuple[str, str]]:
         """Return every key, each with the id of what it belongs to."""
         found = [(job_id, keys.COMPLETION + job_id) for job_id in self.jobs]
+        found += [(name, kind + name) for name in self.deliveries for kind in (keys.DELIVERY, keys.COMPLETION)]
         for batch_id, messages in self.batches.items():
             kinds = (keys.BATCH, keys.BATCH_MEMBERS, keys.BATCH_DONE, keys.BATCH_RESULTS, keys.COMPLETION)
             found += [(batch_id, kind + batch_id) for kind in kinds]

@@ -294,7 +294,7 @@ async def test_no_database_is_said_without_its_password(url: str) -> None:
 
 
 async def test_what_one_tenant_forgets_is_gone_and_nothing_else(records: Records) -> None:
-    """A batch goes with its messages and its webhooks, a chat with its turns; others', of the same names, stay."""
+    """A batch goes with its messages and its webhooks, a chat with its turns, a delivery; others' stay."""
     told = {"webhook_id": "w", "batch_id": "b1", "url": "https://example.com/hook", "event": "batch.completed"}
     turn = {"seq": 1, "role": "user", "text": "hello", "at_ms": 1_000}
 
@@ -305,13 +305,14 @@ async def test_what_one_tenant_forgets_is_gone_and_nothing_else(records: Records
             Event("batch", batch_id, tenant, 0, 1_000, {"queue_id": "q1", "request_count": 1, "created_ms": 1_000}),
             Event("webhook", f"msg_{batch_id}", tenant, 0, 1_000, told | {"batch_id": batch_id}),
             Event("chat", chat_id, tenant, 1, 1_000, {"epoch": 1, "rows": rows}),
+            Event("delivery", f"d{batch_id}", tenant, 0, 1_000, {"type": "sms", "status": "pending"}),
         ]
 
     others = [*all_of("ann", "b2", "c2"), *all_of("ben", "b1", "c1")]
     await records.apply(others)
     before = await everything(records)
     await records.apply(all_of("ann", "b1", "c1"))
-    assert await records.forget("ann", batches=["b1", "none"], chats=["c1"]) == 5
+    assert await records.forget("ann", batches=["b1", "none"], chats=["c1"], deliveries=["db1"]) == 6
     assert await everything(records) == before
     assert await records.forget("ann", batches=["b1"], chats=["c1"]) == 0
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,36 +35,45 @@ pytestmark = pytest.mark.timeout(600)
 WITHIN_S: Final = 240.0
 HEALTHY_S: Final = 60.0
 KEY: Final = "secret"
+BY_MAIL: Final = {"PENSTOCK_DELIVERIES__EMAIL": "smtp"}
+"""Emails go out for real; the other types go to the console."""
 MAKES: Final = {
-    "query", "message", "batch", "history", "chat", "report", "webhook", "queue", "retry", "dead-letter",
+    "query", "message", "batch", "history", "chat", "report", "delivery", "webhook", "queue", "retry", "dead-letter",
 }  # fmt: skip
 STAYS: Final = ("worker:", "reply:", "llm:", "job:completion:", "gateways", "workers", "queues:")
 """Keys of the system itself, and completions of jobs that no client hears of: they go within a minute."""
-TABLES: Final = ("batches", "messages", "webhooks", "chats", "chat_turns", "queues", "reports", "users")
+TABLES: Final = ("batches", "messages", "webhooks", "chats", "chat_turns", "queues", "reports", "users", "deliveries")
 
 
-class Replica:
-    """A mock replica that a test may end and start again at its address; use as `with`."""
+class Outer:
+    """A server that the system calls, and that a test may end and start again at its address; use as `with`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *arguments: str) -> None:
         self.port = take_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self._arguments = [part.format(port=self.port) for part in arguments]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start it and wait until it listens."""
         assert self._process is None
-        arguments = command("mock-llm", "--port", str(self.port), "--latency", "0.01")
-        self._process = subprocess.Popen(arguments, cwd="/", env=environment(), stdout=subprocess.PIPE)
-        assert self._process.stdout is not None
-        assert self._process.stdout.readline()  # where it listens
+        self._process = subprocess.Popen(self._arguments, cwd="/", env=environment(), stdout=subprocess.DEVNULL)
+        give_up_s = time.monotonic() + WITHIN_S
+        while not self._listens():
+            assert self._process.poll() is None
+            assert time.monotonic() < give_up_s
+            time.sleep(0.05)
+
+    def _listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
     def kill(self) -> None:
         """End it as a crash would."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            process.communicate()
+            process.wait()
 
     def __enter__(self) -> Self:
         self.start()
@@ -73,6 +85,14 @@ class Replica:
         self.kill()
 
 
+def a_replica() -> Outer:
+    return Outer(*command("mock-llm", "--port", "{port}", "--latency", "0.01"))
+
+
+def a_mail_server() -> Outer:
+    return Outer(sys.executable, "-m", "aiosmtpd", "-n", "-l", "127.0.0.1:{port}")
+
+
 @dataclass(frozen=True)
 class Site:
     """One system, and what it stands on, each of which a test may take away."""
@@ -80,7 +100,8 @@ class Site:
     system: System
     redis: RedisServer
     database: PostgresServer
-    replicas: tuple[Replica, Replica]
+    replicas: tuple[Outer, Outer]
+    mail: Outer
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +110,8 @@ def site() -> Iterator[Site]:
     with ExitStack() as stack:
         redis = stack.enter_context(RedisServer(appendonly=True))
         database = stack.enter_context(a_postgres())
-        one, two = stack.enter_context(Replica()), stack.enter_context(Replica())
+        one, two = stack.enter_context(a_replica()), stack.enter_context(a_replica())
+        mail = stack.enter_context(a_mail_server())
         system = System(
             "--redis-url",
             redis.url,
@@ -101,8 +123,12 @@ def site() -> Iterator[Site]:
             PENSTOCK_API_KEYS=f"ann:{KEY}",
             PENSTOCK_WEBHOOK__ALLOW_PRIVATE="true",
             PENSTOCK_IMAGES__URL=one.url,
+            PENSTOCK_SMTP__HOST="127.0.0.1",
+            PENSTOCK_SMTP__PORT=str(mail.port),
+            PENSTOCK_SMTP__TLS="none",
+            **BY_MAIL,
         )
-        yield Site(stack.enter_context(system), redis, database, (one, two))
+        yield Site(stack.enter_context(system), redis, database, (one, two), mail)
 
 
 @pytest.fixture
@@ -136,9 +162,10 @@ async def until_well(site: Site, whole: Outside) -> None:
         await link.close()
 
 
-STAGES: Final = (
-    "encoder", "retriever", "llm", "aggregator", "webhook", "chat", "image", "report", "requests", "recorder",
+WORKERS: Final = (
+    "encoder", "retriever", "llm", "aggregator", "webhook", "chat", "image", "report", "delivery", "recorder",
 )  # fmt: skip
+STAGES: Final = (*(name for name in WORKERS if name != "delivery"), "requests", "sms", "mms", "email", "incoming")
 
 
 @dataclass(frozen=True)
@@ -173,6 +200,7 @@ async def judge(site: Site, *options: str, key: str = KEY) -> Judged:
         key,
         *options,
         DATABASE_URL=site.database.url(),
+        **BY_MAIL,
     )
     assert "Traceback" not in err
     found = orjson.loads(out)
@@ -207,7 +235,7 @@ async def test_a_healthy_system_passes_everything_twice_at_once_and_nothing_stay
     for judged in await asyncio.gather(judge(site), judge(site)):
         assert judged.names("PASS") == set(judged.by_name), judged.whole
         assert set(judged.by_name) >= MAKES | {"gateway", "key", "redis", "configuration", "database", "replicas"}
-        assert set(judged.by_name) >= {f"worker-{stage}" for stage in STAGES if stage != "requests"}
+        assert set(judged.by_name) >= {f"worker-{name}" for name in WORKERS}
         assert judged.code == 0
         assert judged.whole["took_s"] < HEALTHY_S
     assert await keys_of(whole) == before
@@ -265,7 +293,7 @@ async def test_an_interrupted_run_cleans_up_all_the_same(site: Site, whole: Outs
             process.kill()
             await process.wait()
     assert b"Traceback" not in err
-    assert process.returncode not in {0, 2}
+    assert process.returncode == 130
     assert b"PASS  clean-up" in out
     await whole.until_idle()
     assert await keys_of(whole) == before
@@ -333,8 +361,9 @@ async def test_a_replica_that_is_down_is_named_and_the_other_one_does_the_work(s
             replica.start()
     assert judged.names("FAIL") == {"replicas"}
     assert "2 of 2 replicas" in judged.failed("replicas")
-    assert judged.names("PASS") >= {"queue", "dead-letter", "clean-up", "database"}
-    assert judged.names("SKIP") == MAKES - {"queue", "dead-letter"}
+    need_none = {"queue", "dead-letter", "delivery"}
+    assert judged.names("PASS") >= need_none | {"clean-up", "database"}
+    assert judged.names("SKIP") == MAKES - need_none
 
 
 async def test_replicas_that_fail_are_told_by_what_fails_and_its_dead_letters_are_removed(
@@ -346,13 +375,41 @@ async def test_replicas_that_fail_are_told_by_what_fails_and_its_dead_letters_ar
     judged = await judge(site)
     await whole.reset()
     asks = {"query", "message", "batch", "chat", "report"}
-    assert judged.names("FAIL") - {"replicas"} == asks
+    assert judged.names("FAIL") - {"replicas"} == asks, judged.whole
     for name in asks:
         assert "penstock status" in judged.failed(name)
     assert "500" in judged.failed("query")
     assert judged.names("PASS") >= {"queue", "dead-letter", "retry", "clean-up"}
     assert await keys_of(whole) == before
     assert await whole.redis.xlen(keys.DEAD) == letters
+
+
+async def test_a_provider_of_deliveries_that_is_down_is_told_with_what_stands_in_the_way(
+    site: Site, whole: Outside
+) -> None:
+    """An email for real arrives; with the mail server down it is still to be sent, and is named as what goes on."""
+    address = ("--deliver-to", "ann@example.org", "--only", "delivery")
+    judged = await judge(site, *address)
+    assert judged.code == 0, judged.whole
+    assert judged.by_name["delivery"]["said"].startswith("email by smtp: pending, sending ")
+    site.mail.kill()
+    try:
+        judged = await judge(site, *address)
+        assert judged.names("FAIL") == {"delivery", "clean-up"}
+        assert "smtp" in judged.failed("delivery")
+        assert "does smtp run" in judged.failed("delivery")
+        (going_on,) = [name.decode() async for name in whole.redis.scan_iter(keys.DELIVERY + "*")]
+        assert going_on.removeprefix(keys.DELIVERY) in judged.failed("clean-up")
+        judged = await judge(site, "--only", "delivery")  # to the console: that is no business of the mail server
+        assert judged.code == 0, judged.whole
+        assert judged.by_name["delivery"]["said"].count(" by console: pending, sending ") == 2
+    finally:
+        site.mail.start()
+
+    async def is_sent() -> bool:
+        return bool(await whole.redis.hget(going_on, "status") == b"sent")
+
+    await wait_until(is_sent, timeout_s=WITHIN_S)
 
 
 async def test_a_database_that_is_away_stops_the_history_and_nothing_else(site: Site, whole: Outside) -> None:
