@@ -37,7 +37,7 @@ from email.message import EmailMessage
 from email.policy import SMTP as POLICY
 from email.policy import EmailPolicy
 from email.utils import localtime
-from typing import TYPE_CHECKING, ClassVar, Final, cast
+from typing import TYPE_CHECKING, ClassVar, Final, TypeVar, cast
 
 import aiosmtplib
 import httpx
@@ -46,9 +46,13 @@ from pipeline.errors import ConfigError, InDoubt, PenstockError, Reject, RetryLa
 from stages.providers import Outgoing, Provider, Sent, Type
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from aiosmtplib.protocol import SMTPProtocol
 
     from pipeline.settings import Settings, SmtpSettings
+
+_T = TypeVar("_T")
 
 START_INPUT: Final = 354
 
@@ -56,6 +60,8 @@ TOO_LARGE: Final = "too_large"
 NO_RECIPIENT: Final = "invalid_recipient"
 _BAD: Final = "invalid_attachment"
 
+PIECE_BYTES: Final = 256 * 1024
+"""Of a text, for which the time of one answer is given: a slow line may carry a large email."""
 ASIDE_BYTES: Final = 64 * 1024
 """An email with more of attachments is put together by a thread: a megabyte takes the loop about 20 ms."""
 
@@ -140,7 +146,7 @@ class Smtp(Provider):
         except (aiosmtplib.SMTPException, OSError) as error:
             raise read_error(error) from None
         finally:
-            client.close()
+            _leave(client)
 
     def _client(self) -> aiosmtplib.SMTP:
         settings = self._settings
@@ -148,7 +154,7 @@ class Smtp(Provider):
             hostname=settings.host,
             port=settings.port or (465 if settings.tls == "tls" else 587),
             local_hostname=self._hello,
-            timeout=settings.timeout_s,
+            timeout=None,  # see `_within`
             use_tls=settings.tls == "tls",
             start_tls=False,
             tls_context=self._tls,
@@ -156,50 +162,51 @@ class Smtp(Provider):
 
     async def _begin(self, client: aiosmtplib.SMTP, mail: Mail) -> None:
         """Come as far as 354: the server waits for the text."""
-        settings = self._settings
-        await client.connect(timeout=settings.connect_timeout_s)
-        await client.ehlo()
+        settings, patience = self._settings, self._settings.timeout_s
+        try:
+            await _within(settings.connect_timeout_s, client.connect())
+        except aiosmtplib.SMTPException:
+            raise
+        except TimeoutError:
+            raise aiosmtplib.SMTPConnectTimeoutError("") from None
+        await _within(patience, client.ehlo())
         if settings.tls == "starttls":
             if not client.supports_extension("starttls"):
                 raise RetryLater("the mail server offers no STARTTLS, and PENSTOCK_SMTP__TLS demands it", code="tls")
-            await client.starttls(timeout=settings.connect_timeout_s)
-            await client.ehlo()
+            await _within(settings.connect_timeout_s, client.starttls())
+            await _within(patience, client.ehlo())
         if settings.password is not None:
             if not client.supported_auth_methods:
                 raise RetryLater("the mail server offers no way to log in that we know", code="unauthorized")
-            await client.login(settings.username, settings.password.get_secret_value())
+            await _within(patience, client.login(settings.username, settings.password.get_secret_value()))
         options = _options(client, mail)
         encoding = "utf-8" if mail.utf8 else "ascii"
-        await client.mail(mail.sender, options=options, encoding=encoding)
-        await client.rcpt(mail.to, encoding=encoding)
-        answer = await client.execute_command(b"DATA")
+        await _within(patience, client.mail(mail.sender, options=options, encoding=encoding))
+        await _within(patience, client.rcpt(mail.to, encoding=encoding))
+        answer = await _within(patience, client.execute_command(b"DATA"))
         if answer.code != START_INPUT:
             raise aiosmtplib.SMTPDataError(answer.code, answer.message)
 
     async def _give(self, protocol: SMTPProtocol, content: bytes) -> None:
         """Give the text to the connection, all but the dot; return when it has gone."""
         transport = cast("asyncio.WriteTransport", protocol.transport)  # uvloop's is none by descent
-        transport.set_write_buffer_limits(high=0)
-        try:
-            async with asyncio.timeout(self._settings.timeout_s):
-                protocol.write(content)
-                await protocol._drain_helper()  # noqa: SLF001 - by this name asyncio's own StreamWriter calls it
-        except TimeoutError:
-            raise aiosmtplib.SMTPReadTimeoutError("") from None
+        transport.set_write_buffer_limits(high=1, low=0)  # with 0, asyncio's TLS pauses what is empty, for ever
+        for at in range(0, len(content), PIECE_BYTES):
+            protocol.write(content[at : at + PIECE_BYTES])
+            drained = protocol._drain_helper()  # noqa: SLF001 - by this name asyncio's own StreamWriter calls it
+            await _within(self._settings.timeout_s, drained)
 
     async def _finish(self, protocol: SMTPProtocol, message_id: str) -> str:
         """End the text, and hear whether the message was taken."""
         protocol.write(b".\r\n")  # raises where the connection has gone, and then nothing was ended
         limit_s = self._settings.accept_timeout_s
         try:
-            answer = await protocol.read_response(timeout=limit_s)
-        except aiosmtplib.SMTPTimeoutError:
+            answer = await _within(limit_s, protocol.read_response())
+        except TimeoutError:
             raise InDoubt(f"the mail server had the whole email and did not answer within {limit_s:g} s") from None
         except (aiosmtplib.SMTPException, OSError):
             raise InDoubt("the mail server had the whole email, and no answer of it can be read") from None
         if 200 <= answer.code < 300:
-            with suppress(aiosmtplib.SMTPException):
-                protocol.write(b"QUIT\r\n")  # and do not wait: the answer that counts is here
             return message_id
         if 400 <= answer.code < 600:
             raise aiosmtplib.SMTPDataError(answer.code, answer.message)
@@ -207,6 +214,30 @@ class Smtp(Provider):
 
     def __repr__(self) -> str:
         return f"<Smtp host={self._settings.host} tls={self._settings.tls} per_s={self.per_s:g}>"
+
+
+async def _within(limit_s: float, step: Awaitable[_T]) -> _T:
+    """Await *step* for so long at most.
+
+    The library could do it, by `asyncio.wait_for`. But that swallows a cancellation which comes at the moment when the
+    step ends, until Python 3.12 (python/cpython#86296), and who is cancelled would go on.
+
+    Raises:
+        TimeoutError: it took longer.
+    """
+    async with asyncio.timeout(limit_s):
+        return await step
+
+
+def _leave(client: aiosmtplib.SMTP) -> None:
+    """End the connection, at once where something is on its way still; nobody waits for an answer to QUIT."""
+    transport = cast("asyncio.WriteTransport | None", client.transport)
+    if transport is not None and transport.get_write_buffer_size():
+        transport.abort()
+    elif client.protocol is not None:
+        with suppress(aiosmtplib.SMTPException):
+            client.protocol.write(b"QUIT\r\n")
+    client.close()
 
 
 # --- What is sent --------------------------------------------------------------------------------
@@ -309,7 +340,7 @@ def read_error(error: Exception) -> PenstockError:
             return _read_answer(error)
         case aiosmtplib.SMTPConnectError():
             return RetryLater("the mail server takes no connection", code="unreachable", charged=False)
-        case aiosmtplib.SMTPTimeoutError():
+        case TimeoutError():
             return RetryLater("the mail server did not answer in time", code="timeout")
     return RetryLater("the mail server hung up before it had the whole email", code="connection_lost")
 
