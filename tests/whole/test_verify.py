@@ -273,13 +273,17 @@ async def test_an_interrupted_run_cleans_up_all_the_same(site: Site, whole: Outs
     """Ctrl-C while something waits for its retry: it is cancelled, and nothing of it stays."""
     before, letters = await keys_of(whole), await whole.redis.xlen(keys.DEAD)
     arguments = ("verify", "--only", "retry", "--api-key", KEY, "--data-dir", str(site.system.data_dir))
-    process = await asyncio.create_subprocess_exec(
-        *command(*arguments),
-        cwd="/",
-        env=environment(DATABASE_URL=site.database.url()),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
+    heeded = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command(*arguments),
+            cwd="/",
+            env=environment(DATABASE_URL=site.database.url()),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    finally:
+        signal.signal(signal.SIGINT, heeded)
     try:
 
         async def waits_for_its_retry() -> bool:

@@ -25,7 +25,7 @@ EMAILS: Final = keys.stream("email")
 HARM: Final = ("kill", "zombie", "kill")
 
 
-@scenario(25, jobs=5_000, least=60, in_slice=120)
+@scenario(25, jobs=5_000, least=60)
 async def deliveries_amid_kills(cell: Cell) -> None:
     """5,000 sms, mms and emails, while delivery workers are killed and frozen, and receivers fail, stall and hang up.
 
