@@ -5,7 +5,7 @@ by itself, or took too long, has caught nothing.
 
     python -m tests.faults.sabotage --json docs/reliability.jsonl    every break; the file is what `report` reads
     python -m tests.faults.sabotage --only lease                     those whose name holds this word
-    python -m tests.faults.sabotage --only doubt --scenario 25       by this scenario of the slice only
+    python -m tests.faults.sabotage --only doubt --scenario 25       by this scenario only, which is not in the slice
 
 The exit code is 0 when every break was caught, 1 when one was not, 2 when the unbroken tree is red already.
 """
@@ -100,8 +100,9 @@ def main() -> int:
     """Try the breaks; return the exit code."""
     parser = argparse.ArgumentParser(description="Break the core on purpose; the fault suite must notice.")
     parser.add_argument("--only", default="", help="breaks whose name holds this")
-    slice_of_all = [number for number, one in load_all().items() if one.in_slice]
-    parser.add_argument("--scenario", type=int, action="append", choices=slice_of_all, help="only this one; repeatable")
+    known = load_all()
+    slice_of_all = [number for number, one in known.items() if one.in_slice]
+    parser.add_argument("--scenario", type=int, action="append", choices=sorted(known), help="only this; repeatable")
     parser.add_argument("--json", type=appendable, help="append what came of it to this file")
     options = parser.parse_args()
     wanted = [one for one in BREAKS if options.only in one.name]
@@ -168,10 +169,15 @@ def copied() -> Iterator[Path]:
 
 
 def run(tree: Path, number: int) -> Json | None:
-    """Run one scenario of the slice on a tree; return its verdict, None when it took too long or gave none."""
+    """Run one scenario on a tree, in its short form where the slice has one.
+
+    Returns:
+        Its verdict, None when it took too long or gave none.
+    """
     verdicts = tree.parent / "verdicts.jsonl"
     verdicts.unlink(missing_ok=True)
-    command = ["-m", "tests.faults", "--slice", "--scenario", str(number), "--seed", str(SEED), "--json", str(verdicts)]
+    form = ["--slice"] if load_all()[number].in_slice else []
+    command = ["-m", "tests.faults", *form, "--scenario", str(number), "--seed", str(SEED), "--json", str(verdicts)]
     with suppress(subprocess.TimeoutExpired):
         subprocess.run(
             [sys.executable, *command],
