@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Awaitable, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, TypeVar
 from urllib.parse import parse_qs
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter
 
 from gateway.errors import BrokenKey, Problem
 from gateway.operation import Call, Parameter
 from pipeline.connection import CommandRefused
 from pipeline.errors import MalformedEntry
+from pipeline.flows import ModelName
+from pipeline.job import is_own_id
 
 T = TypeVar("T")
 
@@ -22,7 +23,24 @@ EXAMPLE: Final = "2026-12-01T08:00:00Z"
 MOST_LISTED: Final = 200
 LISTED: Final = 50
 
-_OWN_ID: Final = re.compile(r"[0-9a-f]{32}")
+ClientName = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._-]+$")]
+"""What clients call a chat, a persona, a queue."""
+_CLIENT_NAME: Final[TypeAdapter[str]] = TypeAdapter(ClientName)
+
+
+def storable(text: str) -> str:
+    """Return *text*.
+
+    Raises:
+        ValueError: the history cannot take it.
+    """
+    if "\0" in text:
+        raise ValueError("holds the character U+0000, which no database takes")
+    return text
+
+
+Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(storable)]
+Model = Annotated[ModelName, AfterValidator(storable)]
 
 AFTER: Final = Parameter("after", "`next` of the page before")
 LIMIT: Final = Parameter(
@@ -104,9 +122,32 @@ def instant_ms(text: str, path: str) -> int:
     raise wrong(path, f"an instant as in RFC 3339, with a time zone: {EXAMPLE}")
 
 
-def is_own_id(text: str) -> bool:
-    """Say whether this can be an id that we gave: one that we never gave is never made a part of a key."""
-    return _OWN_ID.fullmatch(text) is not None
+def due_ms_of(call: Call, text: str | None, path: str, most_s: float) -> int | None:
+    """Return when something is to be done, in milliseconds since the epoch; None: at once.
+
+    Args:
+        text: as the client wrote it; None where nothing was said.
+        most_s: how far ahead it may lie.
+    """
+    if text is None:
+        return None
+    wanted_ms, now_ms = instant_ms(text, path), call.front.clock.now_ms()
+    if wanted_ms > now_ms + most_s * 1000:
+        span = f"{most_s / 86_400:g} days" if most_s >= 86_400 else f"{most_s:g} seconds"
+        raise wrong(path, f"at most {span} ahead")
+    return wanted_ms if wanted_ms > now_ms else None
+
+
+def client_name(given: str, path: str) -> str:
+    """Return a name that a client has chosen, as it was given.
+
+    Raises:
+        Problem: 422, it cannot be one.
+    """
+    try:
+        return _CLIENT_NAME.validate_python(given)
+    except ValueError:
+        raise wrong(path, "1 to 128 characters out of A-Z a-z 0-9 . _ -") from None
 
 
 def own_id(call: Call, name: str, what: str) -> str:

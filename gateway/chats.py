@@ -15,28 +15,37 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal
 
 import orjson
-from pydantic import AfterValidator, BaseModel, Field, StringConstraints, TypeAdapter
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 
-from gateway.asked import LIMIT, Asked, from_redis, not_found, own_id, wrong
+from gateway.asked import (
+    LIMIT,
+    Asked,
+    ClientName,
+    Model,
+    Text,
+    client_name,
+    from_redis,
+    not_found,
+    own_id,
+    storable,
+    wrong,
+)
 from gateway.errors import RETRY_SOON_S, Problem
 from gateway.idempotency import read_key
 from gateway.metrics import CHAT_CLEARED, CHAT_MESSAGES
 from gateway.operation import Answer, Call, Operation, Parameter, answer
-from gateway.queues import Model, Text, storable
 from pipeline import keys
 from pipeline.chats import LOOK_EVERY_S, Message, Persona, Policy
 from pipeline.errors import HistoryUnavailable, PenstockError
 from pipeline.flows import Name, Payload
 from pipeline.job import Json, Priority, new_id
 
-ChatId = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._-]+$")]
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=32_000), AfterValidator(storable)]
 
 PING_S: Final = 15.0
 """Proxies close a connection on which nothing is said for a while, a minute usually."""
 EVENT_STREAM: Final = b"text/event-stream"
 
-_CHAT_ID: Final[TypeAdapter[str]] = TypeAdapter(ChatId)
 _EVENT_ID: Final = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
 
 # --- What is asked and answered ----------------------------------------------------------------
@@ -79,7 +88,7 @@ class ChatCleared(BaseModel):
 class ChatPersonaRequest(Payload):
     """Who is to answer in a chat."""
 
-    persona: ChatId | None = Field(description="name of a persona that was set up; null: the service's own words")
+    persona: ClientName | None = Field(description="name of a persona that was set up; null: the service's own words")
 
 
 class ChatPersonaSet(ChatCleared):
@@ -339,14 +348,11 @@ def _shown_persona(name: str, persona: Persona) -> Json:
 
 
 def _chat_id(call: Call, name: str = "chat_id") -> str:
-    try:
-        return _CHAT_ID.validate_python(call.path_id(name))
-    except ValueError:
-        raise wrong(name, "1 to 128 characters out of A-Z a-z 0-9 . _ -") from None
+    return client_name(call.path_id(name), name)
 
 
-_IN_PATH: Final = Parameter("chat_id", "the chat, as clients name it", required=True, type=ChatId)
-_NAME: Final = Parameter("name", "the persona's name", required=True, type=ChatId)
+_IN_PATH: Final = Parameter("chat_id", "the chat, as clients name it", required=True, type=ClientName)
+_NAME: Final = Parameter("name", "the persona's name", required=True, type=ClientName)
 
 OPERATIONS: Final = (
     Operation(

@@ -16,12 +16,11 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 
-from gateway.asked import AFTER, EXAMPLE, LIMIT, Asked, from_redis, instant_ms, not_found, own_id, wrong
+from gateway.asked import AFTER, EXAMPLE, LIMIT, Asked, Text, due_ms_of, from_redis, not_found, own_id, storable, wrong
 from gateway.errors import Problem
 from gateway.idempotency import read_key
 from gateway.jobs import JobError
 from gateway.operation import Answer, Call, Operation, Parameter, answer
-from gateway.queues import Text, storable
 from pipeline.deliveries import AcceptedDelivery, Delivery, Order, Status
 from pipeline.errors import DeadlineExceeded
 from pipeline.flows import Metadata, Payload
@@ -188,7 +187,7 @@ def _order(call: Call, request: DeliveryRequest, settings: DeliveriesSettings) -
         _check_number(request)
     _check_texts(kind, request, settings)
     _check_attachments(kind, request.attachments, settings)
-    due_ms = _due_ms(call, request.scheduled_at)
+    due_ms = due_ms_of(call, request.scheduled_at, "scheduled_at", settings.max_schedule_s)
     given = request.model_dump(exclude_none=True, exclude={"sender", "type", "scheduled_at"})
     if not request.attachments:
         del given["attachments"]
@@ -265,17 +264,6 @@ def _is_https(text: str) -> bool:
         return False
     is_address = parts.scheme == "https" and bool(parts.hostname)
     return is_address and text.isascii() and text.isprintable() and " " not in text
-
-
-def _due_ms(call: Call, text: str | None) -> int | None:
-    if text is None:
-        return None
-    due_ms = instant_ms(text, "scheduled_at")
-    now_ms, most_s = call.front.clock.now_ms(), call.gateway.settings.deliveries.max_schedule_s
-    if due_ms > now_ms + most_s * 1000:
-        span = f"{most_s / 86_400:g} days" if most_s >= 86_400 else f"{most_s:g} seconds"
-        raise wrong("scheduled_at", f"at most {span} ahead")
-    return due_ms if due_ms > now_ms else None
 
 
 # --- Looking -----------------------------------------------------------------------------------

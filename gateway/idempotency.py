@@ -16,7 +16,7 @@ import orjson
 from pydantic import StringConstraints, TypeAdapter, ValidationError
 
 from gateway.errors import Problem
-from pipeline.front import Idempotency
+from pipeline.accepting import Idempotency
 from pipeline.job import Json
 
 HEADER: Final = b"idempotency-key"

@@ -101,17 +101,14 @@ async def _hear(call: Call, name: str) -> Counter[str]:
     """
     vendor = call.gateway.vendors[name]
     notice = Notice(call.headers, call.query_string.encode("latin-1"), await call.read_raw(vendor.max_bytes))
-    if not call.front.clock.is_set:  # a clock that may be hours off would refuse what is fresh
-        INCOMING.labels(name, "unavailable").inc()
-        raise BrokerUnavailable("Redis has not been reached yet")
     try:
+        call.front.clock.require()  # by one that is hours off, what is fresh would be refused
         vendor.verify(notice, call.front.clock.now_ms())
+        words = await _note(call, name, vendor.read(notice), notice)
     except Refused as refused:
         INCOMING.labels(name, refused.reason).inc()
         message = _WHY[refused.reason].format(name=name, settings=_SETTINGS[name])
         raise Problem(403, f"webhook_{refused.reason}", message) from None
-    try:
-        words = await _note(call, name, vendor.read(notice), notice)
     except (BrokerUnavailable, Overloaded):
         INCOMING.labels(name, "unavailable").inc()
         raise
@@ -127,7 +124,7 @@ async def _note(call: Call, name: str, told: Sequence[Told | Received | Skipped]
     """Write down what was told; return what became of each."""
     deliveries = call.front.deliveries
     words: list[str] = [one for one in told if isinstance(one, str)]
-    words += await deliveries.told_all(name, [_event(one) for one in told if isinstance(one, Told)])
+    words += await deliveries.told(name, [_event(one) for one in told if isinstance(one, Told)])
     for one in told:
         if isinstance(one, Received):
             headers = {key.decode("latin-1"): notice.headers[key].decode("latin-1") for key in _kept(notice)}

@@ -16,12 +16,27 @@ from typing import Annotated, Any, Final, Literal
 import orjson
 from pydantic import AfterValidator, BaseModel, Field
 
-from gateway.asked import AFTER, EXAMPLE, LIMIT, Asked, from_redis, instant_ms, not_found, own_id, wrong
+from gateway.asked import (
+    AFTER,
+    EXAMPLE,
+    LIMIT,
+    Asked,
+    ClientName,
+    Model,
+    Text,
+    client_name,
+    due_ms_of,
+    from_redis,
+    not_found,
+    own_id,
+    storable,
+    wrong,
+)
 from gateway.errors import RETRY_SOON_S, Problem
 from gateway.idempotency import read_key
 from gateway.jobs import JobError
 from gateway.operation import AT_ONCE, Answer, Call, Operation, Parameter, answer
-from gateway.queues import Event, Model, QueueId, Text, queue_id_of, secrets, storable
+from gateway.queues import Event, secrets
 from gateway.webhooks import check_url
 from pipeline.batches import LOST, AcceptedBatch, Member, Message, Order, Standing, results_text, webhook_id_of
 from pipeline.flows import MAX_QUERY_CHARS, Payload
@@ -56,7 +71,7 @@ class MessageItem(Payload):
 class MessageRequest(Payload):
     """One message (`prompt`) or a batch of them (`messages`)."""
 
-    queue_id: QueueId
+    queue_id: ClientName
     prompt: Text | None = None
     messages: Annotated[list[MessageItem], Field(min_length=1, fail_fast=True)] | None = None
     system_prompt: Text | None = Field(None, description="of a single message; the queue's when absent")
@@ -165,7 +180,7 @@ async def create(call: Call) -> Answer:
     bounds = settings.messages
     request = await call.read(MessageRequest, bounds.max_body_bytes, long="messages", most=bounds.max_batch)
     items = _items(request)
-    due_ms = _due_ms(call, request.schedule_at)
+    due_ms = due_ms_of(call, request.schedule_at, "schedule_at", settings.messages.max_schedule_s)
     if request.webhook_url is not None:
         check_url(call, request.webhook_url, param="webhook_url")
     queue = await from_redis(call.front.batches.queue(call.tenant, request.queue_id))
@@ -308,17 +323,6 @@ def _fill(text: str, values: Mapping[str, str], path: str, most: int) -> str:
 
 def _text_of(value: Value) -> str:
     return value if isinstance(value, str) else orjson.dumps(value).decode()
-
-
-def _due_ms(call: Call, text: str | None) -> int | None:
-    if text is None:
-        return None
-    due_ms = instant_ms(text, "schedule_at")
-    now_ms, most_s = call.front.clock.now_ms(), call.gateway.settings.messages.max_schedule_s
-    if due_ms > now_ms + most_s * 1000:
-        span = f"{most_s / 86_400:g} days" if most_s >= 86_400 else f"{most_s:g} seconds"
-        raise wrong("schedule_at", f"at most {span} ahead")
-    return due_ms if due_ms > now_ms else None
 
 
 # --- Messages ----------------------------------------------------------------------------------
@@ -625,14 +629,14 @@ def _progress(ended: int, wanted: int) -> float:
 def _queue_of(asked: Asked) -> str | None:
     """Return the queue of which something is wanted."""
     value = asked.text("queue_id")
-    return None if value is None else queue_id_of(value)
+    return None if value is None else client_name(value, "queue_id")
 
 
 def _id(name: str) -> Parameter:
     return Parameter(name, "the id, as it was answered", required=True, type=Annotated[str, Field(min_length=1)])
 
 
-_QUEUE: Final = Parameter("queue_id", "of this queue only", type=QueueId)
+_QUEUE: Final = Parameter("queue_id", "of this queue only", type=ClientName)
 _SINCE: Final = Parameter("since", "created then or later (RFC 3339)")
 _UNTIL: Final = Parameter("until", "created before (RFC 3339)")
 

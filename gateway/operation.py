@@ -24,10 +24,11 @@ from gateway.errors import MOST_PATH_CHARS, BrokenKey, ClientGone, Headers, Prob
 from gateway.idempotency import read_key
 from gateway.limits import read_body
 from gateway.vendors import Vendor
+from pipeline.accepting import Idempotency
 from pipeline.clock import monotonic_us
 from pipeline.errors import HistoryUnavailable, JobLost
 from pipeline.flows import Payload, new_job
-from pipeline.front import Accepted, Front, Idempotency
+from pipeline.front import Accepted, Front
 from pipeline.job import DEFAULT_TENANT, Completion, Job, Json, Priority, is_valid_id, new_id
 from pipeline.settings import Settings
 

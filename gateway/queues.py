@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Final, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, StringConstraints, TypeAdapter
+from pydantic import BaseModel, Field
 
-from gateway.asked import from_redis, wrong
+from gateway.asked import ClientName, Model, Text, client_name, from_redis
 from gateway.operation import Answer, Call, Operation, Parameter, answer
 from gateway.webhooks import check_url
 from pipeline import keys
 from pipeline.batches import Queue
-from pipeline.flows import ModelName, Payload
+from pipeline.flows import Payload
 from pipeline.webhooks import Secrets
 
-QueueId = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._-]+$")]
-
-
-def storable(text: str) -> str:
-    """Return *text*.
-
-    Raises:
-        ValueError: the history cannot take it.
-    """
-    if "\0" in text:
-        raise ValueError("holds the character U+0000, which no database takes")
-    return text
-
-
-Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(storable)]
-Model = Annotated[ModelName, AfterValidator(storable)]
 Event = Literal["on_complete"]
-
-_QUEUE_ID: Final[TypeAdapter[str]] = TypeAdapter(QueueId)
 
 
 class QueueDefaults(Payload):
@@ -59,14 +41,14 @@ class QueueShown(BaseModel):
 
 async def look_at_queue(call: Call) -> Answer:
     """Tell a queue's defaults, and the secret that signs its webhooks."""
-    queue_id = queue_id_of(call.path_id("queue_id"))
+    queue_id = client_name(call.path_id("queue_id"), "queue_id")
     return await _shown_queue(call, queue_id)
 
 
 async def set_queue(call: Call) -> Answer:
     """Set a queue's defaults, all of them: what is not named is taken away. Its secret stays."""
     asked = await call.read(QueueDefaults)
-    queue_id = queue_id_of(call.path_id("queue_id"))
+    queue_id = client_name(call.path_id("queue_id"), "queue_id")
     if asked.webhook_url is not None:
         check_url(call, asked.webhook_url, param="webhook_url")
     queue = Queue(asked.model, asked.system_prompt, asked.webhook_url, asked.webhook_event)
@@ -78,7 +60,7 @@ async def set_queue(call: Call) -> Answer:
 
 async def rotate_secret(call: Call) -> Answer:
     """Give a queue another secret; the one before it signs too for a day, and until then there is no further one."""
-    queue_id = queue_id_of(call.path_id("queue_id"))
+    queue_id = client_name(call.path_id("queue_id"), "queue_id")
     most = call.gateway.settings.messages.max_queues
     await from_redis(call.front.rotate_secret(keys.of_tenant(call.tenant, queue_id), most=most))
     return await _shown_queue(call, queue_id)
@@ -97,19 +79,7 @@ async def secrets(call: Call, queue_id: str) -> Secrets:
     return await call.front.secrets(keys.of_tenant(call.tenant, queue_id), most=most)
 
 
-def queue_id_of(given: str) -> str:
-    """Return the id of a queue, as it was given.
-
-    Raises:
-        Problem: 422, it cannot be one.
-    """
-    try:
-        return _QUEUE_ID.validate_python(given)
-    except ValueError:
-        raise wrong("queue_id", "1 to 128 characters out of A-Z a-z 0-9 . _ -") from None
-
-
-_IN_PATH: Final = Parameter("queue_id", "the queue, as clients name it", required=True, type=QueueId)
+_IN_PATH: Final = Parameter("queue_id", "the queue, as clients name it", required=True, type=ClientName)
 
 OPERATIONS: Final = (
     Operation(

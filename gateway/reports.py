@@ -13,12 +13,12 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter
 
-from gateway.asked import AFTER, LIMIT, Asked, from_redis, is_own_id, not_found, wrong
+from gateway.asked import AFTER, LIMIT, Asked, from_redis, not_found, wrong
 from gateway.jobs import JobError
 from gateway.operation import Answer, Call, Operation, Parameter, answer
 from pipeline.errors import HistoryUnavailable
 from pipeline.flows import Name
-from pipeline.job import Completion, Json
+from pipeline.job import Completion, Json, is_own_id
 from pipeline.reports import ReportRequest, read_request
 
 State = Literal["pending", "processing", "completed", "failed", "expired", "cancelled"]

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 
 from pipeline import flows, keys, scripts
+from pipeline.accepting import Idempotency, key_arguments, limit_arguments, refusal
 from pipeline.clock import Clock, monotonic_us
 from pipeline.connection import IN_LINE_FOR_S, Argument, Line, Link, insist, within
-from pipeline.errors import BrokerUnavailable, IdempotencyMismatch, MaybeAccepted, Overloaded, TooManyQueues
+from pipeline.errors import BrokerUnavailable, MaybeAccepted, TooManyQueues
 from pipeline.job import Job, Json, Priority, new_id
 
 if TYPE_CHECKING:
@@ -198,15 +199,12 @@ class Batches:
         self,
         order: Order,
         *,
-        idempotency_key: str = "",
-        body_hash: str = "",
-        key_ttl_s: float = 0,
+        idempotency: Idempotency | None = None,
         in_flight_limit: int | None = None,
     ) -> AcceptedBatch:
         """Accept a batch: when this returns, all of it is in Redis; when it raises, nothing is.
 
         Args:
-            idempotency_key: as Redis knows it; "" for none.
             in_flight_limit: unfinished jobs its tenant may have; a batch counts as one.
 
         Raises:
@@ -216,10 +214,9 @@ class Batches:
             MaybeAccepted: no answer within a second of its turn, and the batch may be there all the same.
             BrokerUnavailable: no answer within a second of its turn.
         """
-        if not self._clock.is_set:  # its deadline would be counted from a clock that may be hours off
-            raise BrokerUnavailable("Redis has not been reached yet")
+        self._clock.require()
         plan = _Plan(order, self._settings, self._clock.now_ms())
-        head = self._commit_arguments(plan, idempotency_key, body_hash, key_ttl_s, in_flight_limit)
+        head = self._commit_arguments(plan, idempotency, in_flight_limit)
         until_us = monotonic_us() + int(IN_LINE_FOR_S * 1e6)
         word = answering = ""
         for _ in range(2):  # once more, should what was staged have gone again
@@ -231,16 +228,9 @@ class Batches:
                 return AcceptedBatch(plan.batch_id, plan.ids)
             case "repeated":
                 return AcceptedBatch(answering, await self._ids_of(answering, until_us), repeated=True)
-            case "mismatch":
-                raise IdempotencyMismatch
-            case "in_flight":
-                message = f"this API key has {in_flight_limit} unfinished jobs, as many as it may"
-                raise Overloaded(message, code="too_many_in_flight")
-            case "backlog":
-                raise Overloaded("the recorder is behind: too much waits to be written to history; try again later")
             case "unstaged":
                 raise BrokerUnavailable("Redis forgot a part of the batch while it was being accepted")
-        raise Overloaded
+        raise refusal(word, in_flight_limit)
 
     async def _place(self, plan: _Plan, head: Sequence[Argument], until_us: int) -> tuple[str, str]:
         portions = _portions(plan.members())
@@ -290,15 +280,14 @@ class Batches:
         return [member.decode() for member in found]
 
     def _commit_arguments(
-        self, plan: _Plan, key: str, body_hash: str, key_ttl_s: float, in_flight_limit: int | None
+        self, plan: _Plan, idempotency: Idempotency | None, in_flight_limit: int | None
     ) -> list[Argument]:
         settings, order, job = self._settings, plan.order, plan.job
         stage, tail = job.launch()
         return [
             plan.batch_id, order.tenant, plan.stream, order.due_ms or 0, plan.deadline_ms,
             settings.admission.max_jobs, settings.history.max_backlog,
-            keys.IN_FLIGHT + order.tenant if in_flight_limit is not None else "", in_flight_limit or 0,
-            keys.IDEMPOTENCY + key if key else "", body_hash, int(key_ttl_s * 1000),
+            *limit_arguments(order.tenant, in_flight_limit), *key_arguments(idempotency),
             tail, keys.stream(stage, job.priority), job.deadline_ms, plan.closes_ms,
             int(settings.messages.keep_s * 1000), order.queue_id, orjson.dumps(plan.told()), plan.created_ms,
         ]  # fmt: skip

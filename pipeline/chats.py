@@ -20,26 +20,23 @@ import orjson
 import structlog
 
 from pipeline import flows, keys, scripts
-from pipeline.clock import Clock, monotonic_us
-from pipeline.connection import Argument, Backoff, Link, OutOfMemory, insist, within
+from pipeline.accepting import Idempotency, key_arguments, limit_arguments, refusal
+from pipeline.clock import Clock
+from pipeline.connection import Argument, Backoff, Link, insist, run_in_hand, within
 from pipeline.errors import (
     BrokerUnavailable,
-    IdempotencyMismatch,
     MaybeAccepted,
     Overloaded,
     PenstockError,
-    RetryLater,
     TooManyPersonas,
 )
 from pipeline.job import Json, Priority, new_id
 
 if TYPE_CHECKING:
-    from pipeline.front import Idempotency
     from pipeline.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-AGAIN_S: Final = 1.0
 MAYBE_SAID: Final = (
     "Redis did not say whether it took this message: say it again with the same message_id, or under the same "
     "Idempotency-Key, then it counts once"
@@ -161,8 +158,7 @@ class Chats:
             MaybeAccepted: no answer within a second, and it may have been accepted all the same.
             BrokerUnavailable: no answer within a second.
         """
-        if not self.clock.is_set:
-            raise BrokerUnavailable("Redis has not been reached yet")
+        self.clock.require()
         settings = self._settings.chats
         chat = keys.of_tenant(tenant, chat_id)
         job = flows.new_job(
@@ -171,16 +167,14 @@ class Chats:
         )  # fmt: skip
         stage, tail = job.launch()
         element = {"message_id": message.id, "user_id": message.user_id, "priority": message.priority}
-        limited = in_flight_limit is not None
         args = (
             chat, chat_id, tenant, message.id, orjson.dumps(element | {"text": message.text}), job.id, tail,
             keys.stream(stage, job.priority), int(self._settings.lifetimes.chat_s * 1000),
             int(settings.queue_ttl_s * 1000), int(settings.keep_s * 1000), settings.max_waiting,
             int(settings.message_id_s * 1000), self._settings.admission.max_jobs,
-            self._settings.history.max_backlog, keys.IN_FLIGHT + tenant if limited else "", in_flight_limit or 0,
+            self._settings.history.max_backlog, *limit_arguments(tenant, in_flight_limit),
             int(settings.idle_s * 1000), int(settings.interrupt_for_s * 1000), self._completion_ttl_ms,
-            keys.IDEMPOTENCY + idempotency.key if idempotency else "", idempotency.body_hash if idempotency else "",
-            int(idempotency.ttl_s * 1000) if idempotency else 0,
+            *key_arguments(idempotency),
         )  # fmt: skip
         try:
             reply = await self._insist(scripts.SAY, args)
@@ -190,18 +184,11 @@ class Chats:
             raise
         word, waiting, what = reply[1].decode(), int(reply[2]), reply[3].decode()
         match word:
-            case "mismatch":
-                raise IdempotencyMismatch
             case "full":
                 text = f"{waiting} messages wait in this chat, as many as may"
                 raise Overloaded(text, code="too_many_waiting")
-            case "in_flight":
-                text = f"this API key has {in_flight_limit} unfinished jobs, as many as it may"
-                raise Overloaded(text, code="too_many_in_flight")
-            case "backlog":
-                raise Overloaded("the recorder is behind: too much waits to be written to history; try again later")
-            case "overloaded":
-                raise Overloaded
+            case "mismatch" | "in_flight" | "backlog" | "overloaded":
+                raise refusal(word, in_flight_limit)
         return Said(reply[4].decode(), waiting, what, is_new=word == "accepted")
 
     async def typing(self, chat: str) -> int:
@@ -276,13 +263,7 @@ class Chats:
         return word
 
     async def _run(self, script: scripts.Script, args: Sequence[Argument]) -> Any:
-        try:
-            sent_us = monotonic_us()
-            reply = await self._link.run(script, (), args)
-        except OutOfMemory as error:
-            raise RetryLater(str(error), code="out_of_memory", after_s=AGAIN_S, charged=False) from error
-        self.clock.observe(int(reply[0]), sent_us)
-        return reply
+        return await run_in_hand(self._link, script, args, self.clock)
 
     # --- reading ---------------------------------------------------------------------------------
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import time
 
+from pipeline.errors import BrokerUnavailable
+
 _FORGET_AFTER_S = 30.0  # crystals drift apart by up to 100 us/s, so an old measurement, however sharp, is dropped
 
 
@@ -49,6 +51,15 @@ class Clock:
     def is_set(self) -> bool:
         """Whether Redis' time was ever observed."""
         return self._observed_at_us > 0
+
+    def require(self) -> None:
+        """Make sure that Redis' time is known: a deadline would be counted from a clock that may be hours off.
+
+        Raises:
+            BrokerUnavailable: it was never observed.
+        """
+        if not self.is_set:
+            raise BrokerUnavailable("Redis has not been reached yet")
 
     def now_us(self) -> int:
         """Return Redis' time, in microseconds since the epoch."""

@@ -21,7 +21,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from pipeline.clock import monotonic_us
-from pipeline.errors import BrokerUnavailable, ConfigError, Overloaded, PenstockError
+from pipeline.errors import BrokerUnavailable, ConfigError, Overloaded, PenstockError, RetryLater
 from pipeline.limit import Limit
 from pipeline.metrics import TURN_WAIT_S
 
@@ -49,6 +49,8 @@ _NOT_NOW_ERRORS: Final = (
 )
 """The same where redis-py has a class for it: it takes the word away from the text."""
 
+OUT_OF_MEMORY_AGAIN_S: Final = 1.0
+"""After which a job that Redis had no room for is tried again."""
 ANSWER_WITHIN_S: Final = 0.9
 """With Redis away a gateway's client hears 503 within a second."""
 
@@ -399,6 +401,22 @@ async def insist(link: Link, script: Script, args: Sequence[Argument], clock: Cl
                     return reply
     except TimeoutError as error:
         raise BrokerUnavailable("Redis does not answer", unknown=unknown or sent_us is not None) from error
+
+
+async def run_in_hand(link: Link, script: Script, args: Sequence[Argument], clock: Clock) -> Any:
+    """Run a script for a job in hand; its reply begins with Redis' time, for *clock*.
+
+    Raises:
+        RetryLater: Redis is out of memory, which charges the job no attempt.
+        BrokerUnavailable: as `Link.run`.
+    """
+    sent_us = monotonic_us()
+    try:
+        reply = await link.run(script, (), args)
+    except OutOfMemory as error:
+        raise RetryLater(str(error), code="out_of_memory", after_s=OUT_OF_MEMORY_AGAIN_S, charged=False) from error
+    clock.observe(int(reply[0]), sent_us)
+    return reply
 
 
 class Line:

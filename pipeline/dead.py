@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 
 from pipeline import flows, keys, scripts
+from pipeline.accepting import Idempotency
 from pipeline.batches import MESSAGE_FLOWS, Batches, order_again
 from pipeline.batches import Order as Batch
 from pipeline.clock import Clock, monotonic_us
 from pipeline.deliveries import DELIVERY_FLOWS, Deliveries, Order
 from pipeline.errors import MalformedEntry, Reject
-from pipeline.front import Idempotency
 from pipeline.job import OURS, Job, decode, decode_foreign, new_id
 
 if TYPE_CHECKING:
@@ -128,12 +128,10 @@ class DeadLetters:
 
     async def _send(self, letter: Letter, order: Batch, now_ms: int) -> str:
         """Accept the message, once however often it is tried, and only then take the letter away; return its id."""
-        key = f"dead:{letter.id}"
-        accepted = await Batches(self._link, self._settings, _clock_at(now_ms)).accept(
-            order, idempotency_key=key, body_hash=key, key_ttl_s=RETRIED_FOR_S
-        )
-        new_id = accepted.message_ids[0] if accepted.message_ids else accepted.batch_id  # sent, and forgotten, long ago
-        return await self._taken_away(letter, new_id, repeated=accepted.repeated)
+        batches = Batches(self._link, self._settings, _clock_at(now_ms))
+        accepted = await batches.accept(order, idempotency=_once(letter))
+        job_id = accepted.message_ids[0] if accepted.message_ids else accepted.batch_id  # sent, and forgotten, long ago
+        return await self._taken_away(letter, job_id, repeated=accepted.repeated)
 
     async def _deliver(self, letter: Letter, job: Job, now_ms: int) -> str:
         """Accept the delivery anew, once however often it is tried, and only then take the letter away."""
@@ -142,16 +140,19 @@ class DeadLetters:
         if old is None or old.tenant != job.tenant:
             message = f"letter {letter.id}: Redis keeps this delivery no longer; its sender has to send it again"
             raise Reject(message, code="content_gone")
-        key = f"dead:{letter.id}"
-        accepted = await deliveries.accept(
-            Order(old.type, old.tenant, old.content, retry_of=old.id), idempotency=Idempotency(key, key, RETRIED_FOR_S)
-        )
+        again = Order(old.type, old.tenant, old.content, retry_of=old.id)
+        accepted = await deliveries.accept(again, idempotency=_once(letter))
         return await self._taken_away(letter, accepted.id, repeated=accepted.repeated)
 
-    async def _taken_away(self, letter: Letter, new_id: str, *, repeated: bool) -> str:
+    async def _taken_away(self, letter: Letter, job_id: str, *, repeated: bool) -> str:
+        """Take the letter away and return the id of the job that it has become.
+
+        Raises:
+            Reject: `unknown_letter`, another retry was quicker.
+        """
         if not await self._link.call("XDEL", keys.DEAD, letter.id) and repeated:
-            raise _unknown(letter.id)  # another retry was quicker
-        return new_id
+            raise _unknown(letter.id)
+        return job_id
 
     async def _recall(self, letter: Letter) -> str:
         fields: dict[str, str] = orjson.loads(letter.original or "{}")
@@ -197,6 +198,11 @@ class DeadLetters:
             at_us=now_ms * 1000,
             retry_of=old.id,
         )
+
+
+def _once(letter: Letter) -> Idempotency:
+    key = f"dead:{letter.id}"
+    return Idempotency(key, key, RETRIED_FOR_S)
 
 
 def _clock_at(now_ms: int) -> Clock:

@@ -20,19 +20,18 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import orjson
 
 from pipeline import flows, keys, metrics, scripts
+from pipeline.accepting import Idempotency, key_arguments, limit_arguments, refusal
 from pipeline.batching import MOST
-from pipeline.clock import Clock, monotonic_us
-from pipeline.connection import Argument, Link, OutOfMemory, insist, within
-from pipeline.errors import BrokerUnavailable, IdempotencyMismatch, LeaseLost, Overloaded, RetryLater
+from pipeline.clock import Clock
+from pipeline.connection import Argument, Link, insist, run_in_hand, within
+from pipeline.errors import LeaseLost
 from pipeline.flows import FLOWS, DeliveryPayload, IncomingPayload, ReceivedMessage
 from pipeline.job import Job, Json, new_id
 
 if TYPE_CHECKING:
-    from pipeline.front import Idempotency
     from pipeline.settings import Settings
     from pipeline.streams import Entry
 
-AGAIN_S: Final = 1.0
 DELIVERY_FLOWS: Final = frozenset(f"delivery_{kind}" for kind in keys.DELIVERY_STAGES)
 
 Status = Literal[
@@ -184,8 +183,7 @@ class Deliveries:
             IdempotencyMismatch: the key was used with another body.
             BrokerUnavailable: no answer within a second; with `unknown` it may have been accepted all the same.
         """
-        if not self.clock.is_set:  # its deadline would be counted from a clock that may be hours off
-            raise BrokerUnavailable("Redis has not been reached yet")
+        self.clock.require()
         settings, flow = self._settings, FLOWS[f"delivery_{order.type}"]
         job = flows.new_job(
             flow.name, DeliveryPayload(scheduled_at=order.scheduled_at), job_id=delivery_id or new_id(),
@@ -193,7 +191,6 @@ class Deliveries:
         )  # fmt: skip
         job.retry_of = order.retry_of
         stage, tail = job.launch()
-        limited = in_flight_limit is not None
         reply_of = await insist(
             self._link,
             scripts.DELIVER,
@@ -201,21 +198,15 @@ class Deliveries:
                 job.id, order.type, order.tenant, orjson.dumps(order.content), orjson.dumps(_asked(order)), tail,
                 keys.stream(stage, job.priority), job.deadline_ms, order.due_ms or 0,
                 int(settings.deliveries.keep_s * 1000), settings.admission.max_jobs, settings.history.max_backlog,
-                keys.IN_FLIGHT + order.tenant if limited else "", in_flight_limit or 0, reply,
-                keys.IDEMPOTENCY + idempotency.key if idempotency else "", idempotency.body_hash if idempotency else "",
-                int(idempotency.ttl_s * 1000) if idempotency else 0, order.retry_of or "",
+                *limit_arguments(order.tenant, in_flight_limit), reply, *key_arguments(idempotency),
+                order.retry_of or "",
             ),
             self.clock,
             settings.redis.reconnect_cap_s,
         )  # fmt: skip
         word, answering, status = (part.decode() for part in reply_of[1:])
-        match word:
-            case "mismatch":
-                raise IdempotencyMismatch
-            case "in_flight":
-                text = f"this API key has {in_flight_limit} unfinished jobs, as many as it may"
-                raise Overloaded(text, code="too_many_in_flight")
-        _refuse_overload(word)
+        if word not in {"accepted", "repeated"}:
+            raise refusal(word, in_flight_limit)
         return AcceptedDelivery(answering, status or "pending", job.deadline_ms, repeated=word == "repeated")
 
     async def received(
@@ -232,8 +223,7 @@ class Deliveries:
             Overloaded: too much unfinished work, or too much that waits to be recorded.
             BrokerUnavailable: no answer within a second.
         """
-        if not self.clock.is_set:
-            raise BrokerUnavailable("Redis has not been reached yet")
+        self.clock.require()
         settings = self._settings
         payload = IncomingPayload(provider=provider, headers=headers, body=body, message=message)
         job = flows.new_job(
@@ -253,7 +243,8 @@ class Deliveries:
             settings.redis.reconnect_cap_s,
         )  # fmt: skip
         word: WordOfReceived = reply[1].decode()
-        _refuse_overload(word)
+        if word not in {"accepted", "duplicate"}:
+            raise refusal(word)
         return word
 
     # --- handing over ----------------------------------------------------------------------------
@@ -297,13 +288,7 @@ class Deliveries:
 
     # --- being told ------------------------------------------------------------------------------
 
-    async def told(
-        self, source: str, event_id: str, delivery_id: str, status: Told, error: Json | None = None
-    ) -> WordOfTold:
-        """Note what a provider tells of a delivery; see `told_all`."""
-        return (await self.told_all(source, [Event(event_id, delivery_id, status, error)]))[0]
-
-    async def told_all(self, source: str, events: Sequence[Event]) -> list[WordOfTold]:
+    async def told(self, source: str, events: Sequence[Event]) -> list[WordOfTold]:
         """Note what a provider tells of deliveries.
 
         Args:
@@ -354,13 +339,7 @@ class Deliveries:
         return await within(self.read_many(ids))
 
     async def _run(self, script: scripts.Script, args: Sequence[Argument]) -> Any:
-        try:
-            sent_us = monotonic_us()
-            reply = await self._link.run(script, (), args)
-        except OutOfMemory as error:
-            raise RetryLater(str(error), code="out_of_memory", after_s=AGAIN_S, charged=False) from error
-        self.clock.observe(int(reply[0]), sent_us)
-        return reply
+        return await run_in_hand(self._link, script, args, self.clock)
 
     def __repr__(self) -> str:
         return f"<Deliveries over {self._link.name}>"
@@ -371,13 +350,6 @@ def _count(status: Told, kind: bytes, provider: bytes, took_ms: bytes) -> None:
     metrics.DELIVERIES_TOLD.labels(*labels, status).inc()
     if status == "delivered":
         metrics.DELIVERED_S.labels(*labels).observe(int(took_ms) / 1000)
-
-
-def _refuse_overload(word: str) -> None:
-    if word == "backlog":
-        raise Overloaded("the recorder is behind: too much waits to be written to history; try again later")
-    if word == "overloaded":
-        raise Overloaded
 
 
 def _asked(order: Order) -> Json:

@@ -20,6 +20,7 @@ import orjson
 import structlog
 
 from pipeline import flows, keys, scripts
+from pipeline.accepting import Idempotency, key_arguments, limit_arguments, refusal
 from pipeline.api_keys import KeyRing
 from pipeline.batches import AcceptedBatch, Batches, Order
 from pipeline.batching import Batcher
@@ -31,7 +32,6 @@ from pipeline.deliveries import Order as DeliveryOrder
 from pipeline.errors import (
     BrokerUnavailable,
     DeadlineExceeded,
-    IdempotencyMismatch,
     JobLost,
     Overloaded,
     PenstockError,
@@ -64,20 +64,6 @@ OVERVIEW_FOR_S: Final = 1.0
 LOOK_WITHIN_S: Final = 4.0  # Prometheus gives up after five, as deploy/prometheus says
 REGISTERED_FOR_S: Final = 30.0
 """A replica that no llm worker has registered for so long is not leased to."""
-
-
-@dataclass(frozen=True, slots=True)
-class Idempotency:
-    """An Idempotency-Key as Redis knows it.
-
-    Attributes:
-        key: a hash over tenant, path and the header's value.
-        body_hash: tells the same request from another one under the same key.
-    """
-
-    key: str
-    body_hash: str
-    ttl_s: float = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,8 +213,7 @@ class Front:
             IdempotencyMismatch: the key was used with another body.
             BrokerUnavailable: no answer within a second; with `unknown` the job may have been accepted all the same.
         """
-        if not self.clock.is_set:  # its deadline was counted from a clock that may be hours off
-            raise BrokerUnavailable("Redis has not been reached yet")
+        self.clock.require()  # the job's deadline was counted from it
         self._refuse_overload(job.flow)
         reply = self._reply_stream if wait else ""
         submission = _Submission(job, flows.FLOWS[job.flow].leases, reply, in_flight_limit, idempotency)
@@ -245,32 +230,16 @@ class Front:
             submission.is_wanted = False
             if word != "accepted":
                 self._waiting.pop(job.id, None)
-        match word:
-            case "accepted":
-                return Accepted(answering_id)
-            case "repeated":
-                return Accepted(answering_id, repeated=True)
-            case "mismatch":
-                raise IdempotencyMismatch
-            case "in_flight":
-                message = f"this API key has {in_flight_limit} unfinished jobs, as many as it may"
-                raise Overloaded(message, code="too_many_in_flight")
-        raise Overloaded
+        if word not in {"accepted", "repeated"}:
+            raise refusal(word, in_flight_limit)
+        return Accepted(answering_id, repeated=word == "repeated")
 
     async def submit_batch(
         self, order: Order, *, idempotency: Idempotency | None = None, in_flight_limit: int | None = None
     ) -> AcceptedBatch:
         """Accept a batch of messages, all or nothing; arguments and errors as for `submit`."""
         self._refuse_overload("message")
-        if idempotency is None:
-            return await self.batches.accept(order, in_flight_limit=in_flight_limit)
-        return await self.batches.accept(
-            order,
-            idempotency_key=idempotency.key,
-            body_hash=idempotency.body_hash,
-            key_ttl_s=idempotency.ttl_s,
-            in_flight_limit=in_flight_limit,
-        )
+        return await self.batches.accept(order, idempotency=idempotency, in_flight_limit=in_flight_limit)
 
     async def say(
         self,
@@ -353,15 +322,11 @@ class Front:
         self._rng.shuffle(candidates)  # ties between equal loads fall at random
         args: list[Argument] = [self._settings.admission.max_jobs, len(candidates), *candidates]
         for submission in batch:
-            job, idempotency = submission.job, submission.idempotency
+            job = submission.job
             stage, tail = job.launch()
             args += [job.id, tail, keys.stream(stage, job.priority), job.tenant, job.deadline_ms, 0, submission.reply]
-            limited = submission.in_flight_limit is not None
-            args += [keys.IN_FLIGHT + job.tenant if limited else "", submission.in_flight_limit or 0]
-            if idempotency is None:
-                args += ["", "", 0]
-            else:
-                args += [keys.IDEMPOTENCY + idempotency.key, idempotency.body_hash, int(idempotency.ttl_s * 1000)]
+            args += limit_arguments(job.tenant, submission.in_flight_limit)
+            args += key_arguments(submission.idempotency)
             args += ["lease" if submission.leases else "", flows.record_of(job)]
         return args
 
@@ -620,8 +585,7 @@ class Front:
             WrongField: of the request, or of its inputs.
             BrokerUnavailable: Redis does not answer within a second.
         """
-        if not self.clock.is_set:
-            raise BrokerUnavailable("Redis has not been reached yet")
+        self.clock.require()
         job: Job = await within(self._reports.job(body, tenant))
         return job
 

@@ -43,6 +43,7 @@ BESIDE: Final[dict[str, tuple[str, ...]]] = {
 
 _MADE: Final = frozenset({"message_id", "retry_count"})
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_OWN_ID: Final = re.compile(r"[0-9a-f]{32}")
 _STRING: Final = frozenset({str})
 _NUMBERS: Final = frozenset({float, int})
 _ID_SOMEWHERE = re.compile(rb'"id"\s*:\s*"([A-Za-z0-9._:-]{1,128})"')
@@ -51,6 +52,11 @@ _ID_SOMEWHERE = re.compile(rb'"id"\s*:\s*"([A-Za-z0-9._:-]{1,128})"')
 def new_id() -> str:
     """Return a fresh job id: 32 hexadecimal digits."""
     return os.urandom(16).hex()
+
+
+def is_own_id(text: str) -> bool:
+    """Say whether this can be an id that we gave: one that we never gave is never made a part of a key."""
+    return _OWN_ID.fullmatch(text) is not None
 
 
 def is_valid_id(text: object) -> bool:

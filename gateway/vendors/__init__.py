@@ -12,11 +12,12 @@ What vendors call `queued` or `deferred` changes nothing here: they have the mes
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol, get_args
 from urllib.parse import unquote_to_bytes
+
+from pipeline.job import is_own_id
 
 Reason = Literal["no_key", "unsigned", "bad_signature", "stale"]
 REASONS: Final[tuple[Reason, ...]] = get_args(Reason)
@@ -27,8 +28,6 @@ SKIPPED: Final[tuple[Skipped, ...]] = get_args(Skipped)
 
 MOST_FIELDS: Final = 1_000
 """Of one form; vendors send some thirty. Sorting those of a stranger must not hold up everybody else."""
-
-_OWN_ID: Final = re.compile(r"[0-9a-f]{32}")
 
 
 class Refused(Exception):
@@ -149,7 +148,7 @@ def _plain(text: bytes) -> bytes:
 
 def own_id(value: object) -> str | None:
     """Return *value* if it can be the id of a delivery: what cannot is never made a part of a key."""
-    return value if isinstance(value, str) and _OWN_ID.fullmatch(value) else None
+    return value if isinstance(value, str) and is_own_id(value) else None
 
 
 def printable(text: bytes) -> str:

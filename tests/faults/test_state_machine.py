@@ -33,6 +33,7 @@ from hypothesis.stateful import (
 )
 
 from pipeline import batches, flows, keys, scripts
+from pipeline.accepting import Idempotency
 from pipeline.balancing import Replica
 from pipeline.batches import Message, Order
 from pipeline.connection import Argument, GroupMissing, Link
@@ -406,8 +407,9 @@ class Machine(RuleBasedStateMachine):
         plan = batches._Plan(order, self.settings, _now_ms())
         limit = data.draw(strategies.sampled_from([None, 2]), "limit")
         body_hash = data.draw(strategies.sampled_from(["a", "a", "b"]), "body") if key else ""
+        idempotency = Idempotency(key, body_hash, LONG_MS / 1000) if key else None
         rows = list(plan.members())
-        args = [*self.front.batches._commit_arguments(plan, key, body_hash, LONG_MS / 1000, limit), "here"]
+        args = [*self.front.batches._commit_arguments(plan, idempotency, limit), "here"]
         args += [part for row in rows for part in row]
         args[5] = most
         keep_ms = int(self.settings.messages.keep_s * 1000)

@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ import pytest
 from gateway.app import create_app
 from gateway.server import Server, listen
 from pipeline.front import Front
+from pipeline.records import Records
 from pipeline.settings import Settings
 from tests.gateway.fake import FakeFront
 
@@ -33,6 +35,15 @@ class Running:
 
 
 Start = Callable[..., Awaitable[Running]]
+
+
+@pytest.fixture
+async def records(tmp_path: Path) -> AsyncIterator[Records]:
+    """An empty history."""
+    records = Records.open(f"sqlite:///{tmp_path}/history.db")
+    await records.upgrade()
+    yield records
+    await records.close()
 
 
 @pytest.fixture

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from pipeline.accepting import Idempotency
 from pipeline.clock import Clock
 from pipeline.errors import DeadlineExceeded, IdempotencyMismatch, Overloaded, PenstockError
-from pipeline.front import Accepted, Front, Health, Idempotency, Standing
+from pipeline.front import Accepted, Front, Health, Standing
 from pipeline.job import Completion, Job
 from pipeline.overview import Overview
 

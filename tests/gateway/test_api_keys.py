@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import httpx
 import pytest
@@ -24,6 +23,7 @@ from pipeline.settings import GatewaySettings, RedisSettings, Settings
 from tests.conftest import wait_until
 from tests.gateway.conftest import Running, Start
 from tests.gateway.fake import FakeFront, completed
+from tests.gateway.recorded import record
 from tests.rig import changed
 from tests.servers import RedisServer
 
@@ -214,18 +214,9 @@ async def has(client: httpx.AsyncClient, key: str | None, wanted: int) -> bool:
     return await status(client, key) == wanted
 
 
-@pytest.fixture
-async def records(tmp_path: Path) -> AsyncIterator[Records]:
-    """An empty history."""
-    records = Records.open(f"sqlite:///{tmp_path}/history.db")
-    await records.upgrade()
-    yield records
-    await records.close()
-
-
 async def lose(link: Link, records: Records) -> None:
     """Write to history what waits for it; then lose all that Redis holds."""
-    await records.apply([Event.decode(fields) for _, fields in await link.call("XRANGE", keys.EVENTS, "-", "+")])
+    await record(link, records)
     await link.call("FLUSHALL")
 
 

@@ -19,10 +19,11 @@ from pipeline import connection, keys, scripts
 from pipeline.connection import Link
 from pipeline.front import Front
 from pipeline.job import Done, Job
-from pipeline.records import Event, Records
+from pipeline.records import Records
 from pipeline.settings import Settings
 from stages.chat import Chat
 from tests.conftest import wait_until
+from tests.gateway.recorded import record
 from tests.rig import Gate, Scripted, assert_nothing_is_left, changed, working
 
 Json = dict[str, Any]
@@ -65,9 +66,7 @@ class Service:
 
     async def record(self) -> None:
         """Do the recorder's work."""
-        for entry, fields in await self.link.call("XRANGE", keys.EVENTS, "-", "+"):
-            await self.records.apply([Event.decode(fields)])
-            await self.link.call("XDEL", keys.EVENTS, entry)
+        await record(self.link, self.records)
 
 
 class Ear:

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,11 +17,12 @@ from pipeline import keys
 from pipeline.connection import Link
 from pipeline.errors import Reject
 from pipeline.front import Front
-from pipeline.records import Event, Records
+from pipeline.records import Records
 from pipeline.settings import Settings
 from stages.delivery import Courier, Shared
 from stages.providers import Sent
 from tests.conftest import wait_until
+from tests.gateway.recorded import record
 from tests.redis.test_delivering import Scripted, courier
 from tests.rig import changed, everything, working
 
@@ -67,23 +67,12 @@ class Service:
 
     async def record(self) -> None:
         """Do the recorder's work."""
-        for entry, fields in await self.link.call("XRANGE", keys.EVENTS, "-", "+"):
-            await self.records.apply([Event.decode(fields)])
-            await self.link.call("XDEL", keys.EVENTS, entry)
+        await record(self.link, self.records)
 
     async def forget(self) -> None:
         """Let a week pass: what Redis kept is gone."""
         for name in await self.link.call("KEYS", keys.DELIVERY + "*"):
             await self.link.call("DEL", name)
-
-
-@pytest.fixture
-async def records(tmp_path: Path) -> AsyncIterator[Records]:
-    """An empty history."""
-    records = Records.open(f"sqlite:///{tmp_path}/history.db")
-    await records.upgrade()
-    yield records
-    await records.close()
 
 
 @pytest.fixture

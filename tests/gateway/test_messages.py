@@ -25,13 +25,14 @@ from gateway.operation import AT_ONCE, MOST_FIELDS
 from pipeline import connection, keys, scripts
 from pipeline.connection import Link
 from pipeline.dead import DeadLetters
-from pipeline.errors import BrokerUnavailable, HistoryUnavailable, MalformedEntry, Reject
+from pipeline.errors import BrokerUnavailable, HistoryUnavailable, Reject
 from pipeline.front import Front
 from pipeline.job import Done, Job
 from pipeline.records import Event, Records
 from pipeline.settings import MessagesSettings, Settings
 from stages.aggregator import Aggregator
 from tests.conftest import wait_until
+from tests.gateway.recorded import record
 from tests.rig import Scripted, changed, working
 
 Json = dict[str, Any]
@@ -69,17 +70,7 @@ class Service:
 
     async def record(self) -> None:
         """Do the recorder's work."""
-        for entry, fields in await self.link.call("XRANGE", keys.EVENTS, "-", "+"):
-            event = Event.decode(fields)
-            events = [event]
-            if event.rows:
-                for one in event.members(await self.link.call("LRANGE", event.rows, 0, -1)):
-                    assert not isinstance(one, MalformedEntry)
-                    events.append(one)
-            await self.records.apply(events)
-            await self.link.call("XDEL", keys.EVENTS, entry)
-            if event.rows:
-                await self.link.call("DEL", event.rows)
+        await record(self.link, self.records)
 
     async def forget(self) -> None:
         """Let seven days pass: what Redis kept is gone."""
@@ -106,15 +97,6 @@ class Service:
         live = await self.link.call("EXISTS", keys.LIVE_INDEX, keys.DELAYED, keys.EVENTS)
         rows, _ = await self.records.messages("default")
         return not streams and not live and not rows
-
-
-@pytest.fixture
-async def records(tmp_path: Path) -> AsyncIterator[Records]:
-    """An empty history."""
-    records = Records.open(f"sqlite:///{tmp_path}/history.db")
-    await records.upgrade()
-    yield records
-    await records.close()
 
 
 @pytest.fixture

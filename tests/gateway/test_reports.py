@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,10 +18,11 @@ from pipeline.connection import Link
 from pipeline.errors import Reject
 from pipeline.front import Front
 from pipeline.job import Done, Job, new_id
-from pipeline.records import Event, Records
+from pipeline.records import Records
 from pipeline.settings import Settings
 from stages.report import Report
 from tests.conftest import wait_until
+from tests.gateway.recorded import record
 from tests.redis.test_reports import PASSAGES, PATIENT, answer_to, responses
 from tests.rig import FIRST, Gate, Scripted, changed, working
 
@@ -64,17 +64,13 @@ class Service:
         return found
 
     async def record(self) -> None:
-        """Write what Redis has to tell, as the recorder does."""
-        rows = await self.link.call("XRANGE", keys.EVENTS, "-", "+")
-        await self.records.apply([Event.decode(fields) for _, fields in rows])
-        await self.link.call("DEL", keys.EVENTS)
+        """Do the recorder's work."""
+        await record(self.link, self.records)
 
 
 @pytest.fixture
-async def serve(link: Link, front: Front, settings: Settings, tmp_path: Path) -> AsyncIterator[Any]:
+async def serve(link: Link, front: Front, settings: Settings, records: Records) -> AsyncIterator[Any]:
     """Start the service, with settings that differ in what the test says; its replica answers when the gate is open."""
-    records = Records.open(f"sqlite:///{tmp_path}/history.db")
-    await records.upgrade()
     async with AsyncExitStack() as stack:
 
         async def start(**sections: Any) -> Service:
@@ -93,7 +89,6 @@ async def serve(link: Link, front: Front, settings: Settings, tmp_path: Path) ->
             return Service(client, link, front, records, gate)
 
         yield start
-    await records.close()
 
 
 async def _pass(job: Job) -> Done:
@@ -211,7 +206,7 @@ async def test_a_tenant_sees_and_deletes_its_own(serve: Any) -> None:
     assert [row["report_id"] for row in (await one.get("/users/u1/reports", BEN))["reports"]] == [ids["ben"]]
     async with asyncio.TaskGroup() as group:
         deletion = group.create_task(one.http.delete("/users/u1", headers=ANNA))
-        await wait_until(lambda: one.link.call("EXISTS", keys.EVENTS))
+        await wait_until(lambda: one.link.call("XLEN", keys.EVENTS))
         await one.record()
     assert deletion.result().json() == {"user_id": "u1", "status": "deleted"}
     assert (await one.http.get(f"/reports/{ids['anna']}", headers=ANNA)).status_code == 404

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, cast
 
 import httpx
@@ -23,6 +22,7 @@ from pipeline.settings import Settings
 from stages.webhook import build
 from tests.conftest import wait_until
 from tests.gateway.conftest import Running, Start
+from tests.gateway.recorded import record
 from tests.receivers import answer, receiving
 from tests.rig import changed, working
 
@@ -180,11 +180,9 @@ async def test_history_knows_what_redis_has_forgotten(front: Front, settings: Se
 
 
 async def test_news_of_a_message_from_outside_is_told_anew_from_history(
-    front: Front, settings: Settings, tmp_path: Path
+    front: Front, settings: Settings, records: Records
 ) -> None:
     """What the message says is read where it is kept; where that is gone there is nothing to tell."""
-    records = Records.open(f"sqlite:///{tmp_path}/history.db")
-    await records.upgrade()
     message = {
         "type": "sms",
         "provider": "twilio",
@@ -210,16 +208,13 @@ async def test_news_of_a_message_from_outside_is_told_anew_from_history(
         "message_id": "m1", "from": "+1", "to": "+2", "type": "sms", "subject": None, "body": "Hi", "media": None,
         "provider": "twilio", "provider_id": "SM7",
     }  # fmt: skip
-    await records.close()
 
 
 async def test_replay_names_what_it_repeats_wherever_it_is_read(
-    link: Link, front: Front, settings: Settings, tmp_path: Path
+    link: Link, front: Front, settings: Settings, records: Records
 ) -> None:
     """While it lives, when it has ended, and from history."""
     settings = changed(settings, webhook={"allow_private": True})
-    records = Records.open(f"sqlite:///{tmp_path}/history.db")
-    await records.upgrade()
     await link.call("SET", keys.BATCH_RESULTS + "b1", orjson.dumps({"results": []}), "PX", 60_000)
     transport = httpx.ASGITransport(create_app(settings, front, records))
     async with (
@@ -236,11 +231,10 @@ async def test_replay_names_what_it_repeats_wherever_it_is_read(
             await wait_until(lambda: link.call("EXISTS", keys.COMPLETION + new))
         found = (await http.get(f"/webhook/{new}")).json()
         assert (found["status"], found["retry_of"]) == ("completed", "w1")
-        await records.apply([Event.decode(fields) for _, fields in await link.call("XRANGE", keys.EVENTS, "-", "+")])
+        await record(link, records)
         await link.call("DEL", keys.COMPLETION + new)
         again = (await http.get(f"/webhook/{new}")).json()
         assert again == found
-    await records.close()
 
 
 async def test_webhook_that_redis_has_lost_may_be_replayed(front: Front, settings: Settings, link: Link) -> None:

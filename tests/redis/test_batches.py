@@ -12,11 +12,12 @@ import pytest
 from prometheus_client import REGISTRY
 
 from pipeline import batches, connection, keys, scripts
+from pipeline.accepting import Idempotency
 from pipeline.batches import AcceptedBatch, Batches, Message, Order
 from pipeline.connection import CommandRefused, Link
 from pipeline.dead import DeadLetters
 from pipeline.errors import BrokerUnavailable, IdempotencyMismatch, MaybeAccepted, Overloaded
-from pipeline.front import Front, Idempotency
+from pipeline.front import Front
 from pipeline.job import Completion, decode
 from pipeline.settings import Settings
 from stages.aggregator import Aggregator

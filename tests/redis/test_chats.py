@@ -10,11 +10,12 @@ import orjson
 import pytest
 
 from pipeline import keys
+from pipeline.accepting import Idempotency
 from pipeline.chats import Chats, ChatWatch, Message, Persona
 from pipeline.clock import Clock, monotonic_us
 from pipeline.connection import Link
 from pipeline.errors import IdempotencyMismatch, Overloaded, RetryLater, TooManyPersonas
-from pipeline.front import Front, Idempotency
+from pipeline.front import Front
 from pipeline.job import Done, Job, decode
 from pipeline.settings import Settings
 from stages.chat import Chat

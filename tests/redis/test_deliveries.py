@@ -12,12 +12,13 @@ import orjson
 import pytest
 
 from pipeline import keys, scripts
+from pipeline.accepting import Idempotency
 from pipeline.connection import CommandRefused, Link
-from pipeline.deliveries import AcceptedDelivery, Begun, Deliveries, Delivery, Order, Told
+from pipeline.deliveries import AcceptedDelivery, Begun, Deliveries, Delivery, Event, Order, Told, WordOfTold
 from pipeline.errors import IdempotencyMismatch, LeaseLost, Overloaded
 from pipeline.flows import ReceivedMessage
-from pipeline.front import Front, Idempotency
-from pipeline.job import Completion, Job, decode, error_body
+from pipeline.front import Front
+from pipeline.job import Completion, Job, Json, decode, error_body
 from pipeline.settings import Settings
 from pipeline.streams import Entry, Settlement
 from tests.rig import Hand, assert_nothing_is_left, changed, everything, letters, outcome, release, retry
@@ -84,6 +85,14 @@ async def found(deliveries: Deliveries, delivery_id: str) -> Delivery:
 
 async def status(deliveries: Deliveries, delivery_id: str) -> str:
     return (await found(deliveries, delivery_id)).status
+
+
+async def told(
+    deliveries: Deliveries, source: str, event_id: str, delivery_id: str, status: Told, error: Json | None = None
+) -> WordOfTold:
+    """Have one event told; return what became of it."""
+    (word,) = await deliveries.told(source, [Event(event_id, delivery_id, status, error)])
+    return word
 
 
 async def events(link: Link, delivery_id: str) -> list[dict[str, Any]]:
@@ -441,7 +450,7 @@ async def test_all_orders_and_repetitions_of_what_is_told_end_in_the_same_status
                     delivery_id = await sent(deliveries, hand)
                     order = [event for event, times in zip(events_told, twice, strict=True) for _ in range(times)]
                     for number, event in enumerate([*order, order[0]]):
-                        await deliveries.told("test", f"{delivery_id} {number}", delivery_id, event)
+                        await told(deliveries, "test", f"{delivery_id} {number}", delivery_id, event)
                     delivery = await found(deliveries, delivery_id)
                     assert delivery.status == highest("sent", *events_told), order
                     ranks = [RANK.index(one) for one, _ in delivery.history]
@@ -460,10 +469,10 @@ async def test_what_is_told_before_the_answer_comes_to_the_same(settings: Settin
                     job, entry = await hand.hold()
                     await hand.deliveries.begin(job, "console")
                     for event in events_told[:before]:
-                        await deliveries.told("test", f"{job.id} {event}", job.id, event)
+                        await told(deliveries, "test", f"{job.id} {event}", job.id, event)
                     await hand.settle(completed(job, entry))
                     for event in events_told[before:]:
-                        await deliveries.told("test", f"{job.id} {event}", job.id, event)
+                        await told(deliveries, "test", f"{job.id} {event}", job.id, event)
                     delivery = await found(deliveries, job.id)
                     assert delivery.status == highest("sent", *events_told)
                     assert delivery.provider_id == "SM1"
@@ -477,7 +486,7 @@ async def test_history_learns_what_the_answer_says_also_where_the_callback_was_q
     async with holding(settings) as hand:
         job, entry = await hand.hold()
         await hand.deliveries.begin(job, "console")
-        await deliveries.told("test", "e1", job.id, "delivered")
+        await told(deliveries, "test", "e1", job.id, "delivered")
         await hand.settle(completed(job, entry))
     last = (await events(link, accepted.id))[-1]
     assert (last["status"], last["provider_id"], last["attempts"]) == ("delivered", "SM1", 1)
@@ -489,15 +498,15 @@ async def test_an_event_counts_once(link: Link, settings: Settings, deliveries: 
     async with holding(settings) as hand:
         delivery_id = await sent(deliveries, hand)
     error = error_body("failed", "30005", "unknown destination handset")
-    assert await deliveries.told("test", "e1", delivery_id, "undelivered", error) == "applied"
+    assert await told(deliveries, "test", "e1", delivery_id, "undelivered", error) == "applied"
     assert (await found(deliveries, delivery_id)).error == error
     before = await everything(link)
-    assert await deliveries.told("test", "e1", delivery_id, "delivered") == "duplicate"
+    assert await told(deliveries, "test", "e1", delivery_id, "delivered") == "duplicate"
     assert await everything(link) == before
-    assert await deliveries.told("other", "e1", delivery_id, "sent") == "late"
-    assert await deliveries.told("test", "e2", NOBODY, "sent") == "unknown_delivery"
+    assert await told(deliveries, "other", "e1", delivery_id, "sent") == "late"
+    assert await told(deliveries, "test", "e2", NOBODY, "sent") == "unknown_delivery"
     assert await status(deliveries, delivery_id) == "undelivered"
-    assert await deliveries.told("test", "e3", delivery_id, "delivered") == "applied"
+    assert await told(deliveries, "test", "e3", delivery_id, "delivered") == "applied"
     assert (await found(deliveries, delivery_id)).error is None  # it arrived after all
     assert await link.call("PTTL", keys.DELIVERY + delivery_id) > 0
 
@@ -508,7 +517,7 @@ async def test_what_its_provider_has_taken_is_not_handed_over_again(settings: Se
     async with holding(settings) as hand:
         job, entry = await hand.hold()
         await hand.deliveries.begin(job, "console")
-        await deliveries.told("test", "e1", job.id, "sent")
+        await told(deliveries, "test", "e1", job.id, "sent")
         await hand.settle(release(entry))
         job, entry = await hand.hold()
         assert (await hand.deliveries.begin(job, "console", again=True)).word == "taken"
@@ -523,7 +532,7 @@ async def test_what_was_unknown_is_known_once_the_provider_tells(settings: Setti
         job, entry = await hand.hold()
         await hand.deliveries.begin(job, "console")
         await hand.settle(ended(job, entry, "failed", "outcome_unknown"))
-    assert await deliveries.told("test", "e1", accepted.id, "delivered") == "applied"
+    assert await told(deliveries, "test", "e1", accepted.id, "delivered") == "applied"
     delivery = await found(deliveries, accepted.id)
     assert [one for one, _ in delivery.history] == ["pending", "sending", "unknown", "delivered"]
 
@@ -541,7 +550,7 @@ async def test_what_waits_is_cancelled_at_once(
     assert await front.cancel(accepted.id, "someone else") == "unknown"
     assert await front.cancel(accepted.id, "default") == "cancelled"
     await assert_nothing_is_left(link)
-    assert await deliveries.told("test", "e1", accepted.id, "delivered") == "late"
+    assert await told(deliveries, "test", "e1", accepted.id, "delivered") == "late"
     delivery = await found(deliveries, accepted.id)
     assert [one for one, _ in delivery.history] == ["scheduled" if is_scheduled else "pending", "cancelled"]
     assert await front.cancel(accepted.id, "default") == "finished"
@@ -638,7 +647,7 @@ async def test_a_key_of_a_wrong_type_stops_a_delivery_and_no_other(
         with pytest.raises(CommandRefused):
             await hand.deliveries.begin(job, "console")
         with pytest.raises(CommandRefused):
-            await deliveries.told("test", "e1", accepted.id, "sent")
+            await told(deliveries, "test", "e1", accepted.id, "sent")
         assert await everything(link) == before
         reply = await link.run(scripts.PROMOTE, (), (10,))
         assert reply[1:] == ([0, 1] if key == keys.EVENTS else [1, 0])

@@ -13,11 +13,12 @@ import pytest
 
 from loadtest.schema import fill
 from pipeline import group_reader, keys
+from pipeline.accepting import Idempotency
 from pipeline.clock import Clock
 from pipeline.connection import CommandRefused, Link
 from pipeline.dead import DeadLetters
 from pipeline.errors import Reject, WrongField
-from pipeline.front import Front, Idempotency
+from pipeline.front import Front
 from pipeline.job import Completion, Done, Job, error_body
 from pipeline.report_types import medical
 from pipeline.reports import Reports, RequestStream

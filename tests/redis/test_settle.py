@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 
 from pipeline import keys, scripts
+from pipeline.accepting import Idempotency
 from pipeline.balancing import Replica
 from pipeline.connection import CommandRefused, Link
-from pipeline.front import Front, Idempotency
+from pipeline.front import Front
 from pipeline.job import Job
 from pipeline.settings import Settings
 from pipeline.streams import Entry, Settlement

@@ -9,9 +9,10 @@ import orjson
 import pytest
 
 from pipeline import keys, scripts
+from pipeline.accepting import Idempotency
 from pipeline.connection import CommandRefused, Link, OutOfMemory
 from pipeline.errors import BrokerUnavailable, IdempotencyMismatch, Overloaded
-from pipeline.front import Accepted, Front, Idempotency
+from pipeline.front import Accepted, Front
 from pipeline.job import Job, decode
 from pipeline.settings import Settings
 from tests.conftest import wait_until
