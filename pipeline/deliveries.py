@@ -24,7 +24,7 @@ from pipeline.accepting import Idempotency, key_arguments, limit_arguments, refu
 from pipeline.batching import MOST
 from pipeline.clock import Clock
 from pipeline.connection import Argument, Link, insist, run_in_hand, within
-from pipeline.errors import LeaseLost
+from pipeline.errors import LeaseLost, Reject
 from pipeline.flows import FLOWS, DeliveryPayload, IncomingPayload, ReceivedMessage
 from pipeline.job import Job, Json, new_id
 
@@ -181,6 +181,7 @@ class Deliveries:
         Raises:
             Overloaded: too much unfinished work, of all, of this tenant (`too_many_in_flight`), or of the recorder.
             IdempotencyMismatch: the key was used with another body.
+            Reject: what it repeats has gone out, as its provider has told by now (`already_sent`).
             BrokerUnavailable: no answer within a second; with `unknown` it may have been accepted all the same.
         """
         self.clock.require()
@@ -205,6 +206,8 @@ class Deliveries:
             settings.redis.reconnect_cap_s,
         )  # fmt: skip
         word, answering, status = (part.decode() for part in reply_of[1:])
+        if word == "already_sent":
+            raise Reject(f"the delivery {order.retry_of} has gone out, as its provider has told since", code=word)
         if word not in {"accepted", "repeated"}:
             raise refusal(word, in_flight_limit)
         return AcceptedDelivery(answering, status or "pending", job.deadline_ms, repeated=word == "repeated")
@@ -257,7 +260,7 @@ class Deliveries:
         Args:
             per_s: how many messages a second the provider takes from all processes together; 0: any number.
             turn_us: the turn that was given before, and has come.
-            again: whether it may be handed over though somebody may have done so before.
+            again: whether this provider may be given it twice: it knows a message by its id.
 
         Raises:
             LeaseLost: the job is no longer in this hand.

@@ -553,8 +553,15 @@ local function raise_delivery(id, delivery, status, error_text, now_us)
   return true
 end
 
--- Codes of failures after which nobody knows whether what was begun has gone out.
-local UNCERTAIN = {poison = true, lost = true, outcome_unknown = true}
+-- The mark (`doubt`) of who begins to hand a delivery over: this entry, in this holder's hands.
+local function mark_of(entry, count) return entry .. ' ' .. count end
+
+-- A holder says how its own hand-over went: its mark is taken away. That of somebody else stays: an heir that fails before
+-- it has begun knows nothing of what the one before it did.
+local function clear_doubt(id, entry, count)
+  local key = KEY.delivery .. id
+  if call('HGET', key, 'doubt') == mark_of(entry, count) then call('HDEL', key, 'doubt') end
+end
 
 -- A delivery's job has ended. What the provider itself has told weighs more than what the job found, and what was begun
 -- (`doubt`) by somebody who never said how it went may have gone out. From here on the record has a time to live.
@@ -570,7 +577,7 @@ local function end_delivery(id, completion, now_us)
     local is_new = type(provider_id) == 'string' and provider_id ~= delivery.provider_id
     if is_new then delivery.provider_id = provider_id end
     if not raise_delivery(id, delivery, 'sent', '', now_us) and is_new then write_delivery(id, delivery, now_us) end
-  elseif delivery.doubt and (outcome.status ~= 'failed' or UNCERTAIN[outcome.error.code]) then
+  elseif delivery.doubt then
     raise_delivery(id, delivery, 'unknown', error_text, now_us)
   elseif not is_taken then
     raise_delivery(id, delivery, 'failed', error_text, now_us)

@@ -2,7 +2,8 @@
 -- begin: may this delivery be given to its provider now? The last question before it is.
 -- ARGV[1] stream  ARGV[2] group  ARGV[3] entry  ARGV[4] delivery count  ARGV[5] consumer  ARGV[6] id  ARGV[7] provider
 -- ARGV[8] the least time between two messages of this provider (us; 0: none)  ARGV[9] the longest wait for one's turn (ms)
--- ARGV[10] the turn that was given before (us; '' none yet)  ARGV[11] 'again' when it may go out a second time, else ''
+-- ARGV[10] the turn that was given before (us; '' none yet)
+-- ARGV[11] 'again' where this provider knows a message by its id and may have it twice, else ''
 -- Returns: time (us), word, and for some words a wait (us):
 --   'begun'      it is `sending` from now on
 --   'wait'       its turn comes after this wait; ask again then, with the turn, which stands behind it (us)
@@ -10,8 +11,9 @@
 --   'held'       the provider wants nobody for so long
 --   'doubt'      somebody began and never said how it ended: it may have gone out
 --   'taken'      the provider has told what became of it: it went out
---   'cancelled' | 'gone' (there is no such delivery) | 'lost' (the entry is another's)
--- Invariant: what is begun is marked (`doubt`) until its holder says how it ended. Of two holders of one entry, one begins.
+--   'cancelled' | 'gone' (no such delivery is under way) | 'lost' (the entry is another's)
+-- Invariant: what is begun carries its holder's mark (`doubt`) until that holder says how it ended. Of two holders of one
+--   entry, one begins.
 local now_us = clock_us()
 local now_ms = math.floor(now_us / 1000)
 local id, provider, turn = ARGV[6], KEY.provider .. ARGV[7], tonumber(ARGV[10])
@@ -23,10 +25,14 @@ check_type(KEY.delivery .. id, 'hash')
 check_type(KEY.events, 'stream')
 check_type(provider, 'hash')
 local delivery = read_delivery(id)
-if not delivery then return answer('gone') end
+local live = read_live(id)
+-- An entry that somebody has copied is adopted as a job of its own: it is no delivery, and nothing goes out for it.
+if not delivery or not live or live.kind ~= 'delivery' or live.entry ~= ARGV[3] then return answer('gone') end
 if delivery.status == 'cancelled' then return answer('cancelled') end
 if RANKS[delivery.status] >= RANKS.sent then return answer('taken') end
-if delivery.doubt and ARGV[11] == '' then return answer('doubt') end
+-- Only the provider that may have it knows its id: another one would send it a second time.
+local may_repeat = ARGV[11] == 'again' and delivery.provider == ARGV[7]
+if delivery.doubt and not may_repeat then return answer('doubt') end
 
 local known = call('HMGET', provider, 'held_until_ms', 'next_us')
 local held_ms = tonumber(known[1] or '0') - now_ms
@@ -43,7 +49,7 @@ end
 if turn and turn > now_us then return answer('wait', digits(turn - now_us), digits(turn)) end
 
 delivery.provider = ARGV[7]
-call('HSET', KEY.delivery .. id, 'doubt', ARGV[4])
+call('HSET', KEY.delivery .. id, 'doubt', mark_of(ARGV[3], ARGV[4]))
 if not raise_delivery(id, delivery, 'sending', '', now_us) then
   call('HSET', KEY.delivery .. id, 'provider', delivery.provider)
 end

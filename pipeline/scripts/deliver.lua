@@ -6,7 +6,7 @@
 -- ARGV[13] in-flight set ('' none)  ARGV[14] in-flight limit  ARGV[15] reply stream ('' none)
 -- ARGV[16] idempotency key ('' none)  ARGV[17] body hash  ARGV[18] its life (ms)  ARGV[19] the delivery it repeats ('' none)
 -- Returns: time (us), 'accepted' | 'repeated' | 'mismatch' (the key was used with another body) | 'overloaded' | 'backlog' |
---   'in_flight', id of the delivery that answers, the status with which that was accepted ('' when it is not known any more).
+--   'in_flight' | 'already_sent' (what it repeats went out), id of the delivery that answers, the status with which that was accepted ('' when it is not known any more).
 -- Invariant: one delivery per id and per idempotency key, however often this is sent.
 local now_us = clock_us()
 local id, tenant, due_ms, set, idem = ARGV[1], ARGV[3], ARGV[9], ARGV[13], ARGV[16]
@@ -30,6 +30,8 @@ if idem ~= '' then
   end
 end
 if call('EXISTS', key) == 1 then return answer('accepted') end
+local before = ARGV[19] ~= '' and call('HGET', KEY.delivery .. ARGV[19], 'status')
+if before == 'sent' or before == 'delivered' then return answer('already_sent') end
 if call('ZCARD', KEY.live_index) >= tonumber(ARGV[11]) then return answer('overloaded') end
 if call('XLEN', KEY.events) >= tonumber(ARGV[12]) then return answer('backlog') end
 if set ~= '' and call('SCARD', set) >= tonumber(ARGV[14]) then return answer('in_flight') end

@@ -68,9 +68,18 @@ local function lets_go(record)
   gone[record.stream] = entries
 end
 
+-- Whether the holder of a delivery says by this that its provider has not taken it.
+local function tells(record)
+  if record.verb == 'retry' then return true end
+  if record.verb ~= 'bury' or record.a == '' then return false end
+  local outcome = cjson.decode(record.a)
+  return outcome.status == 'failed' and outcome.error.code ~= 'outcome_unknown'
+end
+
 local function settle(record)
   local id, live, key = record.id, record.live, KEY.live .. record.id
   lets_go(record)
+  if record.named and live.kind == 'delivery' and tells(record) then clear_doubt(id, record.entry, record.count) end
   if record.verb == 'bury' then
     if not (record.named and is_forgotten(live.report)) then -- else the letter would tell of somebody who was erased
       answers[2] = answers[2] + bury(record.b, ARGV[3], tonumber(ARGV[4]), now_us)
@@ -103,7 +112,6 @@ local function settle(record)
     end
     local attempts = tonumber(string.match(record.b, '"attempt":(%d+)') or '1') - 1
     if record.verb == 'retry' then
-      if live.kind == 'delivery' then call('HDEL', KEY.delivery .. id, 'doubt') end -- how it went is known
       local due_ms = math.floor(now_us / 1000) + tonumber(record.a)
       call('HSET', key, 'attempts', attempts, 'stream', record.stream, 'entry', '', 'body', record.b, 'vector', record.c)
       call('ZADD', KEY.delayed, digits(due_ms), id)

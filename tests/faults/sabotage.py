@@ -72,7 +72,7 @@ BREAKS: Final = (
     ),
     Break(
         "doubt of an heir", "pipeline/scripts/begin.lua",
-        "if delivery.doubt and ARGV[11] == '' then return answer('doubt') end", "local _ = delivery.doubt",
+        "if delivery.doubt and not may_repeat then return answer('doubt') end", "local _ = delivery.doubt",
     ),
 )  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -110,6 +110,10 @@ def completed(job: Job, entry: Entry, provider_id: str = "SM1") -> Settlement:
     result = {"provider": "console", "provider_id": provider_id}
     completion = Completion(job.id, "completed", result=result, worker="hand", attempts=job.attempt)
     return Settlement(entry, job.id, "complete", completion.encode())
+
+
+def ended_as_poison(entry: Entry) -> Settlement:
+    return ended(decode(entry.data or b""), entry, "failed", "poison")
 
 
 def ended(job: Job, entry: Entry, word: str, code: str) -> Settlement:
@@ -296,8 +300,6 @@ async def test_an_heir_is_told_that_it_may_have_gone_out(settings: Settings, del
     ("word", "code", "wanted"),
     [
         ("failed", "outcome_unknown", "unknown"),  # the handler says so
-        ("failed", "poison", "unknown"),  # it killed its holders
-        ("failed", "lost", "unknown"),
         ("expired", "deadline_exceeded", "unknown"),  # the handler was stopped at the deadline
         ("cancelled", "cancelled", "unknown"),
         ("failed", "invalid_recipient", "failed"),  # the provider said no
@@ -327,6 +329,56 @@ async def test_what_was_never_begun_has_failed(settings: Settings, deliveries: D
         job, entry = await hand.hold()
         await hand.settle(ended(job, entry, "failed", code))
     assert await status(deliveries, accepted.id) == "failed"
+
+
+@pytest.mark.parametrize("again", [retry, lambda entry: ended_as_poison(entry)])
+async def test_an_heir_that_never_began_takes_no_doubt_away(
+    link: Link, settings: Settings, deliveries: Deliveries, again: Callable[[Entry], Settlement]
+) -> None:
+    """It fails before it comes so far, say since Redis is out of memory: what the dead one did stays unknown."""
+    accepted = await accept(deliveries)
+    async with holding(settings) as old, Holder(settings, "heir") as heir:
+        job, _ = await old.hold()
+        await old.deliveries.begin(job, "console")
+        _, entry = await heir.claim(old)
+        assert await heir.settle(again(entry)) == ["settled"]
+        delivery = await found(deliveries, accepted.id)
+        if delivery.status == "sending":
+            assert delivery.doubt
+            await link.call("ZADD", keys.DELAYED, 1, accepted.id)
+            await link.run(scripts.PROMOTE, (), (100,))
+            job, entry = await heir.hold()
+            assert (await heir.deliveries.begin(job, "console")).word == "doubt"
+            await heir.settle(ended(job, entry, "failed", "outcome_unknown"))
+    assert await status(deliveries, accepted.id) == "unknown"
+
+
+async def test_a_provider_that_was_chosen_since_is_not_asked_again(settings: Settings, deliveries: Deliveries) -> None:
+    """That it knows messages by their ids is of no use: another one may have sent this."""
+    await accept(deliveries)
+    async with holding(settings) as old, Holder(settings, "heir") as heir:
+        job, _ = await old.hold()
+        await old.deliveries.begin(job, "twilio")
+        job, _ = await heir.claim(old)
+        assert (await heir.deliveries.begin(job, "http", again=True)).word == "doubt"
+
+
+async def test_a_copied_entry_sends_nothing(link: Link, settings: Settings, deliveries: Deliveries) -> None:
+    """Neither while its delivery is under way nor when that has ended as unknown: it is no delivery."""
+    accepted = await accept(deliveries)
+    ((_, fields),) = await link.call("XRANGE", "message_queue:sms", "-", "+")
+    async with holding(settings) as hand:
+        job, entry = await hand.hold()
+        await hand.deliveries.begin(job, "console")
+        await link.call("XADD", "message_queue:sms", "*", *fields)
+        copied, _ = await hand.hold()
+        assert (await hand.deliveries.begin(copied, "console")).word == "gone"
+        await hand.settle(ended(job, entry, "failed", "outcome_unknown"))
+        await link.call("DEL", keys.COMPLETION + accepted.id)
+        await link.call("XADD", "message_queue:sms", "*", *fields)
+        copied, _ = await hand.hold()
+        assert (await hand.deliveries.begin(copied, "console")).word == "gone"
+    assert await status(deliveries, accepted.id) == "unknown"
 
 
 async def test_a_retry_says_how_it_went_and_a_release_does_not(settings: Settings, deliveries: Deliveries) -> None:

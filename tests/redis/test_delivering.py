@@ -14,7 +14,7 @@ import structlog
 from pipeline import keys
 from pipeline.connection import Link
 from pipeline.dead import DeadLetters
-from pipeline.deliveries import AcceptedDelivery, Deliveries, Delivery, Order
+from pipeline.deliveries import AcceptedDelivery, Deliveries, Delivery, Event, Order, Told
 from pipeline.errors import ConfigError, InDoubt, Reject, RetryLater
 from pipeline.flows import ReceivedMessage
 from pipeline.front import Front
@@ -293,6 +293,29 @@ async def test_a_cancelled_delivery_in_hand_is_stopped(link: Link, front: Front,
     assert statuses(await until(front.deliveries, second.id, "cancelled")) == ["pending", "cancelled"]
     assert [message.id for message in provider.got] == [first.id]
     await assert_nothing_is_left(link)
+
+
+@pytest.mark.parametrize(("word", "is_repeated"), [("sent", False), ("delivered", False), ("undelivered", True)])
+async def test_a_dead_letter_of_what_went_out_after_all_is_not_repeated(
+    link: Link, front: Front, settings: Settings, word: Told, *, is_repeated: bool
+) -> None:
+    """A provider may have told so since: the letter stays, and says why. What did not arrive may be tried again."""
+    provider = Scripted(InDoubt("the connection broke"))
+    async with working(settings, [courier(settings, provider)]):
+        accepted = await accept(front)
+        await until(front.deliveries, accepted.id, "unknown")
+        await front.deliveries.told("twilio", [Event("E1", accepted.id, word)])
+        dead = DeadLetters(link, settings)
+        (letter,) = await dead.list(10)
+        if is_repeated:
+            again = await dead.retry(letter.id, front.clock.now_ms())
+            await until(front.deliveries, again, "sent")
+        else:
+            with pytest.raises(Reject, match="has gone out") as caught:
+                await dead.retry(letter.id, front.clock.now_ms())
+            assert caught.value.code == "already_sent"
+    assert len(provider.got) == 1 + is_repeated
+    assert await dead.count() == 1 - is_repeated
 
 
 async def test_a_dead_letter_is_repeated_once(link: Link, front: Front, settings: Settings) -> None:
