@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fnmatch
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Final
 
 import hypothesis
 import pytest
@@ -15,6 +16,10 @@ from pipeline.connection import Link
 from pipeline.front import Front
 from pipeline.settings import RedisSettings, Settings, load
 from tests.servers import RedisServer
+
+PATIENCE_S: Final = 120.0
+"""Of whoever waits for what must come. It ends a hang, and says nothing about how fast anything is: a machine may be
+slow, busy, or stand still for seconds."""
 
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("steady")  # the same examples on every machine, however busy it is
@@ -91,7 +96,7 @@ async def unbounded_keys(connection: Link) -> list[str]:
 
 
 async def wait_until(
-    condition: Callable[[], Awaitable[object] | object], *, timeout_s: float = 10.0, every_s: float = 0.01
+    condition: Callable[[], Awaitable[object] | object], *, timeout_s: float = PATIENCE_S, every_s: float = 0.01
 ) -> None:
     """Wait until *condition* holds; fail loudly when it does not.
 

@@ -19,13 +19,16 @@ from pipeline.job import Completion, Done, Job, Priority, decode, error_body, ne
 from pipeline.settings import Settings
 from pipeline.stage import Context, Outcome, Stage
 from pipeline.streams import Answer, Entry, Settlement, Streams, start_arguments
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_S, wait_until
 
 Handler = Callable[[Job], Awaitable[Done]]
 BatchHandler = Callable[[Sequence[Job]], Awaitable[Sequence[Outcome]]]
 
 FIRST, SECOND, THIRD = "http://one:1/v1", "http://two:2/v1", "http://three:3/v1"
 REPLICAS = (FIRST, SECOND, THIRD)
+
+LIFE_S = PATIENCE_S
+"""Of a job that is to end well."""
 
 
 # --- stages -------------------------------------------------------------------------------------
@@ -168,7 +171,7 @@ def changed(settings: Settings, **sections: Mapping[str, Any]) -> Settings:
 def query(
     front: Front,
     text: str = "why?",
-    lifetime_s: float = 30.0,
+    lifetime_s: float = LIFE_S,
     *,
     tenant: str = "default",
     priority: Priority = "normal",
@@ -185,7 +188,7 @@ def query(
     return job
 
 
-def prompt(front: Front, text: str = "hello", lifetime_s: float = 30.0) -> Job:
+def prompt(front: Front, text: str = "hello", lifetime_s: float = LIFE_S) -> Job:
     """A prompt straight to a replica."""
     payload = flows.PromptPayload(prompt=text)
     return flows.new_job("message", payload, job_id=new_id(), now_ms=front.clock.now_ms(), lifetime_s=lifetime_s)

@@ -23,7 +23,7 @@ from typing import Self
 from pipeline import leash
 from pipeline.private_redis import NAMES, find_binary, find_bundled_binary, url
 
-STOP_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 60.0
 POLL_S = 0.002
 
 
@@ -50,7 +50,7 @@ def server_binary() -> str:
 class Server(ABC):
     """A server's process, tied to the life of this one, and its folder; use as `with`, or start and stop it by hand."""
 
-    start_timeout_s = 30.0
+    start_timeout_s = 120.0
 
     def __init__(self, name: str) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix=f"penstock-{name}-"))

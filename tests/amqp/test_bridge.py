@@ -26,17 +26,14 @@ from stages.__main__ import build
 from stages.amqp import RESPONSES, Amqp
 from stages.report import Requests
 from tests.amqp.backend import PATIENT, BackEnd, back_end
-from tests.conftest import short_settings, wait_until
+from tests.conftest import PATIENCE_S, short_settings, wait_until
 from tests.rabbitmq import RabbitServer
 from tests.rig import Mortal, changed, letters
 from tests.servers import RedisServer
 
 BAD = PATIENT | {"age": -3}
 """Inputs that are refused at once, so that a response comes without any worker of the route."""
-WAIT_S = 120.0
 SECONDS = 1_764_384_000
-
-pytestmark = pytest.mark.timeout(600)  # with the start of a broker, on a machine that has other work
 
 
 @pytest.fixture(autouse=True)
@@ -80,11 +77,11 @@ async def running(settings: Settings, *loops: Loop) -> AsyncIterator[list[Mortal
 
 
 async def ready(consumers: Sequence[Mortal]) -> None:
-    await wait_until(lambda: all(loop.not_ready is None for one in consumers for loop in one._loops), timeout_s=WAIT_S)
+    await wait_until(lambda: all(loop.not_ready is None for one in consumers for loop in one._loops))
 
 
 async def heard(backend: BackEnd, number: int) -> None:
-    await wait_until(lambda: len(backend.heard) >= number, timeout_s=WAIT_S)
+    await wait_until(lambda: len(backend.heard) >= number)
 
 
 async def replies(link: Link) -> int:
@@ -135,7 +132,7 @@ async def test_reply_to_is_honoured(link: Link, settings: Settings, backend: Bac
     own = await backend.channel.declare_queue(exclusive=True)
     async with running(settings, Amqp(settings), Requests(settings)):
         await backend.ask("r1", inputs=BAD, reply_to=own.name, correlation_id="c1")
-        await wait_until(lambda: _holds(backend, own.name, 1), timeout_s=WAIT_S)
+        await wait_until(lambda: _holds(backend, own.name, 1))
         found = await own.get()
         assert found is not None
         assert (found.message_id, found.correlation_id) == ("r1", "c1")
@@ -153,7 +150,7 @@ async def test_direct_reply_to_is_honoured(link: Link, settings: Settings, backe
         direct = await backend.channel.get_queue("amq.rabbitmq.reply-to", ensure=False)
         tag = await direct.consume(heard_directly.put, no_ack=True)
         await backend.ask("r1", inputs=BAD, reply_to="amq.rabbitmq.reply-to")
-        async with asyncio.timeout(WAIT_S):
+        async with asyncio.timeout(PATIENCE_S):
             assert (await heard_directly.get()).message_id == "r1"
         await direct.cancel(tag)
         await wait_until(lambda: _is_settled(link))
@@ -279,7 +276,7 @@ async def test_what_redis_has_no_room_for_stays_in_rabbitmq(link: Link, settings
         await backend.listen()
         for number in range(10):
             await backend.ask(f"r{number}", inputs=BAD)
-        await wait_until(lambda: _holds(backend, backend.requests, 5), timeout_s=WAIT_S)  # 3 more are in hand
+        await wait_until(lambda: _holds(backend, backend.requests, 5))  # 3 more are in hand
         assert await taken(link) == 2
         async with running(settings, Requests(settings)):
             await heard(backend, 10)
@@ -297,7 +294,7 @@ async def test_requests_wait_in_rabbitmq_while_redis_is_away(rabbitmq: RabbitSer
             await heard(backend, 1)
             server.kill()
             await backend.ask("during", inputs=BAD)
-            await wait_until(lambda: "Redis" in str(bridge.not_ready), timeout_s=WAIT_S)
+            await wait_until(lambda: "Redis" in str(bridge.not_ready))
             server.start()
             await backend.ask("after", inputs=BAD)
             await heard(backend, 3)
@@ -313,14 +310,14 @@ async def test_responses_wait_in_redis_while_the_broker_is_away(
     bridge = Amqp(settings)
     async with running(settings, bridge) as consumers:
         await backend.ask("taken", inputs=BAD)
-        await wait_until(lambda: _has_taken(link, 1), timeout_s=WAIT_S)
+        await wait_until(lambda: _has_taken(link, 1))
         if crash:
             rabbitmq.kill()
         else:
             rabbitmq.stop()
-        await wait_until(lambda: "RabbitMQ" in str(bridge.not_ready), timeout_s=WAIT_S)
+        await wait_until(lambda: "RabbitMQ" in str(bridge.not_ready))
         async with running(settings, Requests(settings)):
-            await wait_until(lambda: _has_answered(link, 1), timeout_s=WAIT_S)
+            await wait_until(lambda: _has_answered(link, 1))
             rabbitmq.launch()
             await wait_until(rabbitmq.answers, timeout_s=rabbitmq.start_timeout_s, every_s=0.1)
             async with back_end(rabbitmq.url, backend.requests, backend.responses) as again:
@@ -348,18 +345,18 @@ async def test_a_broker_that_falls_silent_is_given_up(
     bridge = Amqp(settings)
     async with running(settings, bridge) as consumers:
         await backend.ask("r1", inputs=BAD)
-        await wait_until(lambda: _has_taken(link, 1), timeout_s=WAIT_S)
+        await wait_until(lambda: _has_taken(link, 1))
         rabbitmq.pause()
         try:
             async with running(settings, Requests(settings)):
-                await wait_until(lambda: _has_answered(link, 1), timeout_s=WAIT_S)
-                await wait_until(lambda: "RabbitMQ" in str(bridge.not_ready), timeout_s=WAIT_S)
+                await wait_until(lambda: _has_answered(link, 1))
+                await wait_until(lambda: "RabbitMQ" in str(bridge.not_ready))
                 assert await pending(link) == 1
         finally:
             rabbitmq.resume()
         await ready(consumers)
         await backend.listen()
-        await wait_until(lambda: _is_settled(link), timeout_s=WAIT_S)
+        await wait_until(lambda: _is_settled(link))
         await heard(backend, 1)
     assert {message.message_id for message in backend.heard} == {"r1"}  # twice, where it had the first one after all
 
@@ -367,12 +364,12 @@ async def test_a_broker_that_falls_silent_is_given_up(
 async def test_a_queue_that_was_deleted_is_made_again(link: Link, settings: Settings, backend: BackEnd) -> None:
     """Somebody who deletes it sends the bridge away, which comes back."""
     async with running(settings, Amqp(settings), Requests(settings)):
-        await wait_until(lambda: _is_read(backend, backend.requests), timeout_s=WAIT_S)
+        await wait_until(lambda: _is_read(backend, backend.requests))
         await backend.channel.queue_delete(backend.requests)
-        await wait_until(lambda: _is_there(backend, backend.requests), timeout_s=WAIT_S)
+        await wait_until(lambda: _is_there(backend, backend.requests))
         await backend.channel.queue_delete(backend.responses)
         await backend.ask("r1", inputs=BAD)
-        await wait_until(lambda: _is_there(backend, backend.responses), timeout_s=WAIT_S)
+        await wait_until(lambda: _is_there(backend, backend.responses))
         await backend.listen()
         await heard(backend, 1)
         assert list(backend.answers()) == ["r1"]
@@ -429,13 +426,13 @@ async def test_what_the_broker_refuses_stays_and_others_pass(link: Link, setting
     async with running(settings, Amqp(settings), Requests(settings)):
         await backend.listen()
         await backend.ask("r1", inputs=BAD, reply_to=full)
-        await wait_until(lambda: counted("refused") > before, timeout_s=WAIT_S)
+        await wait_until(lambda: counted("refused") > before)
         await backend.ask("r2", inputs=BAD)
         await heard(backend, 1)
         assert list(backend.answers()) == ["r2"]
         in_the_way = await queue.get(no_ack=True)
         assert in_the_way is not None
-        await wait_until(lambda: _holds(backend, full, 1), timeout_s=WAIT_S)
+        await wait_until(lambda: _holds(backend, full, 1))
         found = await queue.get(no_ack=True)
         assert found is not None
         assert found.message_id == "r1"
@@ -489,7 +486,7 @@ async def test_a_crash_after_the_confirm_is_seen_by_the_message_id(
     await backend.channel.declare_queue(backend.responses, durable=True)
     async with running(settings, Amqp(settings), Requests(settings)) as [doomed, _]:
         await backend.ask("r1", inputs=BAD)
-        async with asyncio.timeout(WAIT_S):
+        async with asyncio.timeout(PATIENCE_S):
             await reached.wait()
         await doomed.crash()
     monkeypatch.setattr(ResponseStream, "forget", forget)
@@ -521,9 +518,9 @@ async def test_who_is_told_to_stop_gives_back_what_is_not_in_redis(
     async with running(settings):
         for number in range(6):
             await backend.ask(f"r{number}", inputs=BAD)
-        await wait_until(lambda: _has_taken(link, 1), timeout_s=WAIT_S)
-        await wait_until(lambda: _holds(backend, backend.requests, 0), timeout_s=WAIT_S)
-    await wait_until(lambda: _holds(backend, backend.requests, 5), timeout_s=WAIT_S)
+        await wait_until(lambda: _has_taken(link, 1))
+        await wait_until(lambda: _holds(backend, backend.requests, 0))
+    await wait_until(lambda: _holds(backend, backend.requests, 5))
     assert await taken(link) == 1
 
 
@@ -541,7 +538,7 @@ async def test_a_response_that_was_deleted_meanwhile_holds_up_nobody(
     monkeypatch.setattr(ResponseStream, "responses", die)
     async with running(settings, Amqp(settings), Requests(settings)) as [doomed, _]:
         await backend.ask("r1", inputs=BAD)
-        async with asyncio.timeout(WAIT_S):
+        async with asyncio.timeout(PATIENCE_S):
             await reached.wait()
         await doomed.crash()
         assert await pending(link) == 1

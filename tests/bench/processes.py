@@ -21,9 +21,9 @@ from tests.bench.figures import Window
 Json = dict[str, Any]
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-READY_S: Final = 60.0
+READY_S: Final = 240.0
 MEASURE_S: Final = 600.0
-END_S: Final = 20.0
+END_S: Final = 60.0
 
 
 class Broken(Exception):

@@ -26,7 +26,7 @@ OURS: Final = ("gateway", *STAGES, "redis")
 """Whose CPU time is a question's; the replicas' and the load generator's stand beside it."""
 SLOTS: Final = 20  # of each of three replicas: none of 50 questions in flight waits for a slot
 CHUNK_CHARS: Final = 600  # below the encoder's 300 tokens: one chunk per document
-READY_S: Final = 60.0
+READY_S: Final = 240.0
 
 
 def run(

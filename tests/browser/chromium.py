@@ -20,7 +20,7 @@ from typing import Any, Final
 import aiohttp
 import pytest
 
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_S, wait_until
 
 PROGRAM: Final = shutil.which("chromium")
 needs_chromium = pytest.mark.skipif(PROGRAM is None, reason="Debian's package chromium")
@@ -76,7 +76,7 @@ class Tab:
         number = next(self._numbers)
         reply = self._replies[number] = asyncio.get_running_loop().create_future()
         await self._socket.send_json({"id": number, "method": method, "params": params})
-        said = await asyncio.wait_for(reply, 20)
+        said = await asyncio.wait_for(reply, PATIENCE_S)
         assert "error" not in said, said
         return said["result"]
 
@@ -87,7 +87,7 @@ class Tab:
         await self.call("Network.setCacheDisabled", cacheDisabled=True)
         self._loaded.clear()
         await self.call("Page.navigate", url=url)
-        await asyncio.wait_for(self._loaded.wait(), 20)
+        await asyncio.wait_for(self._loaded.wait(), PATIENCE_S)
 
     async def value(self, expression: str) -> Any:
         """Return what a JavaScript expression gives."""
@@ -123,7 +123,7 @@ async def tab() -> AsyncIterator[Tab]:
         )
         try:
             port_file = Path(folder, "DevToolsActivePort")
-            await wait_until(lambda: port_file.exists() and port_file.read_text().count("\n"), timeout_s=30)
+            await wait_until(lambda: port_file.exists() and port_file.read_text().count("\n"))
             port = port_file.read_text().split()[0]
             async with aiohttp.ClientSession() as http:
                 async with http.get(f"http://127.0.0.1:{port}/json/list") as reply:
@@ -138,7 +138,7 @@ async def tab() -> AsyncIterator[Tab]:
         finally:
             process.send_signal(signal.SIGTERM)
             try:
-                await asyncio.wait_for(process.wait(), 10)
+                await asyncio.wait_for(process.wait(), PATIENCE_S)
             except TimeoutError:
                 process.kill()
                 await process.wait()

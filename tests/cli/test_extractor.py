@@ -109,8 +109,8 @@ async def test_readers_do_not_outlive_who_started_them(tmp_path: Path) -> None:
     parent = await asyncio.create_subprocess_exec(
         sys.executable, "-c", code, str(tmp_path / "deep.html"), env=clean_environment()
     )
-    await wait_until(lambda: children(parent.pid), timeout_s=20)
+    await wait_until(lambda: children(parent.pid))
     started = children(parent.pid)
     parent.kill()
     await parent.wait()
-    await wait_until(lambda: not any(lives(pid) for pid in started), timeout_s=20)
+    await wait_until(lambda: not any(lives(pid) for pid in started))

@@ -48,7 +48,7 @@ from gateway.ingest import (
 )
 from gateway.progress import describe, summary
 from tests.cli.conftest import ROOT, clean_environment
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_S, wait_until
 from tests.pdfs import NOTHING, pdf, protected, words
 
 POLLS_BEFORE_DONE = 2
@@ -350,7 +350,7 @@ async def test_the_command_is_nice(gateway: SmallGateway, folder: Path) -> None:
         stderr=asyncio.subprocess.DEVNULL,
     )
     try:
-        await wait_until(lambda: gateway.refused > 0, timeout_s=30)
+        await wait_until(lambda: gateway.refused > 0)
         assert os.getpriority(os.PRIO_PROCESS, process.pid) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
     finally:
         process.kill()
@@ -556,7 +556,7 @@ async def test_what_is_no_regular_file_is_never_opened(gateway: SmallGateway, tm
     """A FIFO that nobody writes to would hold up everything for ever."""
     os.mkfifo(tmp_path / "pipe.md")
     (tmp_path / "good.md").write_text("good\n")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         report = await run(gateway, tmp_path if inside else tmp_path / "pipe.md")
     assert report.skipped == [Skipped("pipe.md", "not a regular file")]
     assert [item.name for item in report.indexed] == ["good.md"] * inside

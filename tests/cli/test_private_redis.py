@@ -9,6 +9,7 @@ import pytest
 
 from pipeline import private_redis
 from pipeline.errors import ConfigError
+from tests.conftest import PATIENCE_S
 from tests.servers import RedisServer, server_binary
 
 
@@ -45,7 +46,7 @@ async def test_the_private_server_keeps_an_append_only_file_and_evicts_nothing(s
     command = private_redis.command(server_binary(), short_path, socket, short_path / "log")
     process = await asyncio.create_subprocess_exec(*command)
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             await private_redis.wait_until_ready(socket)
         reader, writer = await asyncio.open_unix_connection(str(socket))
         writer.write(b"CONFIG GET append* \r\nCONFIG GET maxmemory-policy\r\nQUIT\r\n")

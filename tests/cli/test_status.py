@@ -87,7 +87,6 @@ async def test_a_slow_redis_is_not_told_to_be_away(own_redis: RedisServer) -> No
         proxy.slow(0.03)
         async with following(proxy.redis_url, reply_timeout_s=1.0) as screen:
             await screen.until("0 jobs alive", but_not="Redis is")
-            assert "Redis is" not in screen.file.getvalue()
 
 
 async def test_a_redis_that_was_never_there_is_waited_for(own_redis: RedisServer) -> None:
@@ -127,7 +126,7 @@ async def test_on_a_terminal_it_goes_on_until_ctrl_c(own_redis: RedisServer) -> 
     loop = asyncio.get_running_loop()
     loop.add_reader(master, lambda: shown.extend(_read(loop, master)))
     try:
-        await wait_until(lambda: shown.count(b"0 jobs alive") >= 3, timeout_s=30)
+        await wait_until(lambda: shown.count(b"0 jobs alive") >= 3)
         process.send_signal(signal.SIGINT)
         assert await process.wait() == 0
         await wait_until(lambda: shown.rpartition(b"\x1b[?1049l")[2].count(b"0 jobs alive") == 1)

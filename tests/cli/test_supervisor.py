@@ -26,7 +26,7 @@ from pipeline.supervisor import (
     describe_exit,
 )
 from tests.cli.conftest import ROOT, clean_environment, lives
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_S, wait_until
 
 SLEEP = "import time; time.sleep(600)"
 
@@ -75,7 +75,7 @@ async def test_stop_lets_the_process_end_by_itself(supervisor: Supervisor, tmp_p
     ready = tmp_path / "ready"
     child = supervisor.start(python("polite", f"{code}; open({str(ready)!r}, 'w'); {SLEEP}"))
     await wait_until(ready.exists)
-    await supervisor.stop(["polite"], timeout_s=10)
+    await supervisor.stop(["polite"], timeout_s=PATIENCE_S)
     assert said.read_text() == "bye"
     assert child.pid is None
     assert child.starts == 1
@@ -94,7 +94,7 @@ async def test_stop_ends_a_wait_between_two_starts(supervisor: Supervisor) -> No
     """Nothing is started after it was stopped, not even what was about to be."""
     child = supervisor.start(python("crasher", "raise SystemExit(1)"))
     await wait_until(lambda: child.starts >= 2)
-    await supervisor.stop(["crasher"], timeout_s=10)
+    await supervisor.stop(["crasher"], timeout_s=PATIENCE_S)
     assert child.pid is None
 
 

@@ -23,11 +23,10 @@ import httpx
 from httpx_aiohttp import AiohttpTransport
 
 from tests.cli.conftest import ROOT, clean_environment
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_S, wait_until
 from tests.deploy import compose
 from tests.servers import RedisServer
 
-END_S = 30.0
 FACT = "The harbour master of Quillmouth keeps seventeen lanterns in the northern shed."
 QUESTION = "How many lanterns does the harbour master of Quillmouth keep?"
 
@@ -80,7 +79,7 @@ class Container:
     async def stop(self) -> int:
         """Stop as Docker does; return the exit code."""
         self.process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(END_S):
+        async with asyncio.timeout(PATIENCE_S):
             return await self.process.wait()
 
     async def kill(self) -> None:
@@ -135,9 +134,11 @@ async def test_a_question_is_answered_by_what_compose_starts(tmp_path: Path) -> 
     """Every health check passes, a document goes in, its answer comes out, and everything drains when told to stop."""
     async with composed(tmp_path) as (running, net):
         for container in running.values():
-            await wait_until(container.is_healthy, timeout_s=60, every_s=0.2)
+            await wait_until(container.is_healthy, every_s=0.2)
         url = f"http://127.0.0.1:{net.ports['gateway', '8000']}"
-        async with httpx.AsyncClient(base_url=url, transport=AiohttpTransport(trust_env=False), timeout=30) as http:
+        async with httpx.AsyncClient(
+            base_url=url, transport=AiohttpTransport(trust_env=False), timeout=PATIENCE_S
+        ) as http:
             reply = await http.post("/documents", json={"id": "quillmouth", "text": FACT})
             assert reply.status_code == 202, reply.text
             job = f"/jobs/{reply.json()['job_id']}"
@@ -145,7 +146,7 @@ async def test_a_question_is_answered_by_what_compose_starts(tmp_path: Path) -> 
             async def is_indexed() -> bool:
                 return bool((await http.get(job)).json()["status"] == "completed")
 
-            await wait_until(is_indexed, timeout_s=30)
+            await wait_until(is_indexed)
             held = await http.get(f"http://127.0.0.1:{net.ports['qdrant', '6333']}/collections/penstock")
             assert held.json()["result"]["points_count"] == 2, "a chunk and a head, and on the server"
             answers = await asyncio.gather(*(http.post("/query", json={"query": QUESTION}) for _ in range(12)))

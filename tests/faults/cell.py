@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final
 
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_S, wait_until
 from tests.faults.checkers import leftovers
 from tests.faults.checkers.leftovers import Leftovers
 from tests.faults.cluster import LEASE_S, Cluster, Layout
@@ -29,7 +29,7 @@ from tests.faults.verdict import Verdict
 
 RECOVERY_S: Final = LEASE_S + 2.0
 """Work of a killed worker is in other hands within this time."""
-IDLE_WITHIN_S: Final = 15.0
+IDLE_WITHIN_S: Final = PATIENCE_S
 LIMIT_S: Final = 300.0
 LIMIT_PER_JOB_S: Final = 0.2  # four times what the slowest sender takes for one
 LONGEST_S: Final = 3600.0
@@ -60,8 +60,11 @@ class Cell(Case):
     load: Load
     nemesis: Nemesis
 
-    def __init__(self, number: int, title: str, seed: int, jobs: int, folder: Path) -> None:
+    def __init__(
+        self, number: int, title: str, seed: int, jobs: int, folder: Path, *, any_machine: bool = False
+    ) -> None:
         super().__init__(Verdict(number, title, seed, asked=jobs), folder)
+        self.any_machine = any_machine
         self.jobs = jobs
         self.rng = Random(f"{number}:{seed}:nemesis")
         self.limit: asyncio.Timeout | None = None
@@ -191,9 +194,11 @@ def _in_a_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-async def run(number: int, title: str, scenario: Any, seed: int, jobs: int, folder: Path) -> Verdict:
+async def run(
+    number: int, title: str, scenario: Any, seed: int, jobs: int, folder: Path, *, any_machine: bool = False
+) -> Verdict:
     """Run one cell; whatever goes wrong in it is part of the verdict."""
-    cell = Cell(number, title, seed, jobs, folder)
+    cell = Cell(number, title, seed, jobs, folder, any_machine=any_machine)
     began_s = time.monotonic()
     cell.verdict.limit_s = min(LONGEST_S, LIMIT_S + jobs * LIMIT_PER_JOB_S)
     try:

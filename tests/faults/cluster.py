@@ -29,17 +29,17 @@ from pipeline import keys, leash
 from pipeline.job import PRIORITIES
 from pipeline.private_redis import wait_until_ready
 from tests.cli.conftest import clean_environment
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_S, wait_until
 from tests.faults.proxy import Proxy
 from tests.ports import take_port
 from tests.servers import server_binary
 
 LEASE_S: Final = 3.0
 """Short, so that a run sees many leases lapse; every bound below is told in leases."""
-READY_S: Final = 60.0
-STOP_S: Final = 30.0
+READY_S: Final = PATIENCE_S
+STOP_S: Final = PATIENCE_S
 METRICS_WITHIN: Final = aiohttp.ClientTimeout(total=5.0)
-METRICS_PATIENCE_S: Final = 10.0
+METRICS_PATIENCE_S: Final = PATIENCE_S
 """As long as a process may take to start, and one that was frozen or blocked to answer again."""
 STAGES: Final = ("encoder", "retriever", "llm")
 AFTERWARDS: Final = ("aggregator", "webhook", "recorder")

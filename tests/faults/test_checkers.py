@@ -519,6 +519,7 @@ def test_line_to_be_broken_is_there_once(one: sabotage.Break) -> None:
         ["--json", "/nowhere/verdicts.jsonl"],
         ["--durability", "--scenario", "3"],
         ["--durability", "--until-red"],
+        ["--durability", "--any-machine"],
     ],
 )
 def test_command_line_that_makes_no_sense_is_refused(
@@ -569,7 +570,7 @@ def test_interrupted_matrix_tells_of_the_cells_before(
 ) -> None:
     """Also in the file."""
 
-    def run_one(scenario: Any, seed: int, jobs: int, *, keep: bool) -> Verdict:
+    def run_one(scenario: Any, seed: int, jobs: int, *, keep: bool, any_machine: bool) -> Verdict:
         if scenario.number == 9:
             raise KeyboardInterrupt
         return Verdict(scenario.number, "one", seed, asked=jobs, accepted=7, destroyed=3, server="Redis 7.0.15")
@@ -606,6 +607,21 @@ async def test_scenario_that_hangs_ends(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("tests.faults.cell.LIMIT_S", 0.05)
     verdict = await run_cell(1, "by hand", hangs, 1, 1, tmp_path)
     assert verdict.broken == ["the scenario itself failed: it took more than 0.25 s"]
+
+
+@pytest.mark.parametrize("any_machine", [False, True])
+def test_span_that_was_too_long_is_a_doubt_where_nobody_vouches_for_the_machine(
+    tmp_path: Path, *, any_machine: bool
+) -> None:
+    """What was lost, or done twice, is red anywhere."""
+    cell = Cell(1, "by hand", 1, 1, tmp_path, any_machine=any_machine)
+    cell.recoveries_s.append(5.5)
+    cell.require_recovery(5.0)
+    told = ["recovered within 5 s, not 5.50"]
+    assert (cell.verdict.doubts, cell.verdict.broken) == ((told, []) if any_machine else ([], told))
+    assert cell.verdict.is_green == any_machine
+    cell.require("nothing is lost", False)
+    assert not cell.verdict.is_green
 
 
 PAGE = "".join(f"<!-- {name}: begin -->\nbefore\n<!-- {name}: end -->\n" for name in ("matrix", "long run", "breaks"))

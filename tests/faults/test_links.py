@@ -12,6 +12,7 @@ import uvloop
 from pipeline.connection import CommandRefused, Link
 from pipeline.errors import BrokerUnavailable
 from pipeline.settings import RedisSettings
+from tests.conftest import PATIENCE_S
 from tests.faults.proxy import Proxy
 from tests.servers import RedisServer
 
@@ -38,7 +39,7 @@ async def through(proxy: Proxy) -> AsyncIterator[Link]:
 async def test_long_command_on_a_dead_connection_ends_in_time(proxy: Proxy, through: Link) -> None:
     """Sending is bounded as receiving is; else the call, and all who wait for their turn, would hang for ever."""
     proxy.half_open()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(BrokerUnavailable, match="timed out") as caught:
             await through.call("ECHO", MORE_THAN_FITS)
     assert caught.value.unknown

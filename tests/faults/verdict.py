@@ -40,6 +40,7 @@ class Verdict:
         limit_s: how long the cell may take; server: what kept the data, with its version.
         figures: what else a scenario has measured.
         broken: what was promised and did not hold; empty when the cell is green.
+        doubts: what `--any-machine` does not hold against it: spans that were too long, too little that was met.
     """
 
     number: int
@@ -79,6 +80,7 @@ class Verdict:
     server: str = ""
     figures: dict[str, Any] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
 
     @property
     def is_green(self) -> bool:

@@ -19,6 +19,7 @@ from pipeline.errors import DeadlineExceeded, IdempotencyMismatch, Overloaded, P
 from pipeline.front import Accepted, Front, Health, Standing
 from pipeline.job import Completion, Job
 from pipeline.overview import Overview
+from tests.conftest import PATIENCE_S
 
 GRACE_S = 0.05
 
@@ -196,7 +197,7 @@ class FakeFront(Front):
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until *condition* holds of this pipeline."""
-        async with asyncio.timeout(5), self._changed:
+        async with asyncio.timeout(PATIENCE_S), self._changed:
             await self._changed.wait_for(condition)
 
     async def next_job(self) -> Job:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import orjson
 
 from pipeline.job import Json
+from tests.conftest import PATIENCE_S
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Connection:
 
     async def reply(self) -> tuple[int, Json]:
         """Read one JSON answer."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             head = await self.reader.readuntil(b"\r\n\r\n")
             status, *lines = head.decode().splitlines()
             headers = dict(line.lower().split(": ", 1) for line in lines if line)
@@ -37,7 +38,7 @@ class Connection:
 
     async def rest(self) -> bytes:
         """Read until the gateway closes the connection, and return what still came."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             try:
                 return await self.reader.read()
             except ConnectionResetError:

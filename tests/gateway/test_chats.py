@@ -22,7 +22,7 @@ from pipeline.job import Done, Job
 from pipeline.records import Records
 from pipeline.settings import Settings
 from stages.chat import Chat
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_S, wait_until
 from tests.gateway.recorded import record
 from tests.rig import Gate, Scripted, assert_nothing_is_left, changed, working
 
@@ -76,13 +76,13 @@ class Ear:
         self._lines = reply.aiter_lines()
 
     async def welcome(self) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             assert (await anext(self._lines)).startswith(":")
 
     async def next(self) -> tuple[str, str, Json]:
         """Return the next event: its id, its name, its data."""
         found: dict[str, str] = {}
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             async for line in self._lines:
                 if not line and found:
                     return found["id"], found["event"], orjson.loads(found["data"])
@@ -92,7 +92,7 @@ class Ear:
         raise EOFError
 
     async def ended(self) -> bool:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             return [line async for line in self._lines if line and not line.startswith(":")] == []
 
 

@@ -33,7 +33,7 @@ from pipeline.errors import ConfigError
 from pipeline.front import Front
 from pipeline.job import decode
 from pipeline.settings import Settings, load
-from tests.conftest import short_settings
+from tests.conftest import PATIENCE_S, short_settings
 from tests.rig import changed
 from tests.servers import RedisServer
 
@@ -125,7 +125,7 @@ async def serving() -> AsyncIterator[Serving]:
             server = Server(whole, create_app(whole, front), stop)
             task = asyncio.create_task(server.serve(sockets=[listener]), name="gateway")
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            client = httpx.AsyncClient(base_url=url, transport=httpx.AsyncHTTPTransport(), timeout=30)
+            client = httpx.AsyncClient(base_url=url, transport=httpx.AsyncHTTPTransport(), timeout=PATIENCE_S)
 
             async def end() -> None:
                 await client.aclose()

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from gateway.limits import MAX_HEAD_BYTES
+from tests.conftest import PATIENCE_S
 from tests.gateway.conftest import Running, Start
 from tests.gateway.fake import completed
 from tests.gateway.raw import Connection, connect, request
@@ -94,7 +95,7 @@ async def test_a_client_that_reads_nothing_is_dropped(start: Start) -> None:
     async with connect(gateway.address) as client:
         client.reader._transport.pause_reading()  # type: ignore[attr-defined]  # a client that does not read
         asking = asyncio.create_task(_drip(client, b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * 20))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             await asking  # it ends with the connection
 
 
@@ -218,6 +219,6 @@ async def test_a_client_that_leaves_before_its_body_leaves_no_job(gateway: Runni
 
 async def _until_it_runs(gateway: Running) -> None:
     """Wait until the server has seen a request's head."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while not gateway.server.server_state.tasks:
             await asyncio.sleep(0)

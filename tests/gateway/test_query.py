@@ -12,6 +12,7 @@ import pytest
 from gateway.query import QueryAnswer
 from pipeline.errors import BrokerUnavailable, JobLost, Overloaded
 from pipeline.job import Completion, error_body
+from tests.conftest import PATIENCE_S
 from tests.gateway.conftest import Running, Start
 from tests.gateway.fake import RESULT, completed
 
@@ -225,6 +226,6 @@ async def test_many_questions_at_once_get_their_own_answers(gateway: Running) ->
 
 async def _request_ended(gateway: Running) -> None:
     """Wait until the server runs no request."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while tasks := set(gateway.server.server_state.tasks):
             await asyncio.wait(tasks)

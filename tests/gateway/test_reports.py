@@ -21,7 +21,7 @@ from pipeline.job import Done, Job, new_id
 from pipeline.records import Records
 from pipeline.settings import Settings
 from stages.report import Report
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_S, wait_until
 from tests.gateway.recorded import record
 from tests.redis.test_reports import PASSAGES, PATIENT, answer_to, responses
 from tests.rig import FIRST, Gate, Scripted, changed, working
@@ -84,7 +84,7 @@ async def serve(link: Link, front: Front, settings: Settings, records: Records) 
             ]
             await stack.enter_async_context(working(some, stages))
             transport = httpx.ASGITransport(create_app(some, front, records))
-            client = httpx.AsyncClient(base_url="http://127.0.0.1", transport=transport, timeout=30)
+            client = httpx.AsyncClient(base_url="http://127.0.0.1", transport=transport, timeout=PATIENCE_S)
             await stack.enter_async_context(client)
             return Service(client, link, front, records, gate)
 

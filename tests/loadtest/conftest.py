@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import aiohttp
 import pytest
 
+from tests.conftest import PATIENCE_S
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
@@ -37,7 +39,7 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
         TimeoutError: it never did. The bound is the function's own, because pytest's does not cover a second wait in
             the fixture's end.
     """
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while not await condition():
             await asyncio.sleep(0.01)
 
@@ -112,7 +114,7 @@ def _start(options: dict[str, Any]) -> Replica:
 def _stop(replica: Replica) -> None:
     with replica.process as process:
         process.terminate()
-        assert process.wait(timeout=10) == 0
+        assert process.wait(timeout=PATIENCE_S) == 0
 
 
 @pytest.fixture

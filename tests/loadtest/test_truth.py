@@ -18,6 +18,7 @@ import pytest
 from loadtest.generator import Generator, Orders
 from loadtest.report import percentile
 from loadtest.target import Address
+from tests.conftest import PATIENCE_S
 from tests.loadtest.conftest import ROOT
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def loadtest(*arguments: str, code: int | None = 0) -> dict[str, Any]:
 
 
 def what_it_did(url: str) -> dict[str, Any]:
-    with urllib.request.urlopen(f"{url}/did", timeout=10) as answer:
+    with urllib.request.urlopen(f"{url}/did", timeout=PATIENCE_S) as answer:
         did: dict[str, Any] = json.load(answer)
     return did
 
@@ -64,7 +65,7 @@ def test_an_open_loop_sees_a_stall_that_a_closed_loop_misses(tmp_path: Path) -> 
     file = tmp_path / "numbers.txt"
     file.write_text("\n".join(str(n) for n in range(total)))
     with plain_target(stall_at=rate, stall_s=stall_s) as url:
-        arguments = ("--rate", f"{rate}", "-n", f"{total}", "--questions", str(file), "--max-lag", "1000")
+        arguments = ("--rate", f"{rate}", "-n", f"{total}", "--questions", str(file), "--max-lag", "60000")
         seen = loadtest("--url", url, *arguments, code=None)
         did = what_it_did(url)
     planned_s = [int(question) / rate for question in did["questions"]]
@@ -90,7 +91,7 @@ def test_percentiles_are_those_that_the_server_had() -> None:
     at least the server's. All that they are longer by is the difference of the sums: little on a quiet machine.
     """
     with plain_target(median_s=0.3, sigma=0.5) as url:
-        report = loadtest("--url", url, "--rate", "150", "-d", "2.5", "--max-lag", "1000", code=None)
+        report = loadtest("--url", url, "--rate", "150", "-d", "2.5", "--max-lag", "60000", code=None)
         spans = sorted(what_it_did(url)["spans_ms"])
     assert report["total"] == len(spans)
     added_ms = report["service_ms"]["average"] * len(spans) - sum(spans)
@@ -117,7 +118,7 @@ def test_generators_together_send_the_whole_plan_once(tmp_path: Path) -> None:
     file = tmp_path / "questions.txt"
     file.write_text("\n".join(questions))
     with plain_target() as url:
-        arguments = ("--url", url, "--questions", str(file), "--processes", "3", "-n", "100", "--max-lag", "1000")
+        arguments = ("--url", url, "--questions", str(file), "--processes", "3", "-n", "100", "--max-lag", "60000")
         report = loadtest(*arguments, "--rate", "400", "--arrivals", "poisson", "--seed", "7")
         assert sorted(what_it_did(url)["questions"]) == sorted(questions)
     assert (report["total"], report["latency_ms"]["samples"], report["lag_ms"]["samples"]) == (100, 100, 100)
@@ -156,7 +157,7 @@ def test_waiting_for_a_connection_is_the_load_testers_own_lag() -> None:
     assert report["latency_ms"]["max"] > 850
 
 
-@pytest.mark.parametrize(("slo", "code"), [("p99<10s,errors<0.1%", 0), ("p99<10s,max<1us", 99)])
+@pytest.mark.parametrize(("slo", "code"), [("p99<100s,errors<0.1%", 0), ("p99<100s,max<1us", 99)])
 def test_the_exit_code_tells_whether_the_promise_was_kept(slo: str, code: int) -> None:
     """One broken clause breaks it."""
     with plain_target() as url:
@@ -167,7 +168,7 @@ def test_the_exit_code_tells_whether_the_promise_was_kept(slo: str, code: int) -
 def test_the_waterfall_adds_up_to_the_whole() -> None:
     """At every percentile the spans are the latency, within one per cent."""
     with plain_target(median_s=0.05, sigma=0.3, timings=True) as url:
-        report = loadtest("--url", url, "--rate", "200", "-n", "200", "--max-lag", "1000")
+        report = loadtest("--url", url, "--rate", "200", "-n", "200", "--max-lag", "60000")
     assert [fall["percent"] for fall in report["waterfall"]] == [50, 90, 95, 99, 99.9]
     latencies = [percentile["ms"] for percentile in report["percentiles"]]
     for fall, latency_ms in zip(report["waterfall"], latencies, strict=True):
@@ -181,7 +182,7 @@ def test_an_interrupted_open_loop_writes_every_report(tmp_path: Path) -> None:
     page, file = tmp_path / "report.html", tmp_path / "report.json"
     with plain_target(median_s=0.02) as url:
         command = [sys.executable, "-m", "loadtest", "--url", url, "--rate", "50", "--html", str(page)]
-        command += ["--json-file", str(file), "--processes", "2", "--max-lag", "1000"]
+        command += ["--json-file", str(file), "--processes", "2", "--max-lag", "60000"]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
             while len(what_it_did(url)["spans_ms"]) < 10:
                 assert process.poll() is None
@@ -211,7 +212,7 @@ def test_the_highest_rate_is_searched_for_and_confirmed(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     with plain_target() as url:
         command = [sys.executable, "-W", "error", "-m", "loadtest", "--url", url, "--saturate", "30:60", "-d", "0.5"]
-        command += ["--slo", "rate<45", "--max-lag", "1000", "--json-file", str(file), "--quiet"]
+        command += ["--slo", "rate<45", "--max-lag", "60000", "--json-file", str(file), "--quiet"]
         ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     found = json.loads(file.read_text())
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -226,7 +227,7 @@ def test_a_search_whose_target_goes_away_still_tells_of_its_trials(tmp_path: Pat
     file = tmp_path / "found.json"
     with plain_target() as url:
         command = [sys.executable, "-m", "loadtest", "--url", url, "--saturate", "30:60", "-d", "0.5", "--quiet"]
-        command += ["--slo", "errors<0.1%", "--max-lag", "1000", "--json-file", str(file)]
+        command += ["--slo", "errors<0.1%", "--max-lag", "60000", "--json-file", str(file)]
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         assert "kept" in process.stdout.readline()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import PATIENCE_S
 from tests.monitoring.files import DASHBOARDS, PROMETHEUS, RUNBOOK, dashboard, panels, queries
 
 ALERTS = PROMETHEUS / "rules" / "alerts.yml"
@@ -16,7 +17,7 @@ STORIES = PROMETHEUS / "tests" / "alerts.yml"
 
 def run(*command: str) -> str:
     """Run a program that must not complain; return what it said."""
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
 

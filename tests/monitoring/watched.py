@@ -16,11 +16,11 @@ from urllib.parse import urlsplit
 import httpx
 
 from pipeline import leash
+from tests.conftest import PATIENCE_S
 from tests.monitoring.files import PROMETHEUS
 from tests.ports import take_port
 
 INTERVAL: Final = "1s"
-STOP_S: Final = 10.0
 
 
 class Prometheus:
@@ -96,7 +96,7 @@ class Prometheus:
         if self._process is not None:
             self._process.terminate()
             try:
-                self._process.wait(STOP_S)
+                self._process.wait(PATIENCE_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from pipeline.batching import MOST, Batcher
+from tests.conftest import PATIENCE_S
 
 
 class Sender:
@@ -105,7 +106,7 @@ async def test_wrong_number_of_answers_leaves_nobody_waiting() -> None:
         return []
 
     batcher: Batcher[int, int] = Batcher(short)
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(ValueError):
             await batcher.add(1)
     await batcher.close()
@@ -142,7 +143,7 @@ async def test_pause_ends_with_the_call_under_way_or_its_bound() -> None:
     """And is none where nothing is under way."""
     sender = Sender(held=True)
     batcher: Batcher[int, int] = Batcher(sender)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await batcher.pause(60)
         sending = asyncio.create_task(batcher.add(1))
         while not sender.batches:

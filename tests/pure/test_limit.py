@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from pipeline.limit import Alarm, Limit, Patience
+from tests.conftest import PATIENCE_S
 
 
 async def test_call_that_takes_too_long_ends() -> None:
@@ -26,7 +27,7 @@ async def test_timer_that_stands_ends_no_later_call_too_early() -> None:
     for _ in range(5):
         with limit.of(0.02):
             await asyncio.sleep(0)
-    with limit.of(5.0):
+    with limit.of(PATIENCE_S):
         await asyncio.sleep(0.05)
     assert not limit.expired
 
@@ -36,7 +37,7 @@ async def test_shorter_limit_after_a_longer_one_is_kept() -> None:
     limit = Limit()
     with limit.of(60.0):
         await asyncio.sleep(0)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(TimeoutError), limit.of(0.01):
             await asyncio.Event().wait()
     assert limit.expired
@@ -91,6 +92,6 @@ async def test_alarm_rings_for_each_at_its_time_and_not_for_what_was_cleared() -
     for name, span_s in (("far", 60.0), ("last", 0.06), ("cleared", 0.01), ("first", 0.02)):
         alarm.set(name, span_s)
     alarm.clear("cleared")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await all_rung.wait()
     assert rung == ["first", "last"]

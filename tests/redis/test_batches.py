@@ -820,7 +820,7 @@ async def test_batch_whose_time_ends_in_an_aggregators_hands_is_a_dead_letter(
     gate = Gate()
     async with working(settings, [Scripted("aggregator", gate)]):
         await make_due(link, accepted.batch_id)
-        await wait_until(lambda: outcome(link, accepted.batch_id), timeout_s=20)
+        await wait_until(lambda: outcome(link, accepted.batch_id))
     found = await outcome(link, accepted.batch_id)
     assert found is not None
     assert found.status == "expired"

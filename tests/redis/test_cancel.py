@@ -11,7 +11,7 @@ from pipeline.front import Front
 from pipeline.job import Done, Job
 from pipeline.settings import Settings
 from pipeline.stage import Outcome
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_S, wait_until
 from tests.rig import (
     Gate,
     Hand,
@@ -70,7 +70,7 @@ async def test_running_job_is_stopped_by_its_worker(link: Link, settings: Settin
             await front.submit(each)
         await wait_until(lambda: len(gate.waiting) == 2)
         assert await front.cancel(job.id, "default") == "cancelling"
-        async with asyncio.timeout(2.0):
+        async with asyncio.timeout(PATIENCE_S):
             completion = await front.wait(job.id, job.tenant, job.deadline_ms)
         assert completion.status == "cancelled"
         assert gate.stopped == [job.id]
@@ -226,7 +226,7 @@ async def test_batch_is_stopped_when_none_of_its_jobs_is_wanted(link: Link, sett
         for job in jobs:
             assert not stopped.is_set()
             assert await front.cancel(job.id, "default") == "cancelling"
-        async with asyncio.timeout(2.0):
+        async with asyncio.timeout(PATIENCE_S):
             await stopped.wait()
             found = [await front.wait(job.id, job.tenant, job.deadline_ms) for job in jobs]
         assert {completion.status for completion in found} == {"cancelled"}

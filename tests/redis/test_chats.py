@@ -19,7 +19,7 @@ from pipeline.front import Front
 from pipeline.job import Done, Job, decode
 from pipeline.settings import Settings
 from stages.chat import Chat
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_S, wait_until
 from tests.rig import Gate, Hand, Scripted, assert_nothing_is_left, bury, changed, complete, letters, outcome, working
 
 
@@ -900,7 +900,7 @@ async def test_who_watches_hears_of_events_over_one_subscription(link: Link, cha
     """Of this chat, and of no other; the subscription ends with its last watcher."""
     watch = ChatWatch(Link(settings.redis, "watch"), settings.redis.reconnect_cap_s)
     async with watch.of("c") as news, watch.of("other") as other:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             await news.wait()  # the subscription holds
             await other.wait()
             news.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable
 
 import pytest
 
@@ -15,7 +16,7 @@ from pipeline.front import Front
 from pipeline.job import Done, Job
 from pipeline.settings import Settings
 from pipeline.streams import Entry
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_S, wait_until
 from tests.rig import (
     FIRST,
     Gate,
@@ -152,21 +153,33 @@ async def test_claim_gives_back_nothing_of_the_job(link: Link, settings: Setting
 
 
 async def test_twenty_thousand_entries_of_the_living_are_not_in_the_way(link: Link, settings: Settings) -> None:
-    """The dead consumer's fifty, at the end of the pending list, come in one call."""
-    async with Hand(settings, "living") as living, Hand(settings, "dead") as dead, Hand(settings, "heir") as heir:
+    """A dead consumer's ten, at the end of the pending list, come in one call, which does not look at the others.
+
+    A look at all of them is timed beside it, five times each: the quickest of five is what the work takes.
+    """
+
+    async def span_s(call: Awaitable[object]) -> float:
+        began_s = time.monotonic()
+        await call
+        return time.monotonic() - began_s
+
+    async with Hand(settings, "living") as living, Hand(settings, "heir") as heir:
         fill = "for i = 1, 10000 do redis.call('XADD', KEYS[1], '*', 'data', '{}') end"
         for _ in range(2):
             await link.call("EVAL", fill, 1, STREAM)
         assert len(await living.take(20_000)) == 20_000
-        for _ in range(50):
-            await link.call("XADD", STREAM, "*", "data", "{}")
-        theirs = await dead.take(50)
-        await dead.die()
-        began = time.monotonic()
-        claimed = await heir.streams.claim(STREAM, "dead", 64, idle=False)
-        took_s = time.monotonic() - began
-        assert [entry.id for entry in claimed.entries] == [entry.id for entry in theirs]
-        assert took_s < 0.5  # a fraction of a millisecond, and what a busy machine adds
+        claims_s, looks_s = [], []
+        for number in range(5):
+            async with Hand(settings, f"dead-{number}") as dead:
+                for _ in range(10):
+                    await link.call("XADD", STREAM, "*", "data", "{}")
+                theirs = await dead.take(10)
+                await dead.die()
+                claiming = asyncio.ensure_future(heir.streams.claim(STREAM, dead.name, 64, idle=False))
+                claims_s.append(await span_s(claiming))
+                looks_s.append(await span_s(link.call("XPENDING", STREAM, "encoder", "-", "+", 20_000)))
+                assert [entry.id for entry in claiming.result().entries] == [entry.id for entry in theirs]
+        assert min(claims_s) < min(looks_s)
 
 
 # --- the claimer ----------------------------------------------------------------------------------
@@ -268,7 +281,7 @@ async def test_work_of_the_dead_goes_before_new_work(link: Link, settings: Setti
 
 
 async def test_crashed_workers_jobs_end_elsewhere(link: Link, settings: Settings, front: Front) -> None:
-    """Within lease + 2 s, once; nothing of the dead consumer is left."""
+    """Once; nothing of the dead consumer is left. How soon, the fault suite tells."""
     settings = changed(settings, worker={"lease_s": 0.5})
     gate = Gate()
     dying, heir = Scripted("encoder", gate), Scripted("encoder", echo, slots=3)
@@ -279,7 +292,7 @@ async def test_crashed_workers_jobs_end_elsewhere(link: Link, settings: Settings
         await wait_until(lambda: len(gate.waiting) == 8)
         async with working(settings, [heir]):
             await victim.crash()
-            async with asyncio.timeout(0.5 + 2):
+            async with asyncio.timeout(PATIENCE_S):
                 found = [await front.wait(job.id, job.tenant, job.deadline_ms) for job in jobs]
             assert {completion.status for completion in found} == {"completed"}
             assert sorted(job.id for job in heir.seen) == sorted(job.id for job in jobs)

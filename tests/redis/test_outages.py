@@ -17,7 +17,7 @@ from pipeline.errors import BrokerUnavailable, JobLost, Overloaded, PenstockErro
 from pipeline.front import Front
 from pipeline.job import Completion, Done, Job
 from pipeline.settings import RedisSettings, Settings
-from tests.conftest import short_settings, wait_until
+from tests.conftest import PATIENCE_S, short_settings, wait_until
 from tests.rig import Gate, Scripted, ask, assert_nothing_is_left, changed, echo, outcome, prompt, query, working
 from tests.servers import RedisServer
 
@@ -67,7 +67,7 @@ async def ask_until_answered(front: Front, job: Job) -> Completion:
 async def test_flushed_redis_works_again_and_the_waiting_hear_of_their_loss(
     link: Link, settings: Settings, front: Front
 ) -> None:
-    """Within seconds, without a hot loop; the handlers of what is gone are stopped."""
+    """Without a hot loop; the handlers of what is gone are stopped."""
     gate = Gate()
     stages = [Scripted("encoder", gate), Scripted("retriever", echo), Scripted("llm", echo)]
     async with working(settings, stages):
@@ -78,11 +78,11 @@ async def test_flushed_redis_works_again_and_the_waiting_hear_of_their_loss(
         await wait_until(lambda: len(gate.waiting) == 3)
         before, began = await commands(link), time.monotonic()
         await link.call("FLUSHALL")
-        await wait_until(lambda: len(gate.stopped) == 3, timeout_s=3)
+        await wait_until(lambda: len(gate.stopped) == 3)
         results = await asyncio.gather(*waiting, return_exceptions=True)
         assert [type(result) for result in results] == [JobLost] * 3
         gate.open()
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(PATIENCE_S):
             assert (await ask(front, query(front))).status == "completed"
         assert_no_hot_loop(await commands(link) - before, began)
         assert [stages[0].runs(job.id) for job in lost] == [1, 1, 1]
@@ -117,9 +117,9 @@ async def test_destroyed_group_is_created_again_and_loses_nothing(
         await wait_until(lambda: len(gate.waiting) == 3)
         before, began = await commands(link), time.monotonic()
         await link.call("XGROUP", "DESTROY", keys.stream(stage), stage)
-        await wait_until(lambda: _is_whole(link, stage, running), timeout_s=3)
+        await wait_until(lambda: _is_whole(link, stage, running))
         gate.open()
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(PATIENCE_S):
             for job in running:
                 assert (await front.wait(job.id, job.tenant, job.deadline_ms)).status == "completed"
             assert (await ask(front, query(front, route=[stage]))).status == "completed"
@@ -138,9 +138,9 @@ async def _is_whole(link: Link, stage: str, jobs: list[Job]) -> bool:
 
 
 @pytest.mark.usefixtures("settings")
-async def test_frozen_redis_is_told_within_a_second(own_server: RedisServer, own_link: Link) -> None:
+async def test_frozen_redis_is_told_at_once(own_server: RedisServer, own_link: Link) -> None:
     """Submit, look and cancel answer `BrokerUnavailable`; when it thaws, all work again, each with its own reply."""
-    settings = short_settings(own_server)
+    settings = changed(short_settings(own_server), redis={"reply_timeout_s": 60.0})
     async with Front(settings, "test") as front, working(settings, [Scripted(name, echo) for name in ROUTE]):
         known = await ask(front, query(front))
         own_server.pause()
@@ -151,7 +151,7 @@ async def test_frozen_redis_is_told_within_a_second(own_server: RedisServer, own
                 front.submit(late), front.look(known.id, "default"), front.cancel(known.id, "default"), front.health(),
                 return_exceptions=True,
             )  # fmt: skip
-            assert time.monotonic() - began < 1.5  # a second, and what a busy machine adds
+            assert time.monotonic() - began < settings.redis.reply_timeout_s / 2  # who serves a client waits less long
             assert [type(result) for result in results[:3]] == [BrokerUnavailable] * 3
             assert isinstance(results[0], BrokerUnavailable)
             assert results[0].unknown
@@ -235,8 +235,12 @@ async def test_killed_redis_loses_and_doubles_nothing(own_server: RedisServer, o
     settings = short_settings(own_server)
     outcomes: Counter[str] = Counter()
 
+    killed = asyncio.Event()
+
     async def slowly(job: Job) -> Done:
         await asyncio.sleep(0.01)
+        if len(stages[2].seen) >= 40:
+            await killed.wait()
         return await echo(job)
 
     stages = [Scripted(name, slowly, slots=16) for name in ROUTE]
@@ -247,7 +251,9 @@ async def test_killed_redis_loses_and_doubles_nothing(own_server: RedisServer, o
             task.add_done_callback(lambda task: outcomes.update([task.result().id]))
         await wait_until(lambda: len(stages[2].seen) >= 40)
         assert len(outcomes) < 150
-        own_server.restart(crash=True)
+        own_server.kill()
+        killed.set()
+        own_server.start()
         found = await asyncio.gather(*asking)
         assert {completion.status for completion in found} == {"completed"}
         assert [completion.result for completion in found] == [{"answer": job.payload["query"]} for job in jobs]
@@ -290,7 +296,7 @@ async def test_worker_started_on_a_full_redis_works(own_server: RedisServer, own
             await front.submit(job)
         await own_link.call("CONFIG", "SET", "maxmemory", 1)
         async with working(settings, [Scripted("encoder", echo)]):
-            async with asyncio.timeout(3):
+            async with asyncio.timeout(PATIENCE_S):
                 for job in jobs:
                     assert (await front.wait(job.id, job.tenant, job.deadline_ms)).status == "completed"
             with pytest.raises(Overloaded):

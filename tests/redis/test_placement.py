@@ -18,9 +18,10 @@ from pipeline.front import Front
 from pipeline.job import Completion, Done, Job
 from pipeline.settings import Settings
 from pipeline.worker import Worker
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_S, wait_until
 from tests.rig import (
     FIRST,
+    LIFE_S,
     REPLICAS,
     SECOND,
     Gate,
@@ -135,7 +136,7 @@ async def test_load_is_true_at_every_moment(link: Link, settings: Settings, fron
             await asyncio.sleep(rng.uniform(0, 0.004))
 
     async def one(number: int) -> str:
-        job = query(front, route=["llm"], lifetime_s=0.05 if number % 20 == 0 else 30.0)
+        job = query(front, route=["llm"], lifetime_s=0.05 if number % 20 == 0 else LIFE_S)
         try:
             with suppress(BrokerUnavailable):  # a busy machine may take longer than a client is kept waiting
                 await front.submit(job)
@@ -375,7 +376,8 @@ async def test_replica_that_hangs_is_found_out_by_jobs_shorter_than_the_call_lim
     link: Link, settings: Settings, front: Front
 ) -> None:
     """Their calls end at the job's deadline, before any time-out of the call: the breaker must hear of it."""
-    settings = changed(settings, llm={"urls": (FIRST, SECOND), "slots": 4, "breaker_failures": 2})
+    breaker = {"breaker_failures": 2, "breaker_open_s": 60.0}
+    settings = changed(settings, llm={"urls": (FIRST, SECOND), "slots": 4, **breaker})
 
     async def handle(job: Job) -> Done:
         if job.replica == FIRST:
@@ -389,7 +391,7 @@ async def test_replica_that_hangs_is_found_out_by_jobs_shorter_than_the_call_lim
         while not await is_open():
             outcomes = [ask(front, prompt(front, lifetime_s=0.2)) for _ in range(4)]
             assert {c.status for c in await asyncio.gather(*outcomes)} <= {"completed", "expired"}
-        after = await asyncio.gather(*(ask(front, prompt(front, lifetime_s=2)) for _ in range(8)))
+        after = await asyncio.gather(*(ask(front, prompt(front)) for _ in range(8)))
         assert {completion.status for completion in after} == {"completed"}
         await assert_nothing_is_left(link)
 
@@ -499,7 +501,7 @@ async def test_jobs_whose_group_was_destroyed_do_not_wait_for_their_own_places(
             await link.call("XGROUP", "DESTROY", stream, "llm")
         await wait_until(lambda: len(gate.stopped) == len(jobs))
         gate.open()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             found = await asyncio.gather(*asking)
         assert {completion.status for completion in found} == {"completed"}
     await assert_nothing_is_left(link)

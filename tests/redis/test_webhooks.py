@@ -20,9 +20,9 @@ from pipeline.job import Job, new_id
 from pipeline.settings import Settings
 from pipeline.webhooks import OVERLAP_S, Secrets, new_webhook_id
 from stages.webhook import build
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_S, wait_until
 from tests.receivers import Receiver, answer, receiving, stay_silent
-from tests.rig import assert_nothing_is_left, changed, letters, outcome, working
+from tests.rig import LIFE_S, assert_nothing_is_left, changed, letters, outcome, working
 
 RESULTS = {"batch_id": "b1", "status": "completed", "results": [{"message_id": "m1", "status": "completed"}]}
 QUEUE = "acme:orders"
@@ -46,7 +46,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(flows.FLOWS, "webhook", replace(flows.FLOWS["webhook"], retries_s=(0.01, 0.02, 0.03)))
 
 
-def webhook(front: Front, url: str, lifetime_s: float = 30.0, **payload: Any) -> Job:
+def webhook(front: Front, url: str, lifetime_s: float = LIFE_S, **payload: Any) -> Job:
     """A webhook's job, as a batch's end starts it."""
     told = flows.WebhookPayload(
         url=url, event="batch.completed", webhook_id=new_webhook_id(), queue=QUEUE, batch_id="b1", **payload
@@ -211,7 +211,7 @@ async def test_a_stage_killed_before_it_could_note_the_answer_tells_again(
             sys.executable, "-m", "stages", "webhook", env=environ, stdout=asyncio.subprocess.DEVNULL
         )
         try:
-            await wait_until(lambda: link.call("KEYS", keys.WORKER + "*"), timeout_s=30)
+            await wait_until(lambda: link.call("KEYS", keys.WORKER + "*"))
             answered = asyncio.Event()
 
             async def hold(receiver: Receiver, writer: asyncio.StreamWriter) -> None:
@@ -221,7 +221,7 @@ async def test_a_stage_killed_before_it_could_note_the_answer_tells_again(
 
             receiver.behaviours.append(hold)
             await front.submit(job, wait=False)
-            await asyncio.wait_for(answered.wait(), 20)
+            await asyncio.wait_for(answered.wait(), PATIENCE_S)
             await wait_until(lambda: _is_settling(link))
         finally:
             process.send_signal(signal.SIGKILL)

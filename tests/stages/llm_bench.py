@@ -19,6 +19,7 @@ from pipeline.job import Job
 from pipeline.replicas import Replicas
 from pipeline.settings import Settings
 from stages.llm import Llm, build
+from tests.conftest import PATIENCE_S
 
 # --- A replica whose every byte is scripted -----------------------------------------------------
 
@@ -84,7 +85,7 @@ class Replica:
     async def ended(self) -> None:
         """Wait until every connection has ended, as they do when the stage has stopped."""
         if self.serving:
-            _, left = await asyncio.wait(self.serving, timeout=5.0)
+            _, left = await asyncio.wait(self.serving, timeout=PATIENCE_S)
             assert not left
 
     async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Exchange | None:

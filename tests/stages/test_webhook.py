@@ -32,7 +32,7 @@ from pipeline.settings import WebhookSettings
 from pipeline.webhooks import Secrets, Webhooks, new_secret, new_webhook_id
 from stages import addresses
 from stages.webhook import LARGE_AT_ONCE, LARGE_BYTES, Shares, Webhook, judge, read_retry_after, signed_headers
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_S, wait_until
 from tests.receivers import (
     Behaviour,
     Receiver,
@@ -290,7 +290,7 @@ async def test_anything_else_is_a_failed_attempt(
         assert (error.code, error.after_s) == (code, None)
         (attempt,) = one.state["attempts"]
         assert attempt.get("status", attempt.get("error")) == noted
-        await asyncio.wait_for(receiver.gone.wait(), 10)
+        await asyncio.wait_for(receiver.gone.wait(), PATIENCE_S)
 
 
 async def test_a_redirect_is_refused(bench: Bench) -> None:
@@ -357,7 +357,7 @@ async def test_the_head_of_an_answer_decides(bench: Bench, behaviour: Behaviour)
     stage = await bench.stage()
     async with receiving([behaviour]) as receiver:
         await stage.handle(job(receiver.url))
-        await asyncio.wait_for(receiver.gone.wait(), 10)
+        await asyncio.wait_for(receiver.gone.wait(), PATIENCE_S)
 
 
 @pytest.mark.parametrize("behaviour", [stay_silent, say(b"HTTP/1.1 200", then_close=False)], ids=["silent", "half-way"])
@@ -367,7 +367,7 @@ async def test_an_attempt_is_bounded_in_time(bench: Bench, behaviour: Behaviour)
     async with receiving([behaviour]) as receiver:
         one = job(receiver.url)
         error = await failed(stage, one)
-        await asyncio.wait_for(receiver.gone.wait(), 10)
+        await asyncio.wait_for(receiver.gone.wait(), PATIENCE_S)
     assert error.code == "timeout"
     assert [attempt["error"] for attempt in one.state["attempts"]] == ["timeout"]
 
@@ -382,7 +382,7 @@ async def test_a_cancelled_attempt_ends_at_once(bench: Bench) -> None:
         handling.cancel()
         with pytest.raises(asyncio.CancelledError):
             await handling
-        await asyncio.wait_for(receiver.gone.wait(), 10)
+        await asyncio.wait_for(receiver.gone.wait(), PATIENCE_S)
     assert one.state["attempts"] == []
 
 
@@ -512,7 +512,7 @@ async def test_a_silent_name_server_holds_up_no_other_name(monkeypatch: pytest.M
 
     def ask(host: str, *args: Any, **options: Any) -> Any:
         if host != "localhost":
-            opened.wait(30)
+            opened.wait(PATIENCE_S)
             raise socket.gaierror(socket.EAI_AGAIN, "no answer")
         return really(host, *args, **options)
 
@@ -520,7 +520,7 @@ async def test_a_silent_name_server_holds_up_no_other_name(monkeypatch: pytest.M
     system = addresses.System(64)
     slow = [asyncio.create_task(system.resolve(f"slow{number}.example.com", 80)) for number in range(63)]
     await asyncio.sleep(0)
-    assert (await asyncio.wait_for(system.resolve("localhost", 80), 20))[0]["host"] in {"127.0.0.1", "::1"}
+    assert (await asyncio.wait_for(system.resolve("localhost", 80), PATIENCE_S))[0]["host"] in {"127.0.0.1", "::1"}
     opened.set()
     assert all(isinstance(error, socket.gaierror) for error in await asyncio.gather(*slow, return_exceptions=True))
     await system.close()

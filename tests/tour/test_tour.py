@@ -68,7 +68,7 @@ async def running(settings: Settings, *found: Stage) -> AsyncIterator[None]:
 def question(front: Front, text: str = "why?", *route: str, priority: Priority = "normal") -> Job:
     """A question on its route; without one, on the route that all questions take."""
     job = flows.new_job(
-        "query", flows.QueryPayload(query=text), job_id=new_id(), now_ms=front.clock.now_ms(), lifetime_s=20.0,
+        "query", flows.QueryPayload(query=text), job_id=new_id(), now_ms=front.clock.now_ms(), lifetime_s=120.0,
         priority=priority,
     )  # fmt: skip
     job.route = list(route) or job.route

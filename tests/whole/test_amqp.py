@@ -27,9 +27,6 @@ from tests.whole.system import END_S, Json, Outside, command, environment, penst
 ROOT = Path(__file__).parents[2]
 QUEUES = ("report_generation_requests", "report_generation_responses")
 CANARY = "Wvutsquorn"  # a word that occurs nowhere else
-PATIENCE_S = 180.0
-
-pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +70,7 @@ async def bridged(whole: Outside, rabbitmq: RabbitServer, log: Path) -> AsyncIte
             *command("bridge", "amqp"), cwd="/", env=environ, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out
         )
     try:
-        await wait_until(lambda: _is_ready(whole, process.pid), timeout_s=PATIENCE_S, every_s=0.05)
+        await wait_until(lambda: _is_ready(whole, process.pid), timeout_s=END_S, every_s=0.05)
         yield Bridge(process, log)
     finally:
         if process.returncode is None:
@@ -150,19 +147,19 @@ async def test_each_request_is_answered_once_while_broker_and_bridge_die(
     try:
         async with bridged(whole, rabbitmq, tmp_path / "first") as first, bridged(whole, rabbitmq, tmp_path / "second"):
             await asker.ask(requests[:40])
-            await wait_until(lambda: len(asker.heard) >= 10, timeout_s=PATIENCE_S)
+            await wait_until(lambda: len(asker.heard) >= 10, timeout_s=END_S)
             asking = asyncio.create_task(asker.ask(requests[40:80]), name="ask")
             for end in (rabbitmq.stop, rabbitmq.kill):
                 end()
                 rabbitmq.launch()
                 await wait_until(rabbitmq.answers, timeout_s=rabbitmq.start_timeout_s, every_s=0.1)
                 heard = len(asker.heard)
-                await wait_until(lambda: len(asker.heard) > heard, timeout_s=PATIENCE_S)  # noqa: B023 - used at once
+                await wait_until(lambda: len(asker.heard) > heard, timeout_s=END_S)  # noqa: B023 - used at once
             await asking
             assert await first.end(signal.SIGKILL) == -signal.SIGKILL
             await asker.ask(requests[80:])
-            await wait_until(lambda: asker.heard.keys() >= asked.keys(), timeout_s=PATIENCE_S)
-            await wait_until(lambda: _is_settled(whole), timeout_s=PATIENCE_S)
+            await wait_until(lambda: asker.heard.keys() >= asked.keys(), timeout_s=END_S)
+            await wait_until(lambda: _is_settled(whole), timeout_s=END_S)
     finally:
         listening.cancel()
         await asyncio.gather(listening, return_exceptions=True)
@@ -202,15 +199,15 @@ async def test_the_client_of_the_page_brings_a_report(whole: Outside, rabbitmq: 
                 sys.executable, "-P", str(tmp_path / "client.py"), rabbitmq.url, "ann", orjson.dumps(inputs).decode(),
                 cwd=tmp_path, env=environment(), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
             )  # fmt: skip
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(END_S):
                 out, err = await process.communicate()
             assert process.returncode == 0, err.decode()
             assert out.decode().startswith(wanted)
         async with back_end(rabbitmq.url, *QUEUES) as backend:
             await backend.listen()
             await backend.send(f'{{"request_id": "canary", "notes": "{CANARY}'.encode(), correlation_id="c1")
-            await wait_until(lambda: "canary" in [one.message_id for one in backend.heard], timeout_s=PATIENCE_S)
-            await wait_until(lambda: _is_settled(whole), timeout_s=PATIENCE_S)
+            await wait_until(lambda: "canary" in [one.message_id for one in backend.heard], timeout_s=END_S)
+            await wait_until(lambda: _is_settled(whole), timeout_s=END_S)
         record = await _record(whole, bridge.process.pid)
         assert record is not None
         metrics = (await whole.http.get(f"http://{record['metrics']}/metrics")).text

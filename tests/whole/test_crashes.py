@@ -10,19 +10,16 @@ from typing import Final
 
 import pytest
 
-from pipeline.consumer import STEADY_S
 from tests.cli.conftest import lives
 from tests.conftest import wait_until
 from tests.whole.system import END_S, LEASE_S, SLACK_S, Outside, System, outside
 
-RECOVERY_S: Final = LEASE_S + 2.0
 CALL_S: Final = 0.5
-ANSWER_WITHIN_S: Final = 1.0
-"""With Redis away a client hears so within this time."""
+PARTS: Final = 15  # of `up`; the last one starts when the others are ready
 
 
-async def kill_with_work_in_hand(whole: Outside, stage: str) -> tuple[list[str], float]:
-    """Kill a stage's process at an instant when it held jobs; return their ids and when it was killed."""
+async def kill_with_work_in_hand(whole: Outside, stage: str) -> list[str]:
+    """Kill a stage's process at an instant when it held jobs; return their ids."""
     pid = whole.system.pid_of(stage)
     assert pid is not None
     held: list[str] = []
@@ -35,23 +32,19 @@ async def kill_with_work_in_hand(whole: Outside, stage: str) -> tuple[list[str],
                 await asyncio.sleep(0)
     finally:
         os.kill(pid, signal.SIGKILL)
-    return held, time.monotonic()
+    return held
 
 
 @pytest.mark.parametrize("stage", ["encoder", "retriever", "llm"])
 async def test_work_of_a_killed_stage_is_done_by_its_successor(whole: Outside, stage: str) -> None:
-    """SIGKILL under load, with work in hand: all is answered, and what it held within lease + 2 s."""
+    """SIGKILL under load, with work in hand: all is answered. How soon what it held, the fault suite tells."""
     if stage == "llm":
         await whole.behave(latency=CALL_S)
     async with whole.under_load(20) as load:
-        held, killed_s = await kill_with_work_in_hand(whole, stage)
+        held = await kill_with_work_in_hand(whole, stage)
         await wait_until(lambda: whole.works(whole.system.pid_of(stage)), timeout_s=END_S)
-        restarted_s = time.monotonic()
         await wait_until(lambda: set(held) <= {reply.body.get("job_id") for reply in load.replies}, timeout_s=END_S)
-    recovered_s = max(reply.ended_s for reply in load.replies if reply.body["job_id"] in held)
     assert set(load.statuses()) == {200}
-    # Nobody else was there to take over: on a busy machine the successor may start after the lease has lapsed.
-    assert recovered_s < max(killed_s + RECOVERY_S, restarted_s + STEADY_S) + SLACK_S
 
 
 async def test_jobs_outlive_the_gateway_that_accepted_them(whole: Outside) -> None:
@@ -71,7 +64,7 @@ async def test_jobs_outlive_the_gateway_that_accepted_them(whole: Outside) -> No
 
 @pytest.mark.parametrize("end", [signal.SIGCONT, signal.SIGKILL])
 async def test_an_outage_of_redis_is_said_at_once_and_survived(whole: Outside, end: signal.Signals) -> None:
-    """Frozen for longer than a lease, then thawed or killed: 503 within a second, and what was accepted is answered."""
+    """Frozen for longer than a lease, then thawed or killed: 503 at once, and what was accepted is answered."""
     await whole.behave(latency=CALL_S)
     waiting = [asyncio.create_task(whole.ask()) for _ in range(10)]
     accepted = [(await whole.ask(background=True)).body["job_id"] for _ in range(10)]
@@ -83,7 +76,7 @@ async def test_an_outage_of_redis_is_said_at_once_and_survived(whole: Outside, e
             assert reply.status == 503
             assert reply.body["error"]["code"] == "redis_unavailable"
             assert int(reply.headers["retry-after"]) >= 1
-            assert reply.took_s < ANSWER_WITHIN_S + SLACK_S
+            assert reply.took_s < SLACK_S
         readiness = await whole.send("GET", "/readyz")
         assert (readiness.status, (await whole.send("GET", "/livez")).status) == (503, 200)
         assert readiness.body["redis"]
@@ -101,13 +94,13 @@ async def test_sigterm_answers_what_was_accepted_and_leaves_no_process() -> None
         async with outside(own) as whole:
             await whole.behave(latency=CALL_S)
             asked = [asyncio.create_task(whole.ask()) for _ in range(40)]
-            await wait_until(lambda: whole.has_live_jobs(40))
+            await wait_until(lambda: whole.has_live_jobs(40), timeout_s=END_S)
+            await wait_until(lambda: len(own.children()) == PARTS, timeout_s=END_S)
             children = own.children()
             code = await own.end(signal.SIGTERM)
             replies = await asyncio.gather(*asked)
     assert [reply.status for reply in replies] == [200] * 40
     assert code == 0
-    assert len(children) == 15
     assert not any(lives(pid) for pid in children)
 
 
@@ -117,7 +110,7 @@ async def test_sigkill_leaves_no_process_and_the_next_start_finishes_the_work() 
         async with outside(own) as whole:
             await whole.behave(latency=60)
             accepted = [(await whole.ask(background=True)).body["job_id"] for _ in range(10)]
-            await wait_until(lambda: whole.has_in_hand("llm", 10))
+            await wait_until(lambda: whole.has_in_hand("llm", 10), timeout_s=END_S)
         children = own.children()
         await own.end(signal.SIGKILL)
         await wait_until(lambda: not any(lives(pid) for pid in children), timeout_s=END_S)

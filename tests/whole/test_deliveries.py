@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import orjson
-import pytest
 from aiohttp import web
 
 from pipeline import keys
@@ -21,9 +20,7 @@ from tests.whole.system import END_S, SLACK_S, Json, Outside, System, outside, p
 
 SMS: Json = {"from": "+15005550006", "to": "+15005550009", "type": "sms", "body": "Zyxwquorn is here."}
 CANARY = "Zyxwquorn"
-LEAVES_WITHIN_MS = (1 + SLACK_S) * 1000
-
-pytestmark = pytest.mark.timeout(180)
+SOON_MS = SLACK_S * 1000
 
 
 async def send(whole: Outside, body: Json | None = None, **more: Any) -> str:
@@ -42,7 +39,7 @@ async def until(whole: Outside, delivery_id: str, *statuses: str) -> Json:
         found = reply.body
         return reply.status == 200 and found["status"] in statuses
 
-    await wait_until(has_come, timeout_s=2 * END_S, every_s=0.02)
+    await wait_until(has_come, timeout_s=END_S, every_s=0.02)
     return found
 
 
@@ -90,16 +87,16 @@ async def test_a_message_goes_out_once_and_its_whole_story_is_told(whole: Outsid
     await wait_until(are_recorded, timeout_s=END_S, every_s=0.05)
 
 
-async def test_a_scheduled_message_leaves_within_a_second_of_its_time(whole: Outside) -> None:
+async def test_a_scheduled_message_leaves_at_its_time(whole: Outside) -> None:
     """By Redis' clock, as its history has it; not before."""
     due_ms = await redis_ms(whole) + 1_500
     found = await until(whole, await send(whole, scheduled_at=at(due_ms)), "sent")
     assert found["scheduled_at_ms"] == due_ms
     assert [step["status"] for step in found["history"]] == ["scheduled", "pending", "sending", "sent"]
-    assert due_ms <= instant(found, "pending") <= instant(found, "sending") <= due_ms + LEAVES_WITHIN_MS
+    assert due_ms <= instant(found, "pending") <= instant(found, "sending") <= due_ms + SOON_MS
 
 
-async def test_a_scheduled_message_leaves_within_a_second_after_its_process_is_back(whole: Outside) -> None:
+async def test_a_scheduled_message_leaves_when_its_process_is_back(whole: Outside) -> None:
     """The process stood still at its time."""
     due_ms = await redis_ms(whole) + 1_500
     delivery_id = await send(whole, scheduled_at=at(due_ms))
@@ -116,7 +113,7 @@ async def test_a_scheduled_message_leaves_within_a_second_after_its_process_is_b
         whole.system.kill("delivery", signal.SIGCONT)
     found = await until(whole, delivery_id, "sent")
     assert whole.system.pid_of("delivery") == pid
-    assert back_ms <= instant(found, "sending") <= back_ms + LEAVES_WITHIN_MS
+    assert back_ms <= instant(found, "sending") <= back_ms + SOON_MS
     assert printed(whole.system)[delivery_id] == 1
 
 
@@ -135,7 +132,7 @@ async def test_a_scheduled_message_leaves_although_everything_was_down_at_its_ti
             back_ms = int(1000 * await _began_s(whole))
         assert instant(found, "pending") >= due_ms
         # From when the process that carries it was there, which takes a second to start its interpreter.
-        assert instant(found, "sending") <= max(due_ms, back_ms) + 1_000 + LEAVES_WITHIN_MS
+        assert instant(found, "sending") <= max(due_ms, back_ms) + SOON_MS
         assert printed(own) == {reply.body["id"]: 1, delivery_id: 1}
 
 
@@ -235,7 +232,7 @@ async def test_no_message_is_lost_or_sent_twice_while_delivery_processes_die(who
         for _ in range(4):
             group.create_task(client())
         for least in (60, 120, 180):
-            await wait_until(lambda least=least: len(ids) >= least, timeout_s=2 * END_S)  # type: ignore[misc]
+            await wait_until(lambda least=least: len(ids) >= least, timeout_s=END_S)  # type: ignore[misc]
             pid = whole.system.kill("delivery", signal.SIGKILL)
             await wait_until(lambda pid=pid: whole.system.pid_of("delivery") not in {None, pid}, timeout_s=END_S)  # type: ignore[misc]
     ended = [await until(whole, delivery_id, "sent", "unknown", "failed") for delivery_id in ids]

@@ -13,7 +13,7 @@ from pipeline.records import Event, Records
 from tests.conftest import wait_until
 from tests.history.conftest import a_postgres, new_database
 from tests.postgres import PostgresServer
-from tests.whole.system import System, outside, penstock
+from tests.whole.system import END_S, System, outside, penstock
 
 MESSAGES = 2_000
 
@@ -51,18 +51,18 @@ async def test_no_record_is_missing_after_kills_and_a_restart_of_the_database(se
             telling = asyncio.create_task(tell())
             for strike in range(4):
                 left = await written(url)
-                await wait_until(lambda: has_grown(url, left), timeout_s=30)  # noqa: B023 - used at once
+                await wait_until(lambda: has_grown(url, left), timeout_s=END_S)  # noqa: B023 - used at once
                 killed = system.kill("recorder", signal.SIGKILL)
                 if strike == 1:
                     server.crash()
                     server.start()
-                await wait_until(lambda: system.pid_of("recorder") not in {None, killed}, timeout_s=30)  # noqa: B023
+                await wait_until(lambda: system.pid_of("recorder") not in {None, killed}, timeout_s=END_S)  # noqa: B023
             await telling
 
             async def is_written() -> bool:
                 return await backlog() == 0
 
-            await wait_until(is_written, timeout_s=60)
+            await wait_until(is_written, timeout_s=END_S)
             assert await whole.redis.xlen(keys.DEAD) == 0
             code, said, _ = await penstock("status", "--once", "--data-dir", str(system.data_dir))
             assert (code, "recorder" in said) == (0, True)

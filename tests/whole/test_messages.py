@@ -26,7 +26,7 @@ async def closed(whole: Outside, batch_id: str) -> Json:
         found = reply.body
         return reply.status == 200 and found["closed_ms"] is not None
 
-    await wait_until(is_closed, timeout_s=4 * END_S, every_s=0.1)
+    await wait_until(is_closed, timeout_s=END_S, every_s=0.1)
     return found
 
 

@@ -70,7 +70,7 @@ async def answer_to(whole: Outside, request_id: str) -> Json:
         found[:] = [one for one in await responses(whole) if one["request_id"] == request_id]
         return bool(found)
 
-    await wait_until(is_there, timeout_s=4 * END_S, every_s=0.05)
+    await wait_until(is_there, timeout_s=END_S, every_s=0.05)
     [response] = found
     return response
 
@@ -161,7 +161,7 @@ async def _wait_for(whole: Outside, wanted: int) -> None:
         found = {one["request_id"] for one in await responses(whole)}
         return sum(str(name).startswith("many-") for name in found) >= wanted
 
-    await wait_until(are_there, timeout_s=6 * END_S, every_s=0.1)
+    await wait_until(are_there, timeout_s=END_S, every_s=0.1)
 
 
 async def _wait_for_successor(whole: Outside, name: str, killed: int) -> None:

@@ -30,10 +30,6 @@ from tests.postgres import PostgresServer
 from tests.servers import RedisServer
 from tests.whole.system import END_S, Outside, System, command, environment, outside, penstock, penstock_within
 
-pytestmark = pytest.mark.timeout(600)
-
-WITHIN_S: Final = 240.0
-HEALTHY_S: Final = 60.0
 KEY: Final = "secret"
 BY_MAIL: Final = {"PENSTOCK_DELIVERIES__EMAIL": "smtp"}
 """Emails go out for real; the other types go to the console."""
@@ -58,7 +54,7 @@ class Outer:
         """Start it and wait until it listens."""
         assert self._process is None
         self._process = subprocess.Popen(self._arguments, cwd="/", env=environment(), stdout=subprocess.DEVNULL)
-        give_up_s = time.monotonic() + WITHIN_S
+        give_up_s = time.monotonic() + END_S
         while not self._listens():
             assert self._process.poll() is None
             assert time.monotonic() < give_up_s
@@ -157,7 +153,7 @@ async def until_well(site: Site, whole: Outside) -> None:
     link = Link(RedisSettings(url=site.redis.url), "test")
     try:
         await whole.reset()
-        await wait_until(all_is_well, timeout_s=WITHIN_S, every_s=0.2)
+        await wait_until(all_is_well, timeout_s=END_S, every_s=0.2)
     finally:
         await link.close()
 
@@ -191,7 +187,7 @@ class Judged:
 async def judge(site: Site, *options: str, key: str = KEY) -> Judged:
     """Run `penstock verify`, as an operator would beside `up`."""
     code, out, err = await penstock_within(
-        WITHIN_S,
+        END_S,
         "verify",
         "--json",
         "--data-dir",
@@ -237,7 +233,6 @@ async def test_a_healthy_system_passes_everything_twice_at_once_and_nothing_stay
         assert set(judged.by_name) >= MAKES | {"gateway", "key", "redis", "configuration", "database", "replicas"}
         assert set(judged.by_name) >= {f"worker-{name}" for name in WORKERS}
         assert judged.code == 0
-        assert judged.whole["took_s"] < HEALTHY_S
     assert await keys_of(whole) == before
     assert await whole.redis.smembers(keys.QUEUES + "ann") == set()
     assert await whole.redis.xlen(keys.DEAD) == letters
@@ -251,7 +246,7 @@ async def test_people_see_a_line_for_each_check_and_no_colour_codes_where_there_
 ) -> None:
     """`--only` makes a check and what it needs; the summary ends it."""
     where = ("--api-key", KEY, "--data-dir", str(site.system.data_dir))
-    code, out, _ = await penstock_within(WITHIN_S, "verify", "--only", "message", *where)
+    code, out, _ = await penstock_within(END_S, "verify", "--only", "message", *where)
     assert code == 0
     assert "\x1b" not in out
     words = [line.split()[:2] for line in out.splitlines() if line]
@@ -289,9 +284,9 @@ async def test_an_interrupted_run_cleans_up_all_the_same(site: Site, whole: Outs
         async def waits_for_its_retry() -> bool:
             return bool(await whole.redis.zcard(keys.DELAYED))
 
-        await wait_until(waits_for_its_retry, timeout_s=WITHIN_S)
+        await wait_until(waits_for_its_retry, timeout_s=END_S)
         process.send_signal(signal.SIGINT)
-        out, err = await asyncio.wait_for(process.communicate(), WITHIN_S)
+        out, err = await asyncio.wait_for(process.communicate(), END_S)
     finally:
         if process.returncode is None:
             process.kill()
@@ -308,7 +303,7 @@ async def test_a_webhook_to_this_machine_is_skipped_with_the_reason_where_it_is_
     """The default: a gateway that calls public addresses only. That is no failure, and no pass either."""
     with System() as plain:
         options = ("--only", "webhook", "--data-dir", str(plain.data_dir), "--json")
-        code, out, _ = await penstock_within(WITHIN_S, "verify", *options)
+        code, out, _ = await penstock_within(END_S, "verify", *options)
     checks = {check["name"]: check for check in orjson.loads(out)["checks"]}
     assert code == 0, out
     assert checks["webhook"]["verdict"] == "SKIP"
@@ -413,7 +408,7 @@ async def test_a_provider_of_deliveries_that_is_down_is_told_with_what_stands_in
     async def is_sent() -> bool:
         return bool(await whole.redis.hget(going_on, "status") == b"sent")
 
-    await wait_until(is_sent, timeout_s=WITHIN_S)
+    await wait_until(is_sent, timeout_s=END_S)
 
 
 async def test_a_database_that_is_away_stops_the_history_and_nothing_else(site: Site, whole: Outside) -> None:

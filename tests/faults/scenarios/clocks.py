@@ -82,7 +82,7 @@ async def clocks_are_wrong(cell: Cell) -> None:
         late_s.append((one.ended_s or 0.0) - one.submitted_s - DEADLINE_S)
     cell.verdict.figures["expired"] = f"{min(late_s):+.2f} to {max(late_s):+.2f} s"
     cell.require("no job expires early", min(late_s) > -0.05)
-    cell.require(f"every job expires within {EXPIRED_WITHIN_S:g} s", max(late_s) <= EXPIRED_WITHIN_S)
+    cell.expect(f"every job expires within {EXPIRED_WITHIN_S:g} s", max(late_s) <= EXPIRED_WITHIN_S)
 
 
 async def _off_s(cluster: Cluster, part: Part) -> float:

@@ -68,18 +68,18 @@ async def zombies(cell: Cell) -> None:
             victim = cell.rng.choice(cluster.of("llm"))
             refused.append(await _refused_by(cluster, victim, nemesis.make_zombie(victim, LONG_S, least=6)))
         await sending
-        await wait_until(lambda: not load.open, timeout_s=60)
+        await wait_until(lambda: not load.open, timeout_s=READY_S)
         encoder = await _freeze_an_encoder(cell)
-        await wait_until(lambda: not load.open, timeout_s=60)  # or its question is among what the next one holds
+        await wait_until(lambda: not load.open, timeout_s=READY_S)  # or its question is among what the next one holds
         blocked = await _block_its_loop(cell, cluster, cluster["llm-2"])
     cell.verdict.figures |= {
         "refused_by_zombies": refused, "refused_by_encoder": encoder, "refused_by_blocked_loop": blocked,
     }  # fmt: skip
     frozen = [(line["held"], line["lost"]) for line in read(cell.faults) if line.get("fault") == "zombie"]
-    cell.require(f"others take over all that the frozen hold, not {frozen}", all(held == lost for held, lost in frozen))
-    cell.require(f"every thawed worker tries and is refused, not {refused}", refused != [] and all(refused))
-    cell.require("the encoder that was thawed tries and is refused", encoder > 0)
-    cell.require("the worker whose loop was blocked tries and is refused", blocked > 0)
+    cell.expect(f"others take over all that the frozen hold, not {frozen}", all(held == lost for held, lost in frozen))
+    cell.expect(f"every thawed worker tries and is refused, not {refused}", refused != [] and all(refused))
+    cell.expect("the encoder that was thawed tries and is refused", encoder > 0)
+    cell.expect("the worker whose loop was blocked tries and is refused", blocked > 0)
 
 
 async def _freeze_an_encoder(cell: Cell) -> int:
@@ -232,9 +232,9 @@ def _judge_calls(cell: Cell, how: str, ids: list[str], refused: float, healed_s:
     cell.require(f"{how}: it aborts what goes on, not {len(aborted_s)}", len(aborted_s) == len(ids) - in_vain > 0)
     cell.require(f"{how}: it aborts nothing while it cannot know", min(aborted_s, default=healed_s) >= healed_s)
     claim = f"{how}: it renews within {RENEWS_WITHIN_S:.1f} s, not {renewed_s - healed_s:.2f}"
-    cell.require(claim, renewed_s - healed_s <= RENEWS_WITHIN_S)
+    cell.expect(claim, renewed_s - healed_s <= RENEWS_WITHIN_S)
     claim = f"{how}: aborted within {ABORTED_WITHIN_S:g} s of the first renewal, not {max(after_s, default=0.0):.2f}"
-    cell.require(claim, max(after_s, default=0.0) <= ABORTED_WITHIN_S)
+    cell.expect(claim, max(after_s, default=0.0) <= ABORTED_WITHIN_S)
     cell.require(f"{how}: the {in_vain} answers that came too late are refused, not {refused:g}", refused == in_vain)
     cell.require("some answers came while it was cut off", how != "silent" or in_vain > 0)
 
@@ -309,7 +309,7 @@ async def half_open(cell: Cell) -> None:
             await reach("its client has heard", lambda: not load.open, within_s=READY_S)
             taken_up.append(int(await cluster.metric(TAKEN_UP) - before))
     cell.verdict.figures |= {"worked_on_after_max_s": round(max(spans_s), 2), "taken_up": taken_up}
-    cell.require(f"worked on within two renewals, not {max(spans_s):.2f} s", max(spans_s) <= 2 * RENEW_S + 0.5)
+    cell.expect(f"worked on within two renewals, not {max(spans_s):.2f} s", max(spans_s) <= 2 * RENEW_S + 0.5)
     one_each = all(count == 1 for count in taken_up)
     cell.require(f"in every round one entry is served to the dead socket and taken up, not {taken_up}", one_each)
 

@@ -72,7 +72,7 @@ async def payload_that_kills(cell: Cell) -> None:
         "p99 of the others s": round(p99_s, 2),
         "slowest neighbour s": round(neighbours_s, 2),
     }
-    cell.require(f"p99 of the others is at most {RECOVERY_S:g} s, not {p99_s:.2f}", p99_s <= RECOVERY_S)
+    cell.expect(f"p99 of the others is at most {RECOVERY_S:g} s, not {p99_s:.2f}", p99_s <= RECOVERY_S)
     usual, kept = _throughputs([one for n, one in told.items() if n not in {killer, *innocent}], calm, began_s, ended_s)
     cell.verdict.figures |= {"deaths": deaths, "throughput": f"{kept:.1f}/s in the worst window (usual {usual:.1f}/s)"}
     cell.require(f"workers died {DEATHS} times, not {deaths}", deaths == DEATHS)
