@@ -438,6 +438,7 @@ async def _verify(
                 has_key=api_key is not None,
                 deliver_to=deliver[0],
                 deliver_from=deliver[1],
+                trial_url=settings.webhook.trial_url or (own or {}).get("trial_url", ""),
             )
             return await run(chosen, CLEAN_UP, site, partial(stuck, site), *watchers)
     finally:

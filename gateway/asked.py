@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final, TypeVar
 from urllib.parse import parse_qs
 
@@ -20,6 +21,12 @@ T = TypeVar("T")
 
 EXAMPLE: Final = "2026-12-01T08:00:00Z"
 """An instant as clients write them."""
+_INSTANT: Final = re.compile(
+    r"(?P<day>[0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ](?P<minute>(?:[01][0-9]|2[0-3]):[0-5][0-9])"
+    r"(?::(?P<second>[0-5][0-9]|60)(?:[.,](?P<fraction>[0-9]+))?)?(?P<offset>[Zz]|[+-][0-9]{2}(?::?[0-9]{2})?)?"
+)
+_UNESCAPED: Final = re.compile(r"([0-9-]{10}[Tt ][0-9:.,]+) ([0-9]{2}(?::?[0-9]{2})?)")
+_EPOCH: Final = datetime.fromtimestamp(0, UTC)
 MOST_LISTED: Final = 200
 LISTED: Final = 50
 
@@ -89,9 +96,12 @@ class Asked:
         return value
 
     def instant_ms(self, name: str) -> int | None:
-        """Return an instant, in milliseconds since the epoch; None where there is none."""
+        """Return an instant, in milliseconds since the epoch; None where there is none.
+
+        The `+` of an offset may not have been escaped, and is a blank then.
+        """
         value = self.text(name)
-        return None if value is None else instant_ms(value, name)
+        return None if value is None else instant_ms(_with_its_plus(value), name)
 
     def number(self, name: str, default: int, *, least: int = 0, most: int) -> int:
         """Return a number; *default* where there is none."""
@@ -108,18 +118,32 @@ class Asked:
 
 
 def instant_ms(text: str, path: str) -> int:
-    """Return an instant as clients write it, in milliseconds since the epoch.
+    """Return an instant as clients write it (RFC 3339, section 5.6 and its notes), in milliseconds since the epoch.
+
+    A leap second is the first one of the next minute, as in POSIX time. What is finer than a millisecond is cut off.
 
     Args:
         path: where it stands, for whoever is told that it is none.
     """
+    found = _INSTANT.fullmatch(text)
+    if found is None:
+        raise wrong(path, f"an instant as in RFC 3339: {EXAMPLE}, or with an offset, 2026-12-01T09:00:00+01:00")
+    if found["offset"] is None:
+        raise wrong(path, f"an instant names its offset: end it with Z for UTC, or with one like +01:00 ({EXAMPLE})")
+    second, fraction = found["second"] or "00", found["fraction"] or ""
+    offset = "+00:00" if found["offset"] in "Zz" else found["offset"]
     try:
-        instant = datetime.fromisoformat(text)
-        if instant.tzinfo is not None:
-            return int(instant.astimezone(UTC).timestamp() * 1000)
+        minute = datetime.fromisoformat(f"{found['day']}T{found['minute']}{offset}").astimezone(UTC)
     except (ValueError, OverflowError):
-        pass
-    raise wrong(path, f"an instant as in RFC 3339, with a time zone: {EXAMPLE}")
+        raise wrong(path, f"there is no such day or offset; an instant looks like {EXAMPLE}") from None
+    if second == "60" and (minute.hour, minute.minute) != (23, 59):
+        raise wrong(path, "a second 60 stands at the end of a day of UTC only, as leap seconds do")
+    return (minute - _EPOCH) // timedelta(milliseconds=1) + int(second) * 1000 + int((fraction + "000")[:3])
+
+
+def _with_its_plus(text: str) -> str:
+    found = _UNESCAPED.fullmatch(text)
+    return f"{found[1]}+{found[2]}" if found else text
 
 
 def due_ms_of(call: Call, text: str | None, path: str, most_s: float) -> int | None:

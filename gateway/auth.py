@@ -14,13 +14,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import ipaddress
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from gateway.errors import BrokenKey, Problem
+from pipeline.addresses import is_loopback
 from pipeline.api_keys import NAME, ApiKey, digest_of
 from pipeline.clock import monotonic_us
 from pipeline.connection import Outage
@@ -206,17 +206,10 @@ def refuse_open_address(settings: GatewaySettings, keys: ApiKeys) -> None:
     Raises:
         ConfigError: the address is not loopback, no key is asked for, and nobody said `insecure`.
     """
-    if keys or settings.insecure or settings.require_key or _is_loopback(settings.host):
+    if keys or settings.insecure or settings.require_key or is_loopback(settings.host):
         return
     raise ConfigError(
         f"PENSTOCK_GATEWAY__HOST: {settings.host!r} can be reached from other machines and no API key is set: "
         "set PENSTOCK_API_KEYS=name:key, or PENSTOCK_GATEWAY__REQUIRE_KEY=true where keys are made with "
         "`penstock keys create`, or say --insecure"
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -48,6 +48,7 @@ class Site:
         token: in every name and text of ours, so that they are known from others'.
         deliver_to: to whom deliveries go for real, and
         deliver_from: from whom; None: only to the console, to nobody.
+        trial_url: where a receiver of ours may be told though it is on loopback; "": nowhere, as far as is known here.
         making: requests under way of which it is not known yet what they made.
         usable: replicas that answer; None before anybody has looked.
     """
@@ -60,6 +61,7 @@ class Site:
     has_key: bool = False
     deliver_to: str | None = None
     deliver_from: str | None = None
+    trial_url: str = ""
     traces: Traces = field(default_factory=Traces)
     token: str = field(default_factory=lambda: f"verify-{new_id()[:12]}")
     making: set[asyncio.Task[Any]] = field(default_factory=set)

@@ -11,6 +11,8 @@ import asyncio
 import base64
 import binascii
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
@@ -21,6 +23,7 @@ from gateway.errors import Problem
 from gateway.idempotency import read_key
 from gateway.jobs import JobError
 from gateway.operation import Answer, Call, Operation, Parameter, answer
+from pipeline.contacts import MAX_CHARS, BadContact, read_mailbox, read_number, read_sender
 from pipeline.deliveries import AcceptedDelivery, Delivery, Order, Status
 from pipeline.errors import DeadlineExceeded
 from pipeline.flows import Metadata, Payload
@@ -29,14 +32,23 @@ from pipeline.settings import DeliveriesSettings
 
 MAX_SMS_CHARS: Final = 1_600
 """What carriers take as one message, in up to ten parts."""
-MAX_ADDRESS_CHARS: Final = 320
 
 Type = Literal["sms", "mms", "email"]
 
-_NUMBER: Final = re.compile(r"\+[1-9][0-9]{6,14}")
-_SENDER: Final = re.compile(r"\+[1-9][0-9]{6,14}|[0-9]{3,8}|MG[0-9a-f]{32}|(?=.*[A-Za-z])[A-Za-z0-9 &._-]{1,11}")
-_MAILBOX: Final = re.compile(r'[^\s@<>,;:"()\[\]\\]{1,64}@[^\s@<>,;:"()\[\]\\]{1,255}')
-_NAMED: Final = re.compile(r'[^<>"\\]{0,200}<(.+)>')
+_FILE_TYPE: Final = re.compile(r"(?!multipart/|message/)[a-z]+/[a-z0-9][a-z0-9.+_-]*", re.IGNORECASE)
+
+
+def _file_name(text: str) -> str:
+    if not text.isprintable() or set('/\\"').intersection(text):
+        raise ValueError('a file name holds no / \\ " and no control character')
+    return text
+
+
+def _file_type(text: str) -> str:
+    if not _FILE_TYPE.fullmatch(text):
+        raise ValueError("a type like application/pdf; one that consists of parts or messages cannot be attached")
+    return text
+
 
 # --- What is asked and answered ----------------------------------------------------------------
 
@@ -44,21 +56,25 @@ _NAMED: Final = re.compile(r'[^<>"\\]{0,200}<(.+)>')
 class DeliveryAttachment(Payload):
     """A file that goes along: an email carries its `content`, an mms names a `url` from which it is fetched."""
 
-    filename: Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r'^[^\x00-\x1f\x7f/\\"]+$')] = (
-        "attachment"
+    filename: Annotated[str, StringConstraints(min_length=1, max_length=255), AfterValidator(_file_name)] = "attachment"
+    content_type: Annotated[str, StringConstraints(max_length=127), AfterValidator(_file_type)] = (
+        "application/octet-stream"
     )
-    content_type: Annotated[
-        str, StringConstraints(max_length=127, pattern=r"^[A-Za-z0-9!#$&^_.+-]+/[\w!#$&^.+-]+$")
-    ] = "application/octet-stream"
     content: str | None = Field(None, description="base64; of an email")
     url: Annotated[str, StringConstraints(max_length=2_048)] | None = Field(None, description="https; of an mms")
+
+
+def _storable(metadata: Metadata) -> Metadata:
+    for text in (*metadata, *metadata.values()):
+        storable(str(text))
+    return metadata
 
 
 class DeliveryRequest(Payload):
     """A message to one recipient."""
 
-    sender: Text = Field(alias="from", max_length=MAX_ADDRESS_CHARS, description="a number, or an email address")
-    to: Text = Field(max_length=MAX_ADDRESS_CHARS, description="one number (+15005550006), or one email address")
+    sender: Text = Field(alias="from", max_length=MAX_CHARS, description="a number, or an email address")
+    to: Text = Field(max_length=MAX_CHARS, description="one number (+15005550006), or one email address")
     type: Type = Field(description="an `sms` with attachments becomes an `mms`")
     subject: Annotated[str, StringConstraints(max_length=998), AfterValidator(storable)] | None = Field(
         None, description="of an email"
@@ -66,8 +82,10 @@ class DeliveryRequest(Payload):
     body: Annotated[str, AfterValidator(storable)]
     html: Text | None = Field(None, description="of an email, beside its plain body")
     attachments: list[DeliveryAttachment] = Field(default_factory=list, max_length=100)
-    scheduled_at: str | None = Field(None, description=f"send it then: RFC 3339 with a time zone, `{EXAMPLE}`")
-    metadata: Metadata | None = Field(
+    scheduled_at: Annotated[str, StringConstraints(max_length=100)] | None = Field(
+        None, description=f"send it then: RFC 3339 with its offset, `{EXAMPLE}`"
+    )
+    metadata: Annotated[Metadata, AfterValidator(_storable)] | None = Field(
         None, description="kept with it, and given to a gateway of one's own", max_length=64
     )
 
@@ -110,6 +128,7 @@ class AttachmentShown(BaseModel):
 
     filename: str | None = None
     content_type: str | None = None
+    size_bytes: int | None = Field(None, description="of its content")
     url: str | None = None
 
 
@@ -180,11 +199,8 @@ def _order(call: Call, request: DeliveryRequest, settings: DeliveriesSettings) -
         Problem: 422, a field does not fit the type.
     """
     kind: Type = "mms" if request.type == "sms" and request.attachments else request.type
-    if kind == "email":
-        _check_mailbox("from", request.sender, may_be_named=True)
-        _check_mailbox("to", request.to)
-    else:
-        _check_number(request)
+    _check("from", request.sender, read_mailbox if kind == "email" else read_sender)
+    _check("to", request.to, partial(read_mailbox, may_be_named=False) if kind == "email" else read_number)
     _check_texts(kind, request, settings)
     _check_attachments(kind, request.attachments, settings)
     due_ms = due_ms_of(call, request.scheduled_at, "scheduled_at", settings.max_schedule_s)
@@ -200,19 +216,11 @@ def _order(call: Call, request: DeliveryRequest, settings: DeliveriesSettings) -
     )
 
 
-def _check_number(request: DeliveryRequest) -> None:
-    if not _NUMBER.fullmatch(request.to):
-        raise wrong("to", "a number as in E.164: + and the digits, country first, like +15005550006")
-    if not _SENDER.fullmatch(request.sender):
-        said = "a number as in E.164, a short code, a name of at most 11 characters, or a messaging service (MG...)"
-        raise wrong("from", said)
-
-
-def _check_mailbox(name: str, text: str, *, may_be_named: bool = False) -> None:
-    named = _NAMED.fullmatch(text) if may_be_named else None
-    if not text.isprintable() or not _MAILBOX.fullmatch(named[1] if named else text):
-        example = "ann@example.com, or Ann <ann@example.com>" if may_be_named else "one address, like ann@example.com"
-        raise wrong(name, f"an email address: {example}")
+def _check(name: str, text: str, read: Callable[[str], object]) -> None:
+    try:
+        read(text)
+    except BadContact as error:
+        raise wrong(name, str(error)) from None
 
 
 def _check_texts(kind: Type, request: DeliveryRequest, settings: DeliveriesSettings) -> None:
@@ -251,8 +259,10 @@ def _check_attachments(kind: Type, attachments: list[DeliveryAttachment], settin
 def _size_of(attachment: DeliveryAttachment, path: str) -> int:
     if attachment.url is not None:
         raise wrong(f"{path}.url", "an email carries its attachments: give `content`, in base64")
+    if attachment.content is None:
+        raise wrong(f"{path}.content", "an email carries its attachments: give it, in base64")
     try:
-        return len(base64.b64decode(attachment.content or "", validate=True))
+        return len(base64.b64decode(attachment.content, validate=True))
     except (binascii.Error, ValueError):
         raise wrong(f"{path}.content", "base64, without line breaks") from None
 
@@ -285,16 +295,16 @@ async def list_deliveries(call: Call) -> Answer:
         call.tenant,
         type=asked.one_of("type", Type),
         status=status,
-        recipient=_storable(asked, "to"),
+        recipient=_recipient(asked),
         since_ms=asked.instant_ms("since"),
         until_ms=asked.instant_ms("until"),
         after=asked.text("after"),
         limit=asked.limit(),
     )
-    found = await from_redis(call.front.deliveries.find([row["delivery_id"] for row in rows]))
+    found = await from_redis(call.front.deliveries.standing([row["delivery_id"] for row in rows]))
     shown = []
     for row, delivery in zip(rows, found, strict=True):
-        now = _of_redis(delivery) if delivery is not None else _of_row(await _up_to_date(call, row))
+        now = _of_row(row) | _standing(delivery) if delivery is not None else _of_row(await _up_to_date(call, row))
         shown.append(_shown(now, DeliveryListed))
     return answer({"messages": [one for one in shown if status in {None, one["status"]}], "next": after})
 
@@ -341,11 +351,14 @@ def _of_redis(delivery: Delivery) -> Json:
     content = delivery.content
     files = content.get("attachments", ())
     attachments = [{name: one[name] for name in AttachmentShown.model_fields if name in one} for one in files]
-    return content | {
+    return content | {"attachments": attachments or None} | _standing(delivery)
+
+
+def _standing(delivery: Delivery) -> Json:
+    return {
         "id": delivery.id,
         "type": delivery.type,
         "status": delivery.status,
-        "attachments": attachments or None,
         "created_ms": delivery.created_ms,
         "scheduled_at_ms": delivery.due_ms if delivery.due_ms > delivery.created_ms else None,
         "provider": delivery.provider,
@@ -376,11 +389,12 @@ def _shown(found: Json, model: type[BaseModel]) -> Json:
     return shown
 
 
-def _storable(asked: Asked, name: str) -> str | None:
-    text = asked.text(name)
+def _recipient(asked: Asked) -> str | None:
+    """Return to whom: a `+` that was not escaped has become a blank, and no number and no address holds one."""
+    text = asked.text("to")
     if text is not None and ("\0" in text or not text):
-        raise wrong(name, "a number, or an email address")
-    return text
+        raise wrong("to", "a number, or an email address")
+    return text and text.replace(" ", "+")
 
 
 _ID: Final = Parameter(
@@ -414,7 +428,11 @@ OPERATIONS: Final = (
         parameters=(
             Parameter("type", "of this type only", type=Type),
             Parameter("status", "as it stands now", type=Status),
-            Parameter("to", "to this recipient only", type=Annotated[str, Field(min_length=1)]),
+            Parameter(
+                "to",
+                "to this recipient only; a `+` may stand as it is, or as `%2B`",
+                type=Annotated[str, Field(min_length=1)],
+            ),
             Parameter("since", "created then or later (RFC 3339)"),
             Parameter("until", "created before (RFC 3339)"),
             AFTER,

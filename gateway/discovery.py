@@ -7,7 +7,6 @@ names them all. When Redis is away the answer is 503, and Prometheus keeps the t
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -19,6 +18,7 @@ from pydantic import BaseModel, Field, RootModel
 
 from gateway.errors import BrokenKey
 from gateway.operation import Answer, Call, Operation
+from pipeline.addresses import is_loopback
 from pipeline.errors import PenstockError
 from pipeline.front import Front
 from pipeline.overview import Overview
@@ -77,16 +77,9 @@ def reachable(address: str, host: str, here: str) -> str:
     """
     name, _, port = address.rpartition(":")
     name = name.strip("[]")
-    if name in {"0.0.0.0", "::", ""} or (_is_loopback(name) and host != here):  # noqa: S104 - compared, not bound
+    if name in {"0.0.0.0", "::", ""} or (is_loopback(name) and host != here):  # noqa: S104 - compared, not bound
         return f"{host}:{port}"
     return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
-
-
-def _is_loopback(name: str) -> bool:
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return name == "localhost"
 
 
 @asynccontextmanager

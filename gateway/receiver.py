@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final
+from urllib.parse import urlsplit
 
 MOST_BYTES: Final = 1 << 20
+TAKEN_S: Final = 10.0
+"""How long another run of `penstock verify` may listen there."""
+AGAIN_S: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +52,25 @@ async def _read(reader: asyncio.StreamReader) -> Request:
 
 
 @asynccontextmanager
-async def receiving() -> AsyncIterator[Receiver]:
-    """Run a receiver on a free port."""
-    receiver = Receiver()
-    server = await asyncio.start_server(receiver.serve, "127.0.0.1", 0)
+async def receiving(url: str = "") -> AsyncIterator[Receiver]:
+    """Run a receiver at *url*, on loopback; "": on a free port.
+
+    Raises:
+        OSError: somebody else listens there.
+    """
+    receiver = Receiver(url)
+    server = await _listen(receiver, urlsplit(url).port or 0)
     async with server:
-        receiver.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/verify"
+        receiver.url = url or f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/verify"
         yield receiver
+
+
+async def _listen(receiver: Receiver, port: int) -> asyncio.Server:
+    give_up_s = time.monotonic() + TAKEN_S
+    while True:
+        try:
+            return await asyncio.start_server(receiver.serve, "127.0.0.1", port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > give_up_s:
+                raise
+        await asyncio.sleep(AGAIN_S)

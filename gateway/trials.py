@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar
 
@@ -152,9 +152,19 @@ async def _delivery(site: Site) -> str:
     else:
         deliveries = site.settings.deliveries
         asked = {kind: to for kind, to in NOBODY.items() if getattr(deliveries, kind) == "console"}
+    unseen = _unseen(site, asked)
     if not asked:
-        raise Skipped("every type goes out for real here: name somebody to send to, --deliver-to ADDRESS")
-    return "; ".join([await _deliver(site, kind, *who) for kind, who in asked.items()])
+        raise Skipped(f"every type goes out for real here: {unseen}")
+    return "; ".join(
+        [*[await _deliver(site, kind, *who) for kind, who in asked.items()], *([unseen] if unseen else [])]
+    )
+
+
+def _unseen(site: Site, asked: Collection[str]) -> str:
+    """Say which providers nothing is known of when the types *asked* have gone out; "" of none."""
+    providers = {kind: getattr(site.settings.deliveries, kind) for kind in NOBODY if kind not in asked}
+    real = [f"{kind} by {provider}" for kind, provider in providers.items() if provider != "console"]
+    return f"whether {', '.join(real)} works stays unseen without --deliver-to ADDRESS" if real else ""
 
 
 async def _deliver(site: Site, kind: str, sender: str, recipient: str) -> str:
@@ -204,7 +214,7 @@ async def _webhook(site: Site) -> str:
     if socket.gethostname() not in {worker.host for worker in workers}:
         hosts = ", ".join(sorted({worker.host for worker in workers}))
         raise Skipped(f"the webhook stage runs on {hosts} and cannot call a receiver here: run `penstock verify` there")
-    async with receiving() as receiver:
+    async with _receiver(site) as receiver:
         began_s = time.monotonic()
         try:
             created = await _create(site, {"prompt": _prompt(site), "webhook_url": receiver.url})
@@ -212,13 +222,24 @@ async def _webhook(site: Site) -> str:
             if error.status != 422:
                 raise
             raise Skipped(
-                "only public addresses are called, and ours is none; PENSTOCK_WEBHOOK__ALLOW_PRIVATE=true, for "
-                "gateways and webhook workers, allows it on a machine for development"
+                "only public addresses are called, and ours is none; `penstock up` on loopback makes an exception for "
+                "`penstock verify` with its --data-dir, and PENSTOCK_WEBHOOK__ALLOW_PRIVATE=true, for gateways and "
+                "webhook workers, makes it for everybody on a machine for development"
             ) from None
         news = await _told(site, receiver, created["batch_id"])
         if news["data"]["message_id"] != created["message_id"]:
             raise Failed("the news is of another message", "report this: it must never be")
         return f"`{news['type']}` was told {_since(began_s)} after it was asked for, with a signature that is right"
+
+
+@asynccontextmanager
+async def _receiver(site: Site) -> AsyncIterator[Receiver]:
+    async with AsyncExitStack() as stack:
+        try:
+            receiver = await stack.enter_async_context(receiving(site.trial_url))
+        except OSError as error:
+            raise Skipped(f"our receiver cannot listen on its port: {error.strerror or error}") from None
+        yield receiver
 
 
 async def _told(site: Site, receiver: Receiver, batch_id: str) -> Json:

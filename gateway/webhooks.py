@@ -157,7 +157,7 @@ def check_url(call: Call, text: str, *, param: str) -> None:
         Problem: 422, with the reason.
     """
     try:
-        read_url(text, allow_private=call.gateway.settings.webhook.allow_private)
+        read_url(text, allow_private=call.gateway.settings.webhook.may_be_private(text))
     except BadUrl as error:
         raise Problem(422, "invalid_field", f"{param}: {error}", param=param) from None
 

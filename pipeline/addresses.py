@@ -122,6 +122,14 @@ def is_public(address: IPv4Address | IPv6Address) -> bool:
     return address in _PUBLIC_V6 and not any(address in network for network in _NOT_PUBLIC_V6)
 
 
+def is_loopback(host: str) -> bool:
+    """Say whether a host, as settings name one, is reached from this machine only."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _read_v6(text: str) -> str:
     try:
         return str(IPv6Address(text))

@@ -137,8 +137,9 @@ class DeadLetters:
         """Accept the delivery anew, once however often it is tried, and only then take the letter away."""
         deliveries = Deliveries(self._link, self._settings, _clock_at(now_ms))
         old = await deliveries.read(job.retry_of or "")
-        if old is None or old.tenant != job.tenant:
-            message = f"letter {letter.id}: Redis keeps this delivery no longer; its sender has to send it again"
+        # Of one that went out after all, its attachments are gone too: that it went out is what matters, see `accept`.
+        if old is None or old.tenant != job.tenant or not (old.is_whole or old.status in {"sent", "delivered"}):
+            message = f"letter {letter.id}: Redis keeps no longer all that it said; its sender has to send it again"
             raise Reject(message, code="content_gone")
         again = Order(old.type, old.tenant, old.content, retry_of=old.id)
         accepted = await deliveries.accept(again, idempotency=_once(letter))

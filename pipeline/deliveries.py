@@ -49,7 +49,8 @@ class Order:
     """What is to be delivered.
 
     Attributes:
-        content: `from`, `to`, and what else was given of `subject`, `body`, `html`, `attachments`, `metadata`.
+        content: `from`, `to`, and what else was given of `subject`, `body`, `html`, `attachments`, `metadata`. An
+            attachment is an object with `filename`, `content_type`, and `content` (base64) or `url`.
         scheduled_at: when to send it, as its sender wrote it, and `due_ms` the same instant; None: now.
         retry_of: the delivery that this one repeats by hand.
     """
@@ -81,7 +82,8 @@ class Delivery:
     """How a delivery stands.
 
     Attributes:
-        content: see `Order`.
+        content: see `Order`; an attachment that was carried has `size_bytes`, and its `content` where that was read and
+            is kept still. Empty where only the standing was read.
         due_ms: when it was to go out.
         history: each status it has had, with the instant when it came to it.
         doubt: somebody has begun to hand it over, and has not said yet how it went.
@@ -101,6 +103,11 @@ class Delivery:
     attempts: int
     retry_of: str | None
     doubt: bool
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it could go out as it was read: what it carried is there."""
+        return all("content" in one or "url" in one for one in self.content.get("attachments", ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,15 +199,16 @@ class Deliveries:
         )  # fmt: skip
         job.retry_of = order.retry_of
         stage, tail = job.launch()
+        content, files = _parted(order.content)
         reply_of = await insist(
             self._link,
             scripts.DELIVER,
             (
-                job.id, order.type, order.tenant, orjson.dumps(order.content), orjson.dumps(_asked(order)), tail,
+                job.id, order.type, order.tenant, orjson.dumps(content), orjson.dumps(_asked(order, content)), tail,
                 keys.stream(stage, job.priority), job.deadline_ms, order.due_ms or 0,
                 int(settings.deliveries.keep_s * 1000), settings.admission.max_jobs, settings.history.max_backlog,
                 *limit_arguments(order.tenant, in_flight_limit), reply, *key_arguments(idempotency),
-                order.retry_of or "",
+                order.retry_of or "", orjson.dumps(files) if any(one is not None for one in files) else b"",
             ),
             self.clock,
             settings.redis.reconnect_cap_s,
@@ -322,24 +330,31 @@ class Deliveries:
     # --- reading ---------------------------------------------------------------------------------
 
     async def read(self, delivery_id: str) -> Delivery | None:
-        """Return how a delivery stands; None where Redis knows none of this id (any more).
+        """Return a delivery with all that it carries; None where Redis knows none of this id (any more).
 
         Raises what `Link.run` does, and ValueError, KeyError: its key holds what Penstock never wrote.
         """
-        return (await self.read_many([delivery_id]))[0]
+        return (await self._read([delivery_id], _ALL))[0]
 
     async def read_many(self, ids: Sequence[str]) -> list[Delivery | None]:
-        """Return how deliveries stand, in order; see `read`."""
-        rows = await self._link.run(scripts.DELIVERIES, (), ids) if ids else []
-        return [_delivery(delivery_id, row) for delivery_id, row in zip(ids, rows, strict=True)]
+        """Return deliveries, in order, without what their attachments hold; see `read`."""
+        return await self._read(ids, _TEXT)
 
     async def find(self, ids: Sequence[str]) -> list[Delivery | None]:
-        """Return how deliveries stand, where somebody at a gateway waits for it.
+        """Return what `read_many` does, where somebody at a gateway waits for it.
 
         Raises:
             BrokerUnavailable: no answer within a second.
         """
         return await within(self.read_many(ids))
+
+    async def standing(self, ids: Sequence[str]) -> list[Delivery | None]:
+        """Return how deliveries stand, and nothing of what they say; see `find`."""
+        return await within(self._read(ids, _STANDING))
+
+    async def _read(self, ids: Sequence[str], fields: Sequence[str]) -> list[Delivery | None]:
+        rows = await self._link.run(scripts.DELIVERIES, (), (len(fields), *fields, *ids)) if ids else []
+        return [_delivery(delivery_id, fields, row) for delivery_id, row in zip(ids, rows, strict=True)]
 
     async def _run(self, script: scripts.Script, args: Sequence[Argument]) -> Any:
         return await run_in_hand(self._link, script, args, self.clock)
@@ -355,12 +370,31 @@ def _count(status: Told, kind: bytes, provider: bytes, took_ms: bytes) -> None:
         metrics.DELIVERED_S.labels(*labels).observe(int(took_ms) / 1000)
 
 
-def _asked(order: Order) -> Json:
+def _parted(content: Json) -> tuple[Json, list[str | None]]:
+    """Part what is to be delivered from what its attachments hold (base64; None of one that is an address).
+
+    A list of deliveries would carry megabytes of them, and nobody needs them once the message has gone out.
+    """
+    given: list[Json] = content.get("attachments", [])
+    if not given:
+        return content, []
+    files = [one.get("content") for one in given]
+    named = [_named(one, file) for one, file in zip(given, files, strict=True)]
+    return content | {"attachments": named}, files
+
+
+def _named(attachment: Json, file: str | None) -> Json:
+    named = {name: value for name, value in attachment.items() if name != "content"}
+    return named if file is None else named | {"size_bytes": len(file) // 4 * 3 - file[-2:].count("=")}
+
+
+def _asked(order: Order, content: Json) -> Json:
     """Return what history is told of a delivery; of attachments their names: it is no store of files."""
-    content = order.content
     asked: Json = {name: content[name] for name in ("subject", "body", "html", "metadata") if name in content}
-    names = ("filename", "content_type", "url")
-    listed = [{name: one[name] for name in names if one.get(name)} for one in content.get("attachments", ())]
+    names = ("filename", "content_type", "size_bytes", "url")
+    listed = [
+        {name: one[name] for name in names if one.get(name) is not None} for one in content.get("attachments", ())
+    ]
     asked |= {"type": order.type, "sender": content["from"], "recipient": content["to"]}
     asked |= {"attachments": listed} if listed else {}
     asked |= {"scheduled_ms": order.due_ms} if order.due_ms else {}
@@ -383,16 +417,29 @@ def _event_key(source: str, event_id: str) -> str:
     return hashlib.sha256(f"{source}\n{event_id}".encode()).hexdigest()[:32]
 
 
-def _delivery(delivery_id: str, row: Sequence[bytes]) -> Delivery | None:
-    fields = {name.decode(): value.decode() for name, value in zip(row[::2], row[1::2], strict=True)}
+_STANDING: Final = (
+    "tenant", "type", "status", "created_ms", "due_ms", "history", "provider", "provider_id", "error", "attempts",
+    "retry_of", "doubt",
+)  # fmt: skip
+_TEXT: Final = (*_STANDING, "content")
+_ALL: Final = (*_TEXT, "files")
+"""Fields of a delivery's record: how it stands; and what it says; and what its attachments hold."""
+
+
+def _delivery(delivery_id: str, names: Sequence[str], row: Sequence[bytes | None]) -> Delivery | None:
+    fields = {name: value.decode() for name, value in zip(names, row, strict=True) if value is not None}
     if not fields:
         return None
+    content: Json = orjson.loads(fields["content"]) if "content" in names else {}
+    for one, file in zip(content.get("attachments", ()), orjson.loads(fields.get("files", "[]")), strict=False):
+        if file is not None:
+            one["content"] = file
     return Delivery(
         id=delivery_id,
         tenant=fields["tenant"],
         type=fields["type"],
         status=fields["status"],
-        content=orjson.loads(fields["content"]),
+        content=content,
         created_ms=int(fields["created_ms"]),
         due_ms=int(fields["due_ms"]),
         history=[(status, at_ms) for status, at_ms in orjson.loads(fields["history"])],

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -28,6 +29,7 @@ from typing import Any, Final
 import structlog
 
 from pipeline import private_redis
+from pipeline.addresses import is_loopback
 from pipeline.errors import ConfigError
 from pipeline.settings import RetrieverSettings, Settings
 from pipeline.supervisor import Program, Supervisor
@@ -97,7 +99,10 @@ async def up(plan: Plan) -> None:
 
 
 def running(data_dir: Path) -> dict[str, Any] | None:
-    """Return what the `up` on *data_dir* says about itself: `pid`, `url`, `redis_url`, `replicas`; None without one."""
+    """Return what the `up` on *data_dir* says about itself; None without one.
+
+    That is `pid`, `url`, `redis_url`, `replicas`, and `trial_url`: the receiver on loopback that may be told.
+    """
     try:
         said: dict[str, Any] = json.loads((data_dir / "up.json").read_text())
         os.kill(said["pid"], 0)
@@ -114,6 +119,9 @@ async def _run(plan: Plan, supervisor: Supervisor, port: int, mocks: Sequence[in
     settings, data_dir = plan.settings, plan.data_dir
     environ = dict(plan.environ) | {"PENSTOCK_GATEWAY__PORT": str(port), "PENSTOCK_METRICS__PORT": "0"}  # one port each
     redis_url = settings.redis.url
+    trial_url = settings.webhook.trial_url
+    if not trial_url and is_loopback(settings.gateway.host):
+        trial_url = environ["PENSTOCK_WEBHOOK__TRIAL_URL"] = _receiver_after(port)
     unfilled = _mark_if_empty(settings.retriever, data_dir / "index.unfilled")
     for number, mock_port in enumerate(mocks, start=1):
         command = ["penstock", "mock-llm", "--port", str(mock_port)]
@@ -136,7 +144,7 @@ async def _run(plan: Plan, supervisor: Supervisor, port: int, mocks: Sequence[in
     supervisor.start(_program("recorder", ["stages", "recorder"], environ | {"PENSTOCK_HISTORY__AUTO_UPGRADE": "true"}))
     url = f"http://{_authority(_reachable(settings.gateway.host), port)}"
     replicas = [_local(mock_port) for mock_port in mocks] or list(settings.llm.urls)
-    said = {"pid": os.getpid(), "url": url, "redis_url": redis_url, "replicas": replicas}
+    said = {"pid": os.getpid(), "url": url, "redis_url": redis_url, "replicas": replicas, "trial_url": trial_url}
     _write(data_dir / "up.json", json.dumps(said) + "\n")
     if plan.fill is not None and unfilled.exists() and await _try(plan.fill, url):
         unfilled.unlink(missing_ok=True)
@@ -394,13 +402,24 @@ def free_port(host: str, port: int) -> int:
 
 def _mock_addresses(gateway_port: int) -> list[int]:
     """Return ports for the mock replicas: those after the gateway's where free, so that addresses stay the same."""
-    ports: list[int] = []
-    for wanted in range(gateway_port + 1, gateway_port + 1 + MOCKS):
-        try:
-            ports.append(free_port("127.0.0.1", wanted if wanted <= 65_535 else 0))
-        except ConfigError:
-            ports.append(free_port("127.0.0.1", 0))
-    return ports
+    return [_port_near(wanted) for wanted in range(gateway_port + 1, gateway_port + 1 + MOCKS)]
+
+
+def _port_near(wanted: int) -> int:
+    try:
+        return free_port("127.0.0.1", wanted if wanted <= 65_535 else 0)
+    except ConfigError:
+        return free_port("127.0.0.1", 0)
+
+
+def _receiver_after(gateway_port: int) -> str:
+    """Return where `penstock verify` may listen for a webhook.
+
+    Only this very address is called though it is on loopback, and nobody else can know it: it is written where only
+    the user of this `up` reads. So no client can have anything else on this machine called, also where a proxy in front
+    lets strangers in.
+    """
+    return f"{_local(_port_near(gateway_port + 1 + MOCKS))}/{secrets.token_urlsafe(24)}"
 
 
 def _reachable(host: str) -> str:

@@ -196,7 +196,7 @@ class Webhook(Stage):
             told["retry_of"] = job.retry_of
         job.state = told | {"attempts": job.state.get("attempts", [])}
         try:
-            url = read_url(payload.url, allow_private=self._settings.allow_private)
+            url = read_url(payload.url, allow_private=self._settings.may_be_private(payload.url))
         except BadUrl as error:
             raise Reject(str(error), code="bad_url") from error
         webhooks, target = self._context.webhooks, yarl.URL(url.text, encoded=True)

@@ -542,6 +542,10 @@ local function write_delivery(id, delivery, now_us)
     .. text(delivery.provider_id) .. ',"error":' .. error_text .. ',"attempts":' .. (delivery.attempts or '0') .. '}')
 end
 
+-- A delivery in one of these has gone out, or never will: nobody needs what its attachments hold. One that has failed or
+-- is unknown may be sent again by hand.
+local IS_DONE = {sent = true, delivered = true, cancelled = true}
+
 -- The one place where a delivery's status changes. error_text: JSON, '' none. Returns whether it did.
 local function raise_delivery(id, delivery, status, error_text, now_us)
   if status == 'cancelled' and RANKS[delivery.status] >= RANKS.sending then return false end
@@ -550,6 +554,7 @@ local function raise_delivery(id, delivery, status, error_text, now_us)
   delivery.history = string.sub(delivery.history, 1, -2) .. ',["' .. status .. '",' .. digits(math.floor(now_us / 1000))
     .. ']]'
   write_delivery(id, delivery, now_us)
+  if IS_DONE[status] then call('HDEL', KEY.delivery .. id, 'files') end
   return true
 end
 
@@ -577,6 +582,7 @@ local function end_delivery(id, completion, now_us)
     local is_new = type(provider_id) == 'string' and provider_id ~= delivery.provider_id
     if is_new then delivery.provider_id = provider_id end
     if not raise_delivery(id, delivery, 'sent', '', now_us) and is_new then write_delivery(id, delivery, now_us) end
+    call('HDEL', key, 'files') -- also of one that was told `undelivered` before
   elseif delivery.doubt then
     raise_delivery(id, delivery, 'unknown', error_text, now_us)
   elseif not is_taken then

@@ -21,7 +21,8 @@ The texts of a server are not passed on: they repeat addresses. Its numbers are 
 One connection carries one message: kept ones would save little beside what mail servers do with a message, and most
 servers end them after some messages or seconds.
 
-Addresses: a domain outside ASCII is sent in its ASCII form; a local part outside ASCII needs a server with SMTPUTF8.
+Addresses are read as the gateway read them (`pipeline.contacts`): a domain outside ASCII is sent in its ASCII form; a
+local part outside ASCII needs a server with SMTPUTF8.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import socket
 import ssl
 from contextlib import suppress
 from dataclasses import dataclass
-from email.headerregistry import Address
+from email.header import Header
 from email.message import EmailMessage
 from email.policy import SMTP as POLICY
 from email.policy import EmailPolicy
@@ -42,6 +43,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, TypeVar, cast
 import aiosmtplib
 import httpx
 
+from pipeline.contacts import BadContact, Mailbox, read_mailbox
 from pipeline.errors import ConfigError, InDoubt, PenstockError, Reject, RetryLater
 from stages.providers import Outgoing, Provider, Sent, Type
 
@@ -66,12 +68,14 @@ ASIDE_BYTES: Final = 64 * 1024
 """An email with more of attachments is put together by a thread: a megabyte takes the loop about 20 ms."""
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f\x80-\x9f\u2028\u2029]")
-_ATOM: Final = r"[^\s<>()\[\]\\,;:@\"]"
-_ADDRESS: Final = re.compile(rf"(?P<local>{_ATOM}{{1,64}})@(?P<domain>{_ATOM}{{1,253}})")
-_NAMED: Final = re.compile(r'(?:"(?P<quoted>[^"\\<>]*)"|(?P<plain>[^"<>@,;:\\]*?)) *<(?P<address>[^<>]*)>')
 _CONTENT_TYPE: Final = re.compile(
     r"(?!multipart/|message/)(?P<main>[a-z]+)/(?P<sub>[a-z0-9][a-z0-9.+_-]*)", re.IGNORECASE
 )
+_WORD: Final = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
+_PLAIN: Final = re.compile(rf"{_WORD}(?: {_WORD})*")
+"""A name that needs no quotes (RFC 5322, 3.2.3)."""
+_WORD_CHARS: Final = 75
+"""Of an encoded word (RFC 2047, 2)."""
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r(?!\n)")
 _DOT: Final = re.compile(rb"^\.", re.MULTILINE)
 _ENHANCED: Final = re.compile(r"[245]\.\d{1,3}\.\d{1,3}(?=\s|$)")
@@ -252,15 +256,13 @@ def compose(message: Outgoing, message_id_host: str = "") -> Mail:
     Raises:
         Reject: an address, the subject or an attachment cannot be sent.
     """
-    sender = _address(message.sender, "from", "invalid_sender")
-    to = _address(message.to, "to", NO_RECIPIENT)
+    sender = _mailbox(message.sender, "from", "invalid_sender")
+    to = _mailbox(message.to, "to", NO_RECIPIENT)
     if message.subject is not None and _CONTROL.search(message.subject):
         raise Reject("the subject holds a line break or another control character", code="invalid_subject")
-    utf8 = not (sender.username.isascii() and to.username.isascii())
+    utf8 = not (sender.local.isascii() and to.local.isascii())
     email = EmailMessage(policy=_UTF8 if utf8 else _SAFE)
     message_id = f"<{message.id}@{message_id_host or sender.domain}>"
-    email["From"] = sender
-    email["To"] = to
     email["Subject"] = message.subject or ""
     email["Date"] = localtime()
     email["Message-ID"] = message_id
@@ -280,7 +282,8 @@ def compose(message: Outgoing, message_id_host: str = "") -> Mail:
         if not one.filename or _CONTROL.search(one.filename):
             raise Reject(f"attachment {number} has no name, or one with a control character", code=_BAD)
         email.add_attachment(one.content, maintype=kind["main"], subtype=kind["sub"], filename=one.filename)
-    return Mail(message_id, _bare(sender), _bare(to), quote(email.as_bytes()), utf8)
+    content = _header("From", sender) + _header("To", to) + email.as_bytes()
+    return Mail(message_id, sender.address, to.address, quote(content), utf8)
 
 
 def quote(content: bytes) -> bytes:
@@ -289,24 +292,27 @@ def quote(content: bytes) -> bytes:
     return _DOT.sub(b"..", lines if lines.endswith(b"\r\n") else lines + b"\r\n")
 
 
-def _address(text: str, field: str, code: str) -> Address:
-    """Read `a@example.org` or `Name <a@example.org>`; the domain becomes ASCII."""
-    if _CONTROL.search(text):
-        raise Reject(f"`{field}` holds a line break or another control character", code=code)
-    named = _NAMED.fullmatch(text.strip())
-    found = _ADDRESS.fullmatch(named["address"] if named else text.strip())
-    if found is None:
-        raise Reject(f"`{field}` is not one address like a@example.org or Name <a@example.org>", code=code)
+def _mailbox(text: str, field: str, code: str) -> Mailbox:
     try:
-        domain = found["domain"].encode("idna").decode()
-    except UnicodeError:
-        raise Reject(f"the domain of `{field}` is none", code=code) from None
-    name = (named["quoted"] or named["plain"] or "") if named else ""
-    return Address(display_name=name.strip(), username=found["local"], domain=domain)
+        return read_mailbox(text)
+    except BadContact as error:
+        raise Reject(f"`{field}`: {error}", code=code) from None
 
 
-def _bare(address: Address) -> str:
-    return f"{address.username}@{address.domain}"
+def _header(field: str, box: Mailbox) -> bytes:
+    """Return the line that names a mailbox, folded before the address.
+
+    `EmailMessage` would fold a long name inside its quotes, and lose them: a comma of the name then parts addresses.
+    """
+    if not box.name:
+        return f"{field}: {box.address}\r\n".encode()
+    if not box.name.isascii():
+        name = Header(box.name, "utf-8", _WORD_CHARS, field).encode(linesep="\r\n")
+    elif _PLAIN.fullmatch(box.name):
+        name = box.name
+    else:
+        name = '"' + re.sub(r'(["\\])', r"\\\1", box.name) + '"'
+    return f"{field}: {name}\r\n <{box.address}>\r\n".encode()
 
 
 def _options(client: aiosmtplib.SMTP, mail: Mail) -> list[str]:

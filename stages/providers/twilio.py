@@ -23,12 +23,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import re
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 from urllib.parse import urlencode
 
 import orjson
 
+from pipeline.contacts import is_service
 from pipeline.errors import ConfigError, InDoubt, Reject, RetryLater
 from stages.http import BrokenAnswer, HungUp, Pool, Response, Target, Unreachable
 from stages.openai_protocol import retry_after_s
@@ -55,8 +55,6 @@ CODES: Final = {
 }
 """Twilio's codes by what they mean to who sends; any other one is `refused`. All stand in
 https://www.twilio.com/docs/api/errors; more specific ones are added there now and then."""
-
-_SERVICE: Final = re.compile(r"MG[0-9a-fA-F]{32}")
 
 
 def build(settings: Settings) -> Provider:
@@ -137,7 +135,7 @@ def encode(message: Outgoing) -> bytes:
         raise Reject(f"Twilio takes {MAX_MEDIA} attachments at most", code="invalid_attachment")
     form = [
         ("To", message.to),
-        ("MessagingServiceSid" if _SERVICE.fullmatch(message.sender) else "From", message.sender),
+        ("MessagingServiceSid" if is_service(message.sender) else "From", message.sender),
     ]
     if message.body or not message.attachments:
         form.append(("Body", message.body))

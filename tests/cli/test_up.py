@@ -223,6 +223,13 @@ def test_who_runs_here_is_known_only_while_it_lives(tmp_path: Path) -> None:
     assert local.running(tmp_path) is None
 
 
+def test_a_receiver_of_verify_has_an_address_that_nobody_can_know() -> None:
+    """Another one for each start; the port stands near those of `up`, the rest is a secret."""
+    one, two = local._receiver_after(8_000), local._receiver_after(65_533)
+    assert re.fullmatch(r"http://127\.0\.0\.1:[0-9]+/[A-Za-z0-9_-]{32}", one)
+    assert one.rpartition("/")[2] != two.rpartition("/")[2]
+
+
 def test_an_address_of_another_machine_is_refused() -> None:
     """192.0.2.1 belongs to documentation and to no machine."""
     with pytest.raises(ConfigError, match="cannot listen on"):

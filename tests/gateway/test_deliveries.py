@@ -14,7 +14,7 @@ import pytest
 
 from gateway.app import create_app
 from pipeline import keys
-from pipeline.connection import Link
+from pipeline.connection import Link, parse_info
 from pipeline.errors import Reject
 from pipeline.front import Front
 from pipeline.records import Records
@@ -106,9 +106,12 @@ def in_a_day(service: Service, days: float = 1) -> str:
         (SMS | {"from": "My Shop"}, "sms"),
         (SMS | {"from": "12345"}, "sms"),
         (SMS | {"from": "MG" + "0a" * 16}, "sms"),
+        (SMS | {"from": "MG" + "0A" * 16}, "sms"),
+        (SMS | {"metadata": {"": "", "order": 7, "paid": True, "note": None}}, "sms"),
         (MAIL, "email"),
         (MAIL | {"html": "<b>Hi</b>", "attachments": [FILE, {"content": ""}], "metadata": {"order": 7}}, "email"),
         (MAIL | {"from": "jürgen@münchen.example", "subject": ""}, "email"),
+        (MAIL | {"from": '"Lee, Ann" <ann@example.com>', "to": "ben+tag@example.com"}, "email"),
     ],
 )  # fmt: skip
 async def test_a_message_is_accepted_at_once(service: Service, body: Json, kind: str) -> None:
@@ -162,6 +165,9 @@ async def test_a_message_is_accepted_at_once(service: Service, body: Json, kind:
         ({"scheduled_at": "2099-12-01T08:00:00Z"}, "scheduled_at"),
         ({"scheduled_at": 1_764_576_000}, "scheduled_at"),
         ({"metadata": {"order": {"number": 7}}}, "metadata.order"),
+        ({"metadata": {"order": "a\0b"}}, "metadata"),
+        ({"metadata": {"a\0b": 7}}, "metadata"),
+        ({"from": "mg" + "0a" * 16}, "from"),
         ({"priority": "high"}, "priority"),
     ],
 )
@@ -181,6 +187,13 @@ async def test_a_wrong_field_of_an_sms_is_named_and_nothing_is_created(
         ({"to": "Ben <ben@example.com>"}, "to"),
         ({"to": "ben@example.com\r\nBcc: eve@example.com"}, "to"),
         ({"to": NUMBER}, "to"),
+        ({"to": '"ben lee"@example.com'}, "to"),
+        ({"to": "ben@exa mple.com"}, "to"),
+        ({"to": "b..n@example.com"}, "to"),
+        ({"to": "ben@☃.example"}, "to"),
+        ({"to": "x" * 65 + "@example.com"}, "to"),
+        ({"from": "Lee, Ann <ann@example.com>"}, "from"),
+        ({"from": "ann@example.com, ben@example.com"}, "from"),
         ({"from": "Ann <ann@example.com> <eve@example.com>"}, "from"),
         ({"from": "Ann\r\nBcc: eve@example.com <ann@example.com>"}, "from"),
         ({"subject": "Hello\r\nBcc: eve@example.com"}, "subject"),
@@ -190,6 +203,9 @@ async def test_a_wrong_field_of_an_sms_is_named_and_nothing_is_created(
         ({"attachments": [FILE | {"content": "no base64"}]}, "attachments[0].content"),
         ({"attachments": [FILE | {"filename": "../a"}]}, "attachments[0].filename"),
         ({"attachments": [FILE | {"content_type": "text"}]}, "attachments[0].content_type"),
+        ({"attachments": [FILE | {"content_type": "message/rfc822"}]}, "attachments[0].content_type"),
+        ({"attachments": [FILE | {"filename": "a\u2028b"}]}, "attachments[0].filename"),
+        ({"attachments": [{"filename": "a.txt"}]}, "attachments[0].content"),
     ],
 )
 async def test_a_wrong_field_of_an_email_is_named_and_nothing_is_created(
@@ -236,6 +252,19 @@ async def test_one_message_goes_out_for_one_key(service: Service) -> None:
     assert again.headers["idempotent-replayed"] == "true"
     assert (await service.send(SMS | {"body": "Other."}, key)).status_code == 422
     assert await service.link.call("XLEN", "message_queue:sms") == 1
+
+
+@pytest.mark.parametrize(
+    "service", [{"gateway": {"api_keys": ("anna:key-a",), "max_in_flight_per_key": 1}}], indirect=True
+)
+async def test_scheduled_messages_do_not_count_as_unfinished_before_their_time(service: Service) -> None:
+    """Who plans a week ahead can still send today."""
+    for _ in range(3):
+        await service.sent(SMS | {"scheduled_at": in_a_day(service)}, ANNA)
+    await service.sent(SMS, ANNA)
+    reply = await service.send(SMS, ANNA)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (429, "too_many_in_flight")
+    await service.sent(SMS | {"scheduled_at": in_a_day(service)}, ANNA)
 
 
 async def test_a_scheduled_message_waits(service: Service) -> None:
@@ -296,7 +325,7 @@ async def test_a_delivery_is_shown_from_redis_and_then_from_history(service: Ser
 
         await wait_until(is_sent)
     assert (found["provider"], found["provider_id"], found["attempts"]) == ("console", "P1", 1)
-    assert found["attachments"] == [{"filename": "a.txt", "content_type": "text/plain"}]
+    assert found["attachments"] == [{"filename": "a.txt", "content_type": "text/plain", "size_bytes": 5}]
     await service.record()
     await service.forget()
     assert await service.get(f"/{delivery_id}") == found
@@ -357,6 +386,37 @@ async def test_a_list_refuses_what_it_does_not_know(service: Service, query: str
     """422 that names the parameter."""
     reply = await service.http.get(f"/api/v1/messages?{query}")
     assert (reply.status_code, reply.json()["error"]["param"]) == (422, query.partition("=")[0])
+
+
+async def test_a_list_moves_no_attachments(service: Service) -> None:
+    """Nor does the look at one: what they hold stays in Redis, and no more than how they stand is read for a list."""
+    large = FILE | {"content": "QUJD" * 100_000}
+    ids = [await service.sent(MAIL | {"body": "x" * 50_000, "attachments": [large]}) for _ in range(5)]
+    await service.record()
+
+    async def sent_bytes() -> int:
+        about = parse_info(await service.link.call("INFO", "stats"))
+        return int(about["total_net_output_bytes"])
+
+    before = await sent_bytes()
+    listed = (await service.get(""))["messages"]
+    assert [one["id"] for one in listed] == ids[::-1]
+    assert all(one["subject"] == MAIL["subject"] and one["to"] == MAIL["to"] for one in listed)
+    after_list = await sent_bytes()
+    assert after_list - before < 50_000
+    assert (await service.get(f"/{ids[0]}"))["attachments"][0]["size_bytes"] == 300_000
+    assert await sent_bytes() - after_list < 100_000
+
+
+async def test_a_plus_in_a_query_may_stand_as_it_is(service: Service) -> None:
+    """A blank is what a server reads in its place, and no number and no address holds one."""
+    tagged = MAIL | {"to": "ben+tag@example.com"}
+    number, address = await service.sent(SMS), await service.sent(tagged)
+    await service.record()
+    for to, wanted in ((OTHER, number), (tagged["to"], address)):
+        for given in (to, to.replace("+", "%2B"), to.replace("+", "%20")):
+            reply = await service.http.get(f"/api/v1/messages?to={given}")
+            assert [one["id"] for one in reply.json()["messages"]] == [wanted]
 
 
 async def test_what_redis_lost_on_its_way_is_unknown(service: Service) -> None:

@@ -287,6 +287,17 @@ def test_a_url_is_looked_at_when_it_is_given() -> None:
     check_url(a_call(private), "http://localhost:8080/", param="webhook_url")
 
 
+def test_one_private_url_may_be_allowed_and_no_other() -> None:
+    """Where `penstock verify` listens; without a setting the empty text is no such address."""
+    own = changed(Settings(), webhook={"trial_url": "http://127.0.0.1:8004/secret"})
+    check_url(a_call(own), "http://127.0.0.1:8004/secret", param="webhook_url")
+    for other in ("http://127.0.0.1:8004/", "http://127.0.0.1:8004/secret2", "http://127.0.0.1:8005/secret", ""):
+        with pytest.raises(Problem):
+            check_url(a_call(own), other, param="webhook_url")
+    with pytest.raises(Problem):
+        check_url(a_call(Settings()), "", param="webhook_url")
+
+
 async def test_a_completion_without_a_story_is_looked_up_in_history(gateway: Running) -> None:
     """An older version wrote none, say: then it is history that knows."""
     job = await accept(gateway)

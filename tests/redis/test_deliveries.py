@@ -25,6 +25,15 @@ from tests.rig import Hand, assert_nothing_is_left, changed, everything, letters
 
 NOBODY = "f" * 32
 TEXT = {"from": "+15005550006", "to": "+15005550009", "body": "Your parcel is here."}
+FILES = [
+    {"filename": "a.txt", "content_type": "text/plain", "content": "SGVsbG8="},
+    {"filename": "empty.txt", "content_type": "text/plain", "content": ""},
+]
+NAMES = [
+    {"filename": "a.txt", "content_type": "text/plain", "size_bytes": 5},
+    {"filename": "empty.txt", "content_type": "text/plain", "size_bytes": 0},
+]
+HELD = [name | {"content": file["content"]} for name, file in zip(NAMES, FILES, strict=True)]
 EVENTS: tuple[Told, ...] = ("sent", "undelivered", "failed", "delivered")
 RANK = ("scheduled", "pending", "sending", "unknown", "sent", "undelivered", "failed", "delivered")
 
@@ -146,11 +155,102 @@ async def test_a_delivery_is_stored_and_put_into_its_queue_at_once(
 
 async def test_history_is_told_the_names_of_attachments_only(link: Link, deliveries: Deliveries) -> None:
     """It is no store of files, and an event with megabytes would wait in Redis twice."""
-    files = [{"filename": "a.txt", "content_type": "text/plain", "content": "SGVsbG8="}]
-    accepted = await accept(deliveries, "email", content={"attachments": files})
+    accepted = await accept(deliveries, "email", content={"attachments": FILES})
     (event,) = await events(link, accepted.id)
-    assert event["attachments"] == [{"filename": "a.txt", "content_type": "text/plain"}]
-    assert (await found(deliveries, accepted.id)).content["attachments"] == files
+    assert event["attachments"] == NAMES
+    assert (await found(deliveries, accepted.id)).content["attachments"] == HELD
+
+
+async def test_what_attachments_hold_is_read_by_who_hands_them_over(link: Link, deliveries: Deliveries) -> None:
+    """It has a field of its own; who looks at a delivery is told names and sizes, who lists them how they stand."""
+    accepted = await accept(deliveries, "email", content={"attachments": FILES})
+    pictures = [{"filename": "attachment", "url": "https://example.com/cat.png"}]
+    mms = await accept(deliveries, "mms", content={"attachments": pictures})
+    (seen,) = await deliveries.find([accepted.id])
+    assert seen is not None
+    assert (seen.content["attachments"], seen.is_whole) == (NAMES, False)
+    (standing,) = await deliveries.standing([accepted.id])
+    assert standing is not None
+    assert (standing.content, standing.status, standing.tenant) == ({}, "pending", "default")
+    assert "SGVsbG8=" not in str(await link.call("HGET", keys.DELIVERY + accepted.id, "content"))
+    whole = await found(deliveries, mms.id)
+    assert (whole.content["attachments"], whole.is_whole) == (pictures, True)
+    assert await link.call("HEXISTS", keys.DELIVERY + mms.id, "files") == 0
+
+
+@pytest.mark.parametrize(
+    ("begins", "settled", "tells", "is_kept"),
+    [
+        (True, None, None, True),
+        (True, "completed", None, False),
+        (True, "refused", None, True),
+        (True, "outcome_unknown", None, True),
+        (False, "deadline_exceeded", None, True),
+        (True, None, "sent", False),
+        (True, None, "undelivered", True),
+        (True, "completed", "undelivered", False),
+        (True, "outcome_unknown", "failed", True),
+        (True, "outcome_unknown", "delivered", False),
+    ],
+)
+async def test_what_attachments_hold_goes_when_nobody_can_need_it_any_more(
+    link: Link,
+    settings: Settings,
+    deliveries: Deliveries,
+    *,
+    begins: bool,
+    settled: str | None,
+    tells: Told | None,
+    is_kept: bool,
+) -> None:
+    """It would fill Redis for a week. One that has failed, or is unknown, can still be sent again by hand."""
+    accepted = await accept(deliveries, "email", content={"attachments": FILES})
+    async with holding(settings, "email") as hand:
+        job, entry = await hand.hold()
+        if begins:
+            await hand.deliveries.begin(job, "console")
+        if tells == "undelivered":  # quicker than the answer to the handing over
+            assert await told(deliveries, "test", "e1", accepted.id, tells) == "applied"
+        if settled == "completed":
+            await hand.settle(completed(job, entry))
+        elif settled is not None:
+            await hand.settle(ended(job, entry, "failed", settled))
+        if tells not in {None, "undelivered"}:
+            assert tells is not None
+            assert await told(deliveries, "test", "e1", accepted.id, tells) == "applied"
+    delivery = await found(deliveries, accepted.id)
+    assert delivery.is_whole == is_kept
+    assert delivery.content["attachments"] == (HELD if is_kept else NAMES)
+
+
+async def test_what_was_cancelled_keeps_no_files(front: Front, deliveries: Deliveries) -> None:
+    """Nothing follows a cancelled delivery."""
+    accepted = await accept(deliveries, "email", content={"attachments": FILES})
+    assert await front.cancel(accepted.id, "default") == "cancelled"
+    assert (await found(deliveries, accepted.id)).content["attachments"] == NAMES
+
+
+async def test_a_scheduled_one_is_unfinished_from_its_time_on(
+    link: Link, front: Front, settings: Settings, deliveries: Deliveries
+) -> None:
+    """Who plans a thousand for next week can send today; from their time on they count until they have ended."""
+    later = [
+        await accept(deliveries, due_ms=deliveries.clock.now_ms() + 3_600_000, in_flight_limit=1) for _ in range(3)
+    ]
+    assert await link.call("SCARD", keys.IN_FLIGHT + "default") == 0
+    now = await accept(deliveries, in_flight_limit=1)
+    await accept(deliveries, due_ms=deliveries.clock.now_ms() + 3_600_000, in_flight_limit=1)
+    for one in later[:2]:
+        await link.call("ZADD", keys.DELAYED, 1, one.id)
+    assert (await link.run(scripts.PROMOTE, (), (10,)))[1] == 2
+    assert set(await link.call("SMEMBERS", keys.IN_FLIGHT + "default")) == {
+        one.id.encode() for one in (now, *later[:2])
+    }
+    with pytest.raises(Overloaded):
+        await accept(deliveries, in_flight_limit=3)
+    for one in (now, *later):
+        assert await front.cancel(one.id, "default") == "cancelled"
+    assert await link.call("SCARD", keys.IN_FLIGHT + "default") == 0
 
 
 async def test_a_scheduled_one_waits_among_the_delayed_and_is_pending_from_its_time_on(

@@ -342,6 +342,27 @@ async def test_a_dead_letter_is_repeated_once(link: Link, front: Front, settings
     assert await dead.count() == 1
 
 
+async def test_a_dead_letter_goes_out_again_with_its_attachments(link: Link, front: Front, settings: Settings) -> None:
+    """They are kept as long as it may be repeated; once it went out they are gone, and that is said."""
+    files = [{"filename": "a.txt", "content_type": "text/plain", "content": "SGVsbG8="}]
+    provider = Scripted(InDoubt("perhaps"), InDoubt("perhaps"))
+    async with working(settings, [courier(settings, provider, "email")]):
+        for _ in range(2):
+            accepted = await accept(front, "email", content={"attachments": files})
+            await until(front.deliveries, accepted.id, "unknown")
+        dead = DeadLetters(link, settings)
+        arrived, letter = await dead.list(10)
+        told: list[tuple[str, Told, str]] = [("e1", "sent", "already_sent"), ("e2", "undelivered", "content_gone")]
+        for event, word, code in told:
+            await front.deliveries.told("test", [Event(event, str(arrived.job_id), word)])
+            with pytest.raises(Reject) as caught:
+                await dead.retry(arrived.id, front.clock.now_ms())
+            assert caught.value.code == code
+        again = await until(front.deliveries, await dead.retry(letter.id, front.clock.now_ms()), "sent")
+    assert again.retry_of == letter.job_id
+    assert [message.attachments[0].content for message in provider.got] == [b"Hello"] * 3
+
+
 # --- from outside -------------------------------------------------------------------------------
 
 

@@ -479,6 +479,18 @@ async def test_a_private_url_is_refused_before_anybody_is_called(bench: Bench) -
     assert receiver.got == []
 
 
+async def test_one_private_url_may_be_allowed_and_no_other(bench: Bench) -> None:
+    """The very address by which `penstock verify` listens; a letter more, and it is refused as any."""
+    async with receiving() as receiver:
+        stage = await bench.stage(allow_private=False, trial_url=receiver.url)
+        await stage.handle(job(receiver.url))
+        assert len(receiver.got) == 1
+        for other in (f"{receiver.url}x", f"{receiver.url}?a=b", receiver.url.rpartition("/")[0] + "/"):
+            with pytest.raises(Reject):
+                await stage.handle(job(other))
+    assert len(receiver.got) == 1
+
+
 @pytest.mark.parametrize("meaning", [["127.0.0.1"], ["8.8.8.8", "127.0.0.1"], ["::1"], ["::ffff:127.0.0.1"]])
 async def test_a_name_that_leads_inside_is_refused(bench: Bench, meaning: list[str]) -> None:
     """One such address among others is enough; nobody is called, not even the public ones."""

@@ -11,12 +11,15 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Final, Self
 
 import asyncpg
+import httpx
 import orjson
 import pytest
+from httpx_aiohttp import AiohttpTransport
 
 from pipeline import keys
 from pipeline.connection import Link
@@ -299,15 +302,26 @@ async def test_an_interrupted_run_cleans_up_all_the_same(site: Site, whole: Outs
     assert await whole.redis.xlen(keys.DEAD) == letters
 
 
-async def test_a_webhook_to_this_machine_is_skipped_with_the_reason_where_it_is_not_allowed() -> None:
-    """The default: a gateway that calls public addresses only. That is no failure, and no pass either."""
-    with System() as plain:
-        options = ("--only", "webhook", "--data-dir", str(plain.data_dir), "--json")
-        code, out, _ = await penstock_within(END_S, "verify", *options)
-    checks = {check["name"]: check for check in orjson.loads(out)["checks"]}
-    assert code == 0, out
-    assert checks["webhook"]["verdict"] == "SKIP"
-    assert "PENSTOCK_WEBHOOK__ALLOW_PRIVATE=true" in checks["webhook"]["said"]
+async def test_what_one_command_starts_passes_everything_and_calls_nobody_else_on_this_machine() -> None:
+    """The receiver of verify is the only exception, and its address is known on the data directory only.
+
+    Without that, webhooks to loopback are what they are by default: refused. That is no failure, and no pass either.
+    """
+    with System() as plain, TemporaryDirectory() as elsewhere:
+        where = ("--url", plain.url, "--redis-url", plain.redis_url, "--data-dir", elsewhere)
+        code, out, _ = await penstock_within(END_S, "verify", "--data-dir", str(plain.data_dir), "--json")
+        unknown, told, _ = await penstock_within(END_S, "verify", "--only", "webhook", *where, "--json")
+        other = plain.said["trial_url"] + "x"
+        async with httpx.AsyncClient(transport=AiohttpTransport()) as http:
+            asked = {"queue_id": "q", "prompt": "Hello", "webhook_url": other}
+            refused = await http.post(f"{plain.url}/message/create", json=asked)
+    checks = {check["name"]: check["verdict"] for check in orjson.loads(out)["checks"]}
+    assert (code, set(checks.values())) == (0, {"PASS"}), out
+    assert checks.keys() >= MAKES
+    assert (refused.status_code, refused.json()["error"]["param"]) == (422, "webhook_url")
+    (webhook,) = [check for check in orjson.loads(told)["checks"] if check["name"] == "webhook"]
+    assert (unknown, webhook["verdict"]) == (0, "SKIP"), told
+    assert "PENSTOCK_WEBHOOK__ALLOW_PRIVATE=true" in webhook["said"]
 
 
 # --- Something is not --------------------------------------------------------------------------

@@ -12,13 +12,15 @@ import orjson
 import pytest
 from standardwebhooks import Webhook
 
+from gateway import receiver
 from gateway.checks import Site
 from gateway.receiver import Receiver, receiving
-from gateway.trials import _told
-from gateway.verify import Failed
+from gateway.trials import _delivery, _receiver, _told, _unseen
+from gateway.verify import Failed, Skipped
 from pipeline.connection import Link
 from pipeline.settings import Settings
 from pipeline.webhooks import new_secret
+from tests.ports import take_port
 
 SECRET = new_secret()
 BODY = orjson.dumps({"type": "message.completed", "data": {"message_id": "m1"}})
@@ -43,8 +45,9 @@ class Redis:
         return 1
 
 
-def site(gateway: Gateway) -> Site:
-    return Site(cast("Any", gateway), cast("Link", Redis()), Settings(), "redis")
+def site(gateway: Gateway, **deliveries: str) -> Site:
+    settings = Settings.model_validate({"deliveries": deliveries})
+    return Site(cast("Any", gateway), cast("Link", Redis()), settings, "redis")
 
 
 async def tell(receiver: Receiver, *, secret: str = SECRET, body: bytes = BODY) -> int:
@@ -109,3 +112,33 @@ async def test_what_is_no_webhook_is_not_heard(raw: bytes) -> None:
         writer.close()
         assert receiver.told.empty()
     assert accidents == []
+
+
+async def test_a_receiver_listens_where_it_is_called_although_it_is_on_loopback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One run after the other; where somebody else listens for good, it is not tried, and the reason is told."""
+    where = site(Gateway())
+    where.trial_url = f"http://127.0.0.1:{take_port()}/secret"
+    monkeypatch.setattr(receiver, "AGAIN_S", 0.01)
+    first = _receiver(where)
+    assert (await first.__aenter__()).url == where.trial_url
+    second = asyncio.create_task(_receiver(where).__aenter__())
+    await asyncio.sleep(0.05)
+    assert not second.done()
+    monkeypatch.setattr(receiver, "TAKEN_S", 0.0)
+    with pytest.raises(Skipped, match="in use"):
+        await _receiver(where).__aenter__()
+    await first.__aexit__(None, None, None)
+    assert (await second).url == where.trial_url
+
+
+async def test_a_real_provider_that_nobody_may_be_sent_to_stays_unseen_and_that_is_said() -> None:
+    """Neither a pass nor a skip says anything of it."""
+    with pytest.raises(
+        Skipped, match="sms by twilio, mms by twilio, email by smtp works stays unseen without --deliver-to"
+    ):
+        await _delivery(site(Gateway(), sms="twilio", mms="twilio", email="smtp"))
+    assert "email by smtp" in _unseen(site(Gateway(), email="smtp"), {"sms", "mms"})
+    assert _unseen(site(Gateway()), {"sms", "mms", "email"}) == ""
+    assert _unseen(site(Gateway(), email="smtp"), {"email"}) == ""
