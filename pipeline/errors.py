@@ -54,11 +54,15 @@ class Reject(PenstockError):
         self.code = code
 
 
+OUTCOME_UNKNOWN = "outcome_unknown"
+"""Code of a failure after which nobody knows whether a message went out."""
+
+
 class InDoubt(Reject):
     """A message may have gone out, and nobody can say: it is never sent again by itself; an operator decides."""
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(message, code="outcome_unknown")
+        super().__init__(message, code=OUTCOME_UNKNOWN)
 
 
 class WrongField(PenstockError):

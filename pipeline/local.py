@@ -89,7 +89,7 @@ async def up(plan: Plan) -> None:
             try:
                 await _until(signals.stop, supervisor, _run(plan, supervisor, port, mocks, lock))
             finally:
-                drained = asyncio.create_task(_drain(supervisor, plan.settings.worker.drain_s), name="drain")
+                drained = asyncio.create_task(_drain(supervisor, plan.settings), name="drain")
                 await asyncio.wait({drained, signals.kill}, return_when=asyncio.FIRST_COMPLETED)
                 if not drained.done():
                     _log.warning("second signal: killed without draining")
@@ -274,12 +274,17 @@ async def _get(host: str, port: int, path: str) -> tuple[int, str]:
         writer.close()
 
 
-async def _drain(supervisor: Supervisor, drain_s: float) -> None:
+async def _drain(supervisor: Supervisor, settings: Settings) -> None:
     """Stop everything in order: who accepts first, who remembers last."""
+    drain_s = settings.worker.drain_s
     _log.info("draining", at_most_s=drain_s)
     mocks = [name for name in supervisor.children if name.startswith("mock")]
     await supervisor.stop(["gateway"], drain_s + STOP_MARGIN_S)
-    await supervisor.stop([*STAGES, *LATER], drain_s + STOP_MARGIN_S)
+    others = [name for name in (*STAGES, *LATER) if name != "delivery"]
+    await asyncio.gather(
+        supervisor.stop(others, drain_s + STOP_MARGIN_S),
+        supervisor.stop(["delivery"], max(drain_s, settings.deliveries.drain_s) + STOP_MARGIN_S),
+    )
     await supervisor.stop(["recorder"], RECORDER_STOP_S)
     await supervisor.stop(mocks, MOCK_STOP_S)
     await supervisor.stop(["redis"], REDIS_STOP_S)

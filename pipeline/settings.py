@@ -409,6 +409,12 @@ class DeliveriesSettings(Section):
     turn_wait_s: float = Field(
         20.0, ge=0, le=600, description="in hand until its turn where a provider has a rate; later ones come again"
     )
+    drain_s: float = Field(
+        300.0,
+        ge=0,
+        le=3600,
+        description="how long SIGTERM lets hand-overs finish, in place of worker.drain_s",
+    )
     public_url: ServiceUrl = Field("", description="where providers reach the gateway, for what they tell of a message")
     sync: bool = Field(False, description="a request waits for the outcome of its delivery, for debugging")
     sync_wait_s: float = Field(30.0, gt=0, le=600, description="and for so long at the most")
@@ -456,11 +462,23 @@ class SmtpSettings(Section):
     )
     connect_timeout_s: float = Field(10.0, gt=0, le=600, description="until the connection stands, and until TLS does")
     timeout_s: float = Field(30.0, gt=0, le=600, description="for one answer before the message was given over")
+    give_timeout_s: float = Field(
+        120.0, gt=0, le=3600, description="from the call to the last of the message given over, all answers together"
+    )
     accept_timeout_s: float = Field(120.0, gt=0, le=600, description="for the answer to a whole message")
     deferred_s: float = Field(
         300.0, ge=0, le=86_400, description="before a server that said 4xx is asked again, at least: greylisting"
     )
     per_s: float = Field(0.0, ge=0, le=100_000, description="emails a second of all processes together; 0: no limit")
+
+    @model_validator(mode="after")
+    def _who_does_not_answer_is_given_up_by_the_right_limit(self) -> Self:
+        if self.connect_timeout_s >= self.give_timeout_s:
+            raise ValueError(
+                f"connect_timeout_s ({self.connect_timeout_s}) must be below give_timeout_s ({self.give_timeout_s}): "
+                "no attempt is charged where no connection came about"
+            )
+        return self
 
     @model_validator(mode="after")
     def _password_is_complete_and_stays_secret(self) -> Self:

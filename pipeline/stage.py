@@ -76,12 +76,14 @@ class Stage:
         slots: jobs in hand at once, at most.
         batch: jobs given to one call of `handle_batch`; 1 means `handle` is called for each.
         placed: whether each job needs a running place at an LLM replica before it starts.
+        drain_s: how long what is in hand may take to end when the process is stopped; None: as all workers.
     """
 
     name: str
     slots: int = 1
     batch: int = 1
     placed: bool = False
+    drain_s: float | None = None
 
     async def start(self, context: Context) -> None:
         """Open what the stage needs.
@@ -107,6 +109,9 @@ class Stage:
 
         A process that dies meanwhile has counted nothing; one that had lost the job does not hear of it.
         """
+
+    def quiet(self) -> None:
+        """Hear that the process is to stop: what only waits in a handler need not wait any longer."""
 
     async def stop(self) -> None:
         """Close what `start` opened."""

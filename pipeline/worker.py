@@ -394,6 +394,7 @@ class Worker:
     async def quiet(self) -> None:
         """Read no more."""
         self._quiet = True
+        self.stage.quiet()
         self._changed.set()
         self._wake.set()
         with suppress(PenstockError):  # the read ends by itself a little later
@@ -401,6 +402,7 @@ class Worker:
 
     async def drain(self, timeout_s: float) -> None:
         """Wait until everything in hand is settled; what is not by then is stopped and given back."""
+        timeout_s = timeout_s if self.stage.drain_s is None else self.stage.drain_s
         deadline = asyncio.get_running_loop().time() + timeout_s
         while self.held and asyncio.get_running_loop().time() < deadline:
             await wait_at_most(self._changed, min(0.1, timeout_s))

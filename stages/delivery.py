@@ -4,6 +4,11 @@ One handling is at most one hand-over to a provider. `begin` is the last questio
 delivery is `sending`, and marked until somebody says how it went. After it nothing here may fail but the provider
 itself, whose errors say whether the message was taken (`stages.providers`).
 
+A doubt ends a delivery, unless the provider knows messages by their id: then it is given the message again, and the job
+remembers (`untold`) that the end of one hand-over was never told. From then on only a success ends it well: what is
+still not taken when attempts or time have ended may be out there, and is `unknown`. Such a retry leaves the mark of
+`begin` where it is (settle.lua looks for `untold`), for the case that the job's time ends while it waits.
+
 Nothing here logs or counts what a message says, or to whom.
 """
 
@@ -14,24 +19,26 @@ import base64
 import binascii
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
-import structlog
 from prometheus_client import Counter, Histogram
 
-from pipeline.errors import NOT_YET, InDoubt, PenstockError, Reject, RetryLater
+from pipeline.errors import NOT_YET, OUTCOME_UNKNOWN, ConfigError, InDoubt, PenstockError, Reject, RetryLater
 from pipeline.job import Completion, Done, Job, Json
 from pipeline.metrics import DELIVERY_SPANS_S
 from pipeline.stage import Context, Stage
 from stages import incoming
-from stages.providers import Attachment, Outgoing, Provider, Sent, Type, callback_url, chosen
+from stages.patience import Patience
+from stages.providers import CODES, Attachment, HandOver, Outgoing, Provider, Sent, Type, callback_url, chosen
 
 if TYPE_CHECKING:
     from pipeline.deliveries import Delivery
     from pipeline.settings import DeliveriesSettings, Settings
 
-LONGEST_HOLD_S: Final = 3_600.0
-"""A slip of a provider must not stop all that goes out by it for days; the delivery itself obeys what was asked."""
+UNTOLD: Final = "untold"
+"""In a job's state: a hand-over of it had no end that was told. settle.lua knows the word."""
+_SENT_AFTER_S: Final = "sent_after_s"
+_LONGEST_ID: Final = 1_000
 
 SENT = Counter("penstock_delivery_sent_total", "Deliveries that their provider has taken", ["stage", "provider"])
 FAILED = Counter(
@@ -45,21 +52,35 @@ SENT_S = Histogram(
     ["stage", "provider"],
     buckets=DELIVERY_SPANS_S,
 )
-HOLDS = Counter("penstock_delivery_holds_total", "Times a provider asked to be left alone", ["provider"])
-
-log = structlog.get_logger(__name__)
+HOLDS = Counter("penstock_delivery_holds_total", "Times a provider took nothing and was left alone", ["provider"])
 
 
 def build(settings: Settings) -> Sequence[Stage]:
     """Return the three stages, and `incoming`: they do little and belong together. Types of one provider share it.
 
     Raises:
-        ConfigError: a provider does not exist, cannot work, or does not carry what it is chosen for.
+        ConfigError: a provider does not exist, cannot work, does not carry what it is chosen for, or may take longer
+            over a message than this process is given to end.
     """
     providers = chosen(settings)
+    for provider in providers.values():
+        _check_drain(provider, settings.deliveries.drain_s)
     shared = {id(provider): Shared(provider) for provider in providers.values()}
     couriers = [Courier(kind, shared[id(provider)], settings.deliveries) for kind, provider in providers.items()]
     return [*couriers, incoming.build(settings)]
+
+
+def _check_drain(provider: Provider, drain_s: float) -> None:
+    """Refuse what would make every restart a risk: a hand-over that is cut off may have gone out, and nobody knows.
+
+    Where the receiver knows a message by its id the next process gives it again, and nothing is lost.
+    """
+    if provider.longest_s > drain_s and not provider.is_idempotent:
+        raise ConfigError(
+            f"PENSTOCK_DELIVERIES__DRAIN_S ({drain_s:g}) is below the {provider.longest_s:g} s that {provider.name} "
+            "may take over one message: a restart would cut it off, and nobody would know whether it went out. Raise "
+            f"it, and the patience of whoever stops this process; or make the time-outs of {provider.name} shorter"
+        )
 
 
 class Shared:
@@ -67,6 +88,7 @@ class Shared:
 
     def __init__(self, provider: Provider) -> None:
         self.provider = provider
+        self.patience = Patience(provider.name)
         self._users = 0
         self._turn = asyncio.Lock()
 
@@ -91,9 +113,11 @@ class Courier(Stage):
     def __init__(self, kind: Type, shared: Shared, settings: DeliveriesSettings) -> None:
         self.name = kind
         self.slots = getattr(settings, f"{kind}_concurrency")
+        self.drain_s = settings.drain_s
         self._kind = kind
         self._shared = shared
         self._provider = shared.provider
+        self._patience = shared.patience
         self._settings = settings
         self._context: Context
         self._is_open = False
@@ -106,6 +130,10 @@ class Courier(Stage):
         self._context = context
         await self._shared.open()
         self._is_open = True
+
+    def quiet(self) -> None:
+        """Give back what has not begun, so that all of the time left is for what has."""
+        self._patience.stop()
 
     async def stop(self) -> None:
         """Let go of the provider."""
@@ -124,27 +152,42 @@ class Courier(Stage):
         delivery = await self._context.deliveries.read(job.id)
         if delivery is None:
             raise _gone()
-        message = self._message(delivery)
-        job.state["due_ms"] = delivery.due_ms
-        sent = await self._send(message) if await self._begin(job) else None
+        if delivery.doubt:
+            job.state[UNTOLD] = True  # whoever began before us never said how it went
+        sent = await self._hand_over(job, self._message(delivery))
+        if sent is not None:
+            job.state[_SENT_AFTER_S] = max(0, self._context.clock.now_ms() - delivery.due_ms) / 1000
         return Done({"provider": self._provider.name, "provider_id": sent and sent.provider_id})
 
-    async def _begin(self, job: Job) -> bool:
-        """Return once it may be handed over; False where its provider has it already."""
+    async def _hand_over(self, job: Job, message: Outgoing) -> Sent | None:
+        """Hand it over when its turn has come; None where its provider has it already, as it has told."""
+        ready: HandOver | None = None
+        while True:
+            async with self._patience.turn():
+                ready = ready or await self._provider.prepare(message)
+                match await self._begin(job):
+                    case "begun":
+                        return await self._send(job, ready)
+                    case "taken":
+                        return None
+
+    async def _begin(self, job: Job) -> Literal["begun", "taken", "held"]:
+        """Ask until it may be handed over, or the provider is to be left alone."""
         provider, turn_us = self._provider, None
         while True:
             begun = await self._context.deliveries.begin(
                 job, provider.name, per_s=provider.per_s, turn_us=turn_us, again=provider.is_idempotent
             )
             match begun.word:
-                case "begun":
-                    return True
-                case "taken":
-                    return False
+                case "begun" | "taken" as word:
+                    return word
                 case "wait":
                     turn_us = begun.turn_us
-                    await asyncio.sleep(begun.wait_s)
-                case "busy" | "held":
+                    await self._patience.pause(begun.wait_s)
+                case "held":
+                    self._patience.held(begun.wait_s)
+                    return "held"
+                case "busy":
                     message = f"the provider {provider.name} takes no more for now"
                     raise RetryLater(message, code=NOT_YET, after_s=begun.wait_s, charged=False)
                 case "cancelled":  # its live record is marked, and so it ends as cancelled whatever is raised here
@@ -156,31 +199,64 @@ class Courier(Stage):
                 case word:
                     raise ValueError(f"begin said {word!r}")
 
-    async def _send(self, message: Outgoing) -> Sent:
-        provider = self._provider
-        try:
-            return await provider.send(message)
-        except asyncio.CancelledError:
-            self._count("stopped")
-            raise
-        except Exception as error:
-            self._count(error.code if isinstance(error, (Reject, RetryLater)) else "error")
-            if isinstance(error, RetryLater) and not error.charged and error.after_s is not None:
-                await self._hold(error.after_s)
-            if not isinstance(error, PenstockError) and not provider.is_idempotent:
-                raise InDoubt(f"the provider {provider.name} broke down over it: {type(error).__name__}") from None
-            raise
+    async def _send(self, job: Job, ready: HandOver) -> Sent:
+        seen = self._patience.failures
+        outcome = await self._outcome(ready)
+        if isinstance(outcome, RetryLater) and not outcome.charged:
+            outcome = await self._put_off(outcome, seen)
+        elif not isinstance(outcome, RetryLater | InDoubt):
+            self._patience.answered(seen)
+        if not isinstance(outcome, Sent):
+            raise self._judged(job, outcome)
+        return outcome if _is_id(outcome.provider_id) else Sent("")
 
-    async def _hold(self, after_s: float) -> None:
-        HOLDS.labels(self._provider.name).inc()
-        with suppress(PenstockError):  # the delivery waits in any case; others will be told the same
-            held_s = await self._context.deliveries.hold(self._provider.name, min(after_s, LONGEST_HOLD_S))
-            log.info("a provider asked to be left alone", provider=self._provider.name, for_s=round(held_s, 1))
+    async def _outcome(self, ready: HandOver) -> Sent | Reject | RetryLater:
+        """Hand it over, and return what the provider says of it: a doubt where that is nothing that it may say."""
+        try:
+            sent: object = await ready()
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                self._count("stopped")
+                raise
+            what = "it waited for something that was cancelled"
+        except (Reject, RetryLater) as error:
+            self._count(error.code if error.code in CODES else "other")
+            return error
+        except Exception as error:  # noqa: BLE001 - whatever it is, the message may have gone out
+            what = type(error).__name__
+        else:
+            if isinstance(sent, Sent):
+                return sent
+            what = f"it returned {type(sent).__name__}"
+        self._count("error")
+        return InDoubt(f"the provider {self._provider.name} broke down over it: {what}")
+
+    def _judged(self, job: Job, error: Reject | RetryLater) -> Reject | RetryLater:
+        """Return what an error means for the delivery, with all that came before it."""
+        if isinstance(error, InDoubt):
+            job.state[UNTOLD] = True
+        if UNTOLD not in job.state or not self._provider.is_idempotent:
+            return error
+        words = f"{error}; it may have gone out"
+        if isinstance(error, RetryLater):
+            return RetryLater(words, code=OUTCOME_UNKNOWN, after_s=error.after_s, charged=error.charged)
+        return RetryLater(words, code=OUTCOME_UNKNOWN) if isinstance(error, InDoubt) else InDoubt(words)
+
+    async def _put_off(self, error: RetryLater, seen: int) -> RetryLater:
+        """Have all processes leave the provider alone for a while; return the error with that wait."""
+        if self._patience.put_off(error, seen):
+            HOLDS.labels(self._provider.name).inc()
+            with suppress(PenstockError):  # the delivery waits in any case; others will find out by themselves
+                await self._context.deliveries.hold(self._provider.name, self._patience.left_s)
+        after_s = max(error.after_s or 0.0, self._patience.left_s)
+        return RetryLater(str(error), code=error.code, after_s=after_s, charged=False)
 
     def ended(self, job: Job, completion: Completion) -> None:
-        """Count what was handed over."""
-        self._sent.inc()
-        self._sent_s.observe(max(0, self._context.clock.now_ms() - job.state["due_ms"]) / 1000)
+        """Count what was handed over; not what the provider was found to have already."""
+        after_s = job.state.get(_SENT_AFTER_S)
+        if after_s is not None:
+            self._sent.inc()
+            self._sent_s.observe(after_s)
 
     def _count(self, reason: str) -> None:
         FAILED.labels(self._kind, self._provider.name, reason).inc()
@@ -212,6 +288,17 @@ def _attachment(given: Json) -> Attachment:
         raise Reject("an attachment is no base64", code="bad_attachment") from None
     kind = given.get("content_type") or "application/octet-stream"
     return Attachment(given.get("filename") or "attachment", kind, content, given.get("url"))
+
+
+def _is_cancelled() -> bool:
+    """Whether a CancelledError is meant for this handler, and not of something that its provider waited for."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
+
+
+def _is_id(given: object) -> bool:
+    """Whether an id can be written anywhere: a message that went out must not be tried again because of it."""
+    return isinstance(given, str) and given.isprintable() and len(given) <= _LONGEST_ID
 
 
 def _gone() -> Reject:

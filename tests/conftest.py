@@ -78,6 +78,7 @@ def short_settings(server: RedisServer) -> Settings:
             "PENSTOCK_REDIS__CONNECT_TIMEOUT_S": "10",  # a loaded machine may stand still for longer than the default
             "PENSTOCK_WORKER__LEASE_S": "1",
             "PENSTOCK_WORKER__DRAIN_S": "2",
+            "PENSTOCK_DELIVERIES__DRAIN_S": "2",
             "PENSTOCK_RETRY__BASE_S": "0.02",
             "PENSTOCK_RETRY__CAP_S": "0.1",
         }

@@ -17,6 +17,7 @@ import binascii
 import re
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final
 
@@ -179,10 +180,7 @@ def _email(notice: Notice) -> Received | None:
     charsets = _object(parts.get("charsets"))
 
     def text(name: str) -> str:
-        charset = charsets.get(name)
-        if isinstance(charset, str) and _CHARSET.fullmatch(charset):
-            return parts.get(name, b"").decode(charset, "replace").replace("\0", "\ufffd")
-        return printable(parts.get(name, b""))
+        return _decoded(parts.get(name, b""), charsets.get(name))
 
     to = _object(parts.get("envelope")).get("to")
     recipient = to[0] if isinstance(to, list) and to and isinstance(to[0], str) else text("to")
@@ -199,6 +197,14 @@ def _email(notice: Notice) -> Received | None:
         subject=text("subject"),
         body=text("text"),
     )
+
+
+def _decoded(content: bytes, charset: object) -> str:
+    """Return a text in the character set that its sender named; in UTF-8 where that is none, or none of mails."""
+    if isinstance(charset, str) and _CHARSET.fullmatch(charset):
+        with suppress(LookupError):  # windows-999 looks like one, and nobody knows it
+            return content.decode(charset, "replace").replace("\0", "\ufffd")
+    return printable(content)
 
 
 def _object(text: bytes | None) -> dict[str, Any]:

@@ -68,9 +68,10 @@ local function lets_go(record)
   gone[record.stream] = entries
 end
 
--- Whether the holder of a delivery says by this that its provider has not taken it.
+-- Whether the holder of a delivery says by this that its provider has not taken it. A retry does, unless the end of a
+-- hand-over was never told: then the job's state says so (stages/delivery.py).
 local function tells(record)
-  if record.verb == 'retry' then return true end
+  if record.verb == 'retry' then return not string.find(record.b, '"untold":true', 1, true) end
   if record.verb ~= 'bury' or record.a == '' then return false end
   local outcome = cjson.decode(record.a)
   return outcome.status == 'failed' and outcome.error.code ~= 'outcome_unknown'

@@ -12,7 +12,8 @@ neither Redis nor the status of a delivery. What it owes is the truth about each
 
 Anything else that it raises is a slip of its own, and counts as a doubt: nobody knows how far it had come.
 
-A provider whose receiver knows a message by its id (`is_idempotent`) has no doubts: it asks for a retry.
+A provider whose receiver knows a message by its id (`is_idempotent`) tells of its doubts like any other. It is then
+given the message again, and what it never takes after that stays in doubt.
 
 Errors, logs and `repr()` show no text, number or address of a message, and no password.
 """
@@ -21,12 +22,13 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, get_args
 from urllib.parse import quote
 
-from pipeline.errors import ConfigError
+from pipeline.errors import OUTCOME_UNKNOWN, ConfigError
 
 if TYPE_CHECKING:
     from pipeline.settings import Settings
@@ -35,6 +37,19 @@ Type = Literal["sms", "mms", "email"]
 TYPES: Final[tuple[Type, ...]] = get_args(Type)
 LONGEST_AFTER_S: Final = 3_600.0
 """Retry-After is obeyed up to an hour: it holds a whole provider, and a slip of a receiver must not do so for a day."""
+
+REFUSALS: Final = frozenset({
+    "invalid_recipient", "invalid_sender", "invalid_subject", "invalid_content", "invalid_attachment", "too_large",
+    "unsubscribed", "mailbox_full", "region_not_allowed", "refused",
+    "unauthorized", "trial_account", "invalid_callback_url",
+})  # fmt: skip
+"""Why a message is refused for good. A receiver may name one of these; other words of its own become `refused`, since
+codes are labels of metrics."""
+CODES: Final = REFUSALS | {
+    "unreachable", "connection_lost", "timeout", "tls", "deferred", "rate_limited", "unavailable", "bad_answer",
+    "gateway_error", OUTCOME_UNKNOWN,
+}  # fmt: skip
+"""All that a failed hand-over is called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +100,10 @@ class Sent:
     provider_id: str
 
 
+HandOver = Callable[[], Awaitable[Sent]]
+"""Gives one message to the receiver, once; see `Provider.send`."""
+
+
 class Provider(ABC):
     """Carries messages out.
 
@@ -94,6 +113,7 @@ class Provider(ABC):
         calls_back: the receiver tells later what became of a message, at `/api/v1/webhooks/<name>` of the gateway.
         is_idempotent: the receiver takes a message once, however often it is sent under one id.
         per_s: how many messages a second it may be given by all processes together; 0: as many as there are.
+        longest_s: after which a hand-over has ended in any case; 0: nobody knows.
     """
 
     name: ClassVar[str]
@@ -101,9 +121,18 @@ class Provider(ABC):
     calls_back: ClassVar[bool] = False
     is_idempotent: ClassVar[bool] = False
     per_s: float = 0.0
+    longest_s: float = 0.0
 
     async def start(self) -> None:  # noqa: B027 - not every provider needs it
         """Open what it needs; connections may come with the first message."""
+
+    async def prepare(self, message: Outgoing) -> HandOver:
+        """Make ready what takes time, or may fail, before the message is marked as begun; return what hands it over.
+
+        Raises:
+            Reject: it can never be sent.
+        """
+        return partial(self.send, message)
 
     @abstractmethod
     async def send(self, message: Outgoing) -> Sent:

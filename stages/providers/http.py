@@ -1,14 +1,17 @@
 """The provider that posts each delivery as JSON to a gateway of one's own.
 
 The delivery's id goes along as `Idempotency-Key`, and the gateway promises to send a message once however often it is
-told: so nothing is ever in doubt here, and whatever is no clear refusal is tried again.
+told: so whatever is no clear refusal is tried again, doubts as well.
 
     2xx                        sent; `id` of the answer, if any, is how the gateway knows it
     401, 403                   `unauthorized`
     413                        `too_large`
-    408, 409, 425, 5xx         tried again (409: the gateway is still busy with the first try)
+    408, 425, 5xx              tried again
     429; 503 with Retry-After  tried again after that time, no attempt is charged
     any other 4xx, 3xx         `refused`, or what the answer says in `{"error": {"code": ...}}`
+    409                        in doubt: the gateway is still busy with an earlier try
+    502, 504                   in doubt: a proxy says it, of a gateway that may have the message
+    no answer, or a broken one in doubt: the request was written, and perhaps read
 """
 
 from __future__ import annotations
@@ -20,10 +23,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import orjson
 
-from pipeline.errors import ConfigError, Reject, RetryLater
+from pipeline.errors import ConfigError, InDoubt, Reject, RetryLater
 from stages.http import BrokenAnswer, HungUp, Pool, Response, Target, Unreachable
 from stages.openai_protocol import retry_after_s
-from stages.providers import LONGEST_AFTER_S, TYPES, Outgoing, Provider, Sent, Type
+from stages.providers import LONGEST_AFTER_S, REFUSALS, TYPES, Outgoing, Provider, Sent, Type
 
 if TYPE_CHECKING:
     from pipeline.settings import HttpProviderSettings, Settings
@@ -57,6 +60,7 @@ class Http(Provider):
         self.per_s = settings.per_s
         self._timeout_s = settings.timeout_s
         self._connect_timeout_s = settings.connect_timeout_s
+        self.longest_s = settings.connect_timeout_s + settings.timeout_s
         headers = {"content-type": "application/json", "accept": "application/json", "user-agent": "penstock"}
         if settings.api_key is not None:
             key = settings.api_key.get_secret_value()
@@ -76,7 +80,8 @@ class Http(Provider):
         """Post the message."""
         assert self._pool is not None
         headers = {"idempotency-key": message.id}
-        body = encode(message)
+        body, unheard = encode(message), False
+        not_taken: Reject | RetryLater
         try:
             async with asyncio.timeout(self._connect_timeout_s + self._timeout_s):
                 try:
@@ -84,16 +89,22 @@ class Http(Provider):
                 except HungUp as error:
                     if not error.was_kept:
                         raise
+                    unheard = True  # most likely it was closed while it lay idle; but the request may have been read
                     response = await self._pool.post(self._target, message.id, body, headers=headers, fresh=True)
+            return judge(response)
         except Unreachable:
-            raise RetryLater("the gateway takes no connection", code="unreachable", charged=False) from None
+            not_taken = RetryLater("the gateway takes no connection", code="unreachable", charged=False)
         except TimeoutError:
-            raise RetryLater(f"no answer within {self._timeout_s:g} s", code="timeout") from None
+            raise InDoubt(f"the gateway had the request and did not answer within {self._timeout_s:g} s") from None
         except HungUp:
-            raise RetryLater("the gateway hung up before it answered", code="connection_lost") from None
+            raise InDoubt("the connection to the gateway ended before an answer; the request may be read") from None
         except BrokenAnswer:
-            raise RetryLater("what the gateway answered is not one whole HTTP answer", code="bad_answer") from None
-        return judge(response)
+            raise InDoubt("the gateway had the request, and what it answered is not one whole HTTP answer") from None
+        except (Reject, RetryLater) as told:
+            not_taken = told
+        if unheard:
+            raise InDoubt(f"{not_taken}; and it hung up before, when it may have read the request")
+        raise not_taken
 
     async def stop(self) -> None:
         """Close all connections."""
@@ -136,7 +147,11 @@ def judge(response: Response) -> Sent:
     if status == 429 or (status == 503 and after_s is not None):
         code = "rate_limited" if status == 429 else "unavailable"
         raise RetryLater(f"the gateway asks for patience ({status})", code=code, after_s=after_s, charged=False)
-    if status in {408, 409, 425} or status >= 500:
+    if status == 409:
+        raise InDoubt("the gateway is still busy with an earlier try (409)")
+    if status in {502, 504}:
+        raise InDoubt(f"a proxy before the gateway answered {status}: the gateway may have the request")
+    if status in {408, 425} or status >= 500:
         raise RetryLater(f"the gateway answered {status}", code="unavailable" if status == 503 else "gateway_error")
     raise _refusal(status, response.body)
 
@@ -148,8 +163,9 @@ def _refusal(status: int, body: bytes) -> Reject:
         return Reject("the gateway takes no message as large as this (413)", code="too_large")
     error = _object(body).get("error")
     code = error.get("code") if isinstance(error, dict) else None
-    known = code if isinstance(code, str) and _CODE.fullmatch(code) else "refused"
-    return Reject(f"the gateway refused the message ({status}, {known})", code=known)
+    said = code if isinstance(code, str) and _CODE.fullmatch(code) else "refused"
+    known = said if said in REFUSALS else "refused"
+    return Reject(f"the gateway refused the message ({status}, {said})", code=known)
 
 
 def _object(body: bytes) -> dict[str, Any]:

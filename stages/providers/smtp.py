@@ -31,6 +31,7 @@ import asyncio
 import re
 import socket
 import ssl
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from email.header import Header
@@ -38,6 +39,7 @@ from email.message import EmailMessage
 from email.policy import SMTP as POLICY
 from email.policy import EmailPolicy
 from email.utils import localtime
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Final, TypeVar, cast
 
 import aiosmtplib
@@ -45,7 +47,7 @@ import httpx
 
 from pipeline.contacts import BadContact, Mailbox, read_mailbox
 from pipeline.errors import ConfigError, InDoubt, PenstockError, Reject, RetryLater
-from stages.providers import Outgoing, Provider, Sent, Type
+from stages.providers import HandOver, Outgoing, Provider, Sent, Type
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -65,7 +67,9 @@ _BAD: Final = "invalid_attachment"
 PIECE_BYTES: Final = 256 * 1024
 """Of a text, for which the time of one answer is given: a slow line may carry a large email."""
 ASIDE_BYTES: Final = 64 * 1024
-"""An email with more of attachments is put together by a thread: a megabyte takes the loop about 20 ms."""
+"""A longer email is put together by a thread: a megabyte takes the loop about 20 ms."""
+COMPOSERS: Final = 2
+"""Such threads at most: more of them would only take turns, and each turn is one that the loop waits for."""
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f\x80-\x9f\u2028\u2029]")
 _CONTENT_TYPE: Final = re.compile(
@@ -127,25 +131,44 @@ class Smtp(Provider):
         self._settings = settings
         self._tls = tls
         self._hello = "localhost"
+        self._composers: ThreadPoolExecutor | None = None
+        self.longest_s = settings.give_timeout_s + settings.accept_timeout_s
 
     async def start(self) -> None:
         """Learn how this machine is called, and whom to trust."""
         self._hello = await asyncio.to_thread(socket.getfqdn)
         if self._tls is None:
             self._tls = await asyncio.to_thread(httpx.create_ssl_context)
+        self._composers = ThreadPoolExecutor(COMPOSERS, "smtp compose")
+
+    async def stop(self) -> None:
+        """Let the threads go; what they still put together nobody waits for."""
+        if self._composers is not None:
+            self._composers.shutdown(wait=False, cancel_futures=True)
+
+    async def prepare(self, message: Outgoing) -> HandOver:
+        """Put the email together: what cannot be one fails here."""
+        size = len(message.body) + len(message.html or "") + sum(len(one.content or b"") for one in message.attachments)
+        host = self._settings.message_id_host
+        if size > ASIDE_BYTES:
+            mail = await asyncio.get_running_loop().run_in_executor(self._composers, compose, message, host)
+        else:
+            mail = compose(message, host)
+        return partial(self._hand_over, mail)
 
     async def send(self, message: Outgoing) -> Sent:
         """Hand the email over."""
-        aside = sum(len(one.content or b"") for one in message.attachments) > ASIDE_BYTES
-        host = self._settings.message_id_host
-        mail = await asyncio.to_thread(compose, message, host) if aside else compose(message, host)
+        return await (await self.prepare(message))()
+
+    async def _hand_over(self, mail: Mail) -> Sent:
         client = self._client()
         try:
-            await self._begin(client, mail)
-            protocol = client.protocol
-            if protocol is None:
-                raise aiosmtplib.SMTPServerDisconnected("")
-            await self._give(protocol, mail.content)
+            async with asyncio.timeout(self._settings.give_timeout_s):
+                await self._begin(client, mail)
+                protocol = client.protocol
+                if protocol is None:
+                    raise aiosmtplib.SMTPServerDisconnected("")
+                await self._give(protocol, mail.content)
             return Sent(await self._finish(protocol, mail.message_id))
         except (aiosmtplib.SMTPException, OSError) as error:
             raise read_error(error, self._settings.deferred_s) from None

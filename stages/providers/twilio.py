@@ -82,6 +82,7 @@ class Twilio(Provider):
         self.per_s = settings.per_s
         self._timeout_s = settings.timeout_s
         self._connect_timeout_s = settings.connect_timeout_s
+        self.longest_s = settings.connect_timeout_s + settings.timeout_s
         secret = settings.api_key_secret or settings.auth_token
         user = settings.api_key_sid or settings.account_sid
         login = base64.b64encode(f"{user}:{secret.get_secret_value() if secret else ''}".encode()).decode()

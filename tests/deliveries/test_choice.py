@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from pipeline.errors import ConfigError
 from pipeline.settings import load
-from stages import providers
+from stages import delivery, providers
 from stages.providers import TYPES, Attachment
 from stages.providers.console import Console
 from tests.deliveries.letters import PASSWORD, an_email, assert_discreet
 from tests.deliveries.twilio import ACCOUNT_SID
 
+PAGE = Path(__file__).parents[2] / "docs" / "PROVIDERS.md"
 TWILIO = {"PENSTOCK_TWILIO__ACCOUNT_SID": ACCOUNT_SID, "PENSTOCK_TWILIO__AUTH_TOKEN": PASSWORD}
 SMTP = {"PENSTOCK_SMTP__HOST": "mail.example"}
 
@@ -90,9 +93,39 @@ def test_a_choice_that_cannot_work_is_told_at_start(environ: dict[str, str], say
         providers.chosen(settings)
 
 
+def test_the_defaults_let_every_hand_over_end_at_a_restart() -> None:
+    """Whoever carries what."""
+    named = {"PENSTOCK_DELIVERIES__SMS": "twilio", "PENSTOCK_DELIVERIES__EMAIL": "smtp"}
+    assert delivery.build(load({**TWILIO, **SMTP, **named}))
+
+
+@pytest.mark.parametrize(
+    ("environ", "least"),
+    [
+        ({"PENSTOCK_DELIVERIES__SMS": "twilio", "PENSTOCK_TWILIO__TIMEOUT_S": "60", **TWILIO}, 65),
+        ({"PENSTOCK_DELIVERIES__EMAIL": "smtp", **SMTP}, 240),
+    ],
+)
+def test_a_stop_that_would_cut_off_a_hand_over_is_refused_at_start(environ: dict[str, str], least: int) -> None:
+    """Nobody would know whether the message went out; `http` is given it again, and so may be cut off."""
+    with pytest.raises(ConfigError, match=rf"DRAIN_S \({least - 1}\) is below the {least} s"):
+        delivery.build(load({**environ, "PENSTOCK_DELIVERIES__DRAIN_S": str(least - 1)}))
+    assert delivery.build(load({**environ, "PENSTOCK_DELIVERIES__DRAIN_S": str(least)}))
+    own = {"PENSTOCK_DELIVERIES__SMS": "http", "PENSTOCK_HTTP_PROVIDER__URL": "http://127.0.0.1:1"}
+    assert delivery.build(load({**own, "PENSTOCK_DELIVERIES__DRAIN_S": "0"}))
+
+
+def test_the_page_names_every_code() -> None:
+    """No provider knows another one, and a gateway of one's own may say those of refusals."""
+    rows = re.findall(r"^\| (`[a-z_]+`(?:, `[a-z_]+`)*) \|", PAGE.read_text(), re.MULTILINE)
+    found = {code for row in rows for code in re.findall(r"`([a-z_]+)`", row)}
+    assert found - {"console", "smtp", "twilio", "http"} == providers.CODES
+
+
 @pytest.mark.parametrize(
     ("environ", "says"),
     [
+        ({**SMTP, "PENSTOCK_SMTP__CONNECT_TIMEOUT_S": "120"}, "must be below give_timeout_s"),
         ({**SMTP, "PENSTOCK_SMTP__USERNAME": "ann"}, "username and password belong together"),
         ({**SMTP, "PENSTOCK_SMTP__PASSWORD": PASSWORD}, "username and password belong together"),
         (

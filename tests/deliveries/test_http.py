@@ -7,12 +7,12 @@ import base64
 import json
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
 
-from pipeline.errors import ConfigError, Reject, RetryLater
+from pipeline.errors import ConfigError, InDoubt, Reject, RetryLater
 from pipeline.settings import HttpProviderSettings
 from stages.providers import Attachment, Sent
 from stages.providers.http import Http
@@ -85,29 +85,33 @@ def test_a_key_that_no_header_can_carry_is_told_at_start() -> None:
         (answer(422, body=b'{"error": {"code": "invalid_recipient"}}'), Reject, "invalid_recipient", None, None),
         (answer(422, body=b'{"error": {"code": "To +14155550101!"}}'), Reject, "refused", None, None),
         (answer(422, body=b'{"error": "no"}'), Reject, "refused", None, None),
+        (answer(422, body=b'{"error": {"code": "reason_4812"}}'), Reject, "refused", None, None),
+        (answer(422, body=b'{"error": {"code": "outcome_unknown"}}'), Reject, "refused", None, None),
         (answer(401), Reject, "unauthorized", None, None),
         (answer(403), Reject, "unauthorized", None, None),
         (answer(404), Reject, "refused", None, None),
         (answer(413), Reject, "too_large", None, None),
         (answer(307, "location: /x"), Reject, "refused", None, None),
         (answer(408), RetryLater, "gateway_error", True, None),
-        (answer(409), RetryLater, "gateway_error", True, None),
+        (answer(425), RetryLater, "gateway_error", True, None),
         (answer(429), RetryLater, "rate_limited", False, None),
         (answer(429, "retry-after: 9"), RetryLater, "rate_limited", False, 9.0),
         (answer(503, "retry-after: 9"), RetryLater, "unavailable", False, 9.0),
         (answer(503), RetryLater, "unavailable", True, None),
         (answer(500), RetryLater, "gateway_error", True, None),
-        (answer(502), RetryLater, "gateway_error", True, None),
-        (say(b""), RetryLater, "connection_lost", True, None),
-        (say(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{"), RetryLater, "bad_answer", True, None),
-        (say(b"220 mail.test ESMTP\r\n"), RetryLater, "bad_answer", True, None),
-        (stay_silent, RetryLater, "timeout", True, None),
+        (answer(409), InDoubt, "outcome_unknown", None, None),
+        (answer(502), InDoubt, "outcome_unknown", None, None),
+        (answer(504), InDoubt, "outcome_unknown", None, None),
+        (say(b""), InDoubt, "outcome_unknown", None, None),
+        (say(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{"), InDoubt, "outcome_unknown", None, None),
+        (say(b"220 mail.test ESMTP\r\n"), InDoubt, "outcome_unknown", None, None),
+        (stay_silent, InDoubt, "outcome_unknown", None, None),
     ],
 )
-async def test_nothing_is_ever_in_doubt(
+async def test_an_answer_is_taken_for_what_it_says(
     behaviour: Behaviour, error: type[Reject | RetryLater], code: str, charged: bool | None, after_s: float | None
 ) -> None:
-    """The gateway knows a message that comes again: what is no clear refusal is tried again."""
+    """And no answer for a doubt, which is asked again, since the gateway knows a message that comes again."""
     silent = behaviour is stay_silent
     async with receiving([behaviour]) as receiver:
         with pytest.raises(error) as caught:
@@ -127,6 +131,36 @@ async def test_without_a_connection_no_attempt_is_charged() -> None:
             with pytest.raises(RetryLater) as caught:
                 await http.send(an_sms())
     assert (caught.value.code, caught.value.charged) == ("unreachable", False)
+
+
+@pytest.mark.parametrize("then", ["nobody listens", "429", "200"])
+async def test_a_kept_connection_that_ends_may_have_carried_the_request(then: str) -> None:
+    """It is posted again at once; where that does not say how it stands, the first time is not forgotten."""
+    requests: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = int(head.lower().partition(b"content-length: ")[2].split()[0])
+                requests.append(await reader.readexactly(length))
+                if len(requests) == 2:  # over the kept connection: read, and never answered
+                    if then == "nobody listens":
+                        server.close()
+                    break
+                status = b"429" if len(requests) == 3 and then == "429" else b"200"
+                writer.write(b"HTTP/1.1 " + status + b" X\r\ncontent-length: 0\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server, provider(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as http:
+        await http.send(an_sms())
+        if then == "200":
+            assert await http.send(an_sms()) == Sent("")
+        else:
+            with pytest.raises(InDoubt):
+                await http.send(an_sms())
+    assert len(requests) == (2 if then == "nobody listens" else 3)
 
 
 async def test_who_is_cancelled_hangs_up() -> None:

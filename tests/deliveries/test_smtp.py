@@ -7,6 +7,7 @@ import hashlib
 import logging
 import random
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,7 +18,9 @@ import uvloop
 from pipeline.errors import InDoubt, Reject, RetryLater
 from pipeline.settings import SmtpSettings
 from stages.providers import Attachment, Outgoing, Sent
-from stages.providers.smtp import ASIDE_BYTES, PIECE_BYTES, Smtp, _within, compose
+from stages.providers import smtp as provider_smtp
+from stages.providers.smtp import ASIDE_BYTES, COMPOSERS, PIECE_BYTES, Mail, Smtp, _within, compose
+from tests.conftest import wait_until
 from tests.deliveries.certificates import Certificates
 from tests.deliveries.letters import HIDDEN, PASSWORD, an_email, assert_discreet
 from tests.deliveries.smtp import DEAFNESS, HANG_UP, SILENCE, MailServer, Scripted, mail_server, scripted
@@ -392,6 +395,39 @@ async def test_who_is_cancelled_when_a_step_ends_does_not_go_on() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+@pytest.mark.parametrize("part", ["body", "html", "attachments"])
+async def test_a_long_email_is_put_together_by_few_threads(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever makes it long, the loop goes on meanwhile, and the threads are not as many as the emails."""
+    loop_thread, threads, freed = threading.get_ident(), set[int](), threading.Event()
+
+    def compose_slowly(message: Outgoing, host: str) -> Mail:
+        threads.add(threading.get_ident())
+        if threading.get_ident() != loop_thread:
+            freed.wait(60)
+        return compose(message, host)
+
+    monkeypatch.setattr(provider_smtp, "compose", compose_slowly)
+    blob = "x" * (ASIDE_BYTES + 1)
+    long: dict[str, Any] = {part: blob if part != "attachments" else (Attachment("a", "a/b", blob.encode()),)}
+    smtp = Smtp(SmtpSettings(host="localhost"))
+    await smtp.start()
+    tasks = [asyncio.create_task(smtp.prepare(an_email(**long))) for _ in range(5 * COMPOSERS)]
+    await wait_until(lambda: len(threads) == COMPOSERS)
+    freed.set()
+    await asyncio.gather(*tasks)
+    assert len(threads) == COMPOSERS
+    assert loop_thread not in threads
+    await smtp.stop()
+
+
+async def test_all_that_comes_before_the_dot_has_one_limit_together() -> None:
+    """A server that is slow in each answer must not keep an email for longer than a process is given to end."""
+    async with scripted({"RCPT": SILENCE}) as server:
+        with pytest.raises(RetryLater) as caught:
+            await send(server, timeout_s=600, connect_timeout_s=0.9, give_timeout_s=1.0)
+    assert (caught.value.code, caught.value.charged) == ("timeout", True)
 
 
 async def test_many_at_once_arrive_once_each() -> None:

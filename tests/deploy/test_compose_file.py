@@ -132,7 +132,9 @@ def test_what_is_given_from_outside_arrives() -> None:
 def test_a_container_is_given_the_time_to_drain(name: str) -> None:
     """SIGKILL comes after what the process grants itself."""
     service = SERVICES[name]
-    assert int(service["stop_grace_period"].removesuffix("s")) >= load(_environment(service)).worker.drain_s + 5
+    settings = load(_environment(service))
+    drain_s = settings.deliveries.drain_s if name == "delivery" else settings.worker.drain_s
+    assert int(service["stop_grace_period"].removesuffix("s")) >= drain_s + 5
 
 
 def test_what_accepts_work_stops_first() -> None:

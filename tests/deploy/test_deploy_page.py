@@ -90,7 +90,7 @@ def test_the_unit_starts_what_exists_and_lets_it_drain() -> None:
     _program, *words = service["ExecStart"].replace("%i", "encoder").split()
     assert_is_a_command(words)
     assert "penstock stage %i/penstock gateway" in PAGE
-    assert int(service["TimeoutStopSec"]) >= load({}).worker.drain_s + 5
+    assert int(service["TimeoutStopSec"]) >= max(load({}).worker.drain_s, load({}).deliveries.drain_s) + 5
     assert service["EnvironmentFile"] in PAGE
 
 

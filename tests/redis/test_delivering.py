@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import orjson
 import pytest
 import structlog
+from prometheus_client import REGISTRY
 
 from pipeline import keys
 from pipeline.connection import Link
@@ -19,11 +21,13 @@ from pipeline.errors import ConfigError, InDoubt, Reject, RetryLater
 from pipeline.flows import ReceivedMessage
 from pipeline.front import Front
 from pipeline.job import decode
-from pipeline.settings import Settings
+from pipeline.settings import HttpProviderSettings, Settings
 from stages import delivery, incoming
 from stages.delivery import Courier, Shared
 from stages.providers import TYPES, Outgoing, Provider, Sent, Type
+from stages.providers.http import Http
 from tests.conftest import wait_until
+from tests.receivers import receiving, stay_silent
 from tests.rig import assert_nothing_is_left, changed, letters, working
 
 TEXT = {"from": "+15005550006", "to": "+15005550009", "body": "Your secret parcel is here."}
@@ -195,7 +199,7 @@ async def test_a_crash_before_it_was_begun_leaves_no_doubt(link: Link, front: Fr
 
 async def test_a_drain_that_stops_a_hand_over_leaves_the_doubt(front: Front, settings: Settings) -> None:
     """The work is given back, but nobody knows whether it had been done."""
-    settings = changed(settings, worker={"drain_s": 0.0})
+    settings = changed(settings, deliveries={"drain_s": 0.0})
     provider = Scripted(never)
     async with working(settings, [courier(settings, provider)]):
         accepted = await accept(front)
@@ -245,6 +249,135 @@ async def test_a_failure_that_passes_is_tried_again(front: Front, settings: Sett
     async with working(settings, [courier(settings, provider)]):
         found = await until(front.deliveries, (await accept(front)).id, "sent")
     assert (statuses(found), found.attempts) == (["pending", "sending", "sent"], 3)
+
+
+UNTOLD = InDoubt("the connection broke")
+ILL = RetryLater("ill", code="bad_status")
+AWAY = RetryLater("away", code="unreachable", charged=False)
+NO = Reject("no", code="refused")
+
+
+@pytest.mark.parametrize(
+    ("answers", "status", "code"),
+    [
+        ([UNTOLD] * 4, "unknown", "outcome_unknown"),
+        ([RuntimeError("it broke")] * 4, "unknown", "outcome_unknown"),
+        ([UNTOLD, ILL, ILL, ILL], "unknown", "outcome_unknown"),
+        ([ILL, ILL, ILL, UNTOLD], "unknown", "outcome_unknown"),
+        ([UNTOLD, AWAY, ILL, ILL, ILL], "unknown", "outcome_unknown"),
+        ([UNTOLD, NO], "unknown", "outcome_unknown"),
+        ([UNTOLD, AWAY, UNTOLD], "sent", None),
+        ([ILL, AWAY, ILL], "sent", None),
+        ([ILL] * 4, "failed", "bad_status"),
+        ([ILL, AWAY, NO], "failed", "refused"),
+    ],
+)
+async def test_a_doubt_that_is_asked_again_ends_with_a_success_only(
+    link: Link, front: Front, settings: Settings, answers: list[Exception], status: str, code: str | None
+) -> None:
+    """Where the provider knows a message by its id: what it may have had once is never said to have failed."""
+    provider = Scripted(*answers, idempotent=True)
+    async with working(settings, [courier(settings, provider)]):
+        found = await until(front.deliveries, (await accept(front)).id, "sent", "failed", "unknown")
+    assert (found.status, (found.error or {}).get("code")) == (status, code)
+    assert len(provider.got) == len(answers) + (status == "sent")
+    charged = sum(answer not in (AWAY, NO) for answer in answers)
+    assert found.attempts == charged + (status == "sent" or NO in answers)
+    assert not found.doubt
+    await assert_nothing_is_left(link)
+
+
+async def test_a_crash_is_not_forgotten_by_the_failures_that_follow(front: Front, settings: Settings) -> None:
+    """What the one who died had handed over may have gone out, whatever its heirs hear."""
+    accepted, provider = await crash_while_sending(front, settings, Scripted(never, *[ILL] * 4, idempotent=True))
+    async with working(settings, [courier(settings, provider)]):
+        found = await until(front.deliveries, accepted.id, "failed", "unknown")
+    assert (found.status, (found.error or {})["code"]) == ("unknown", "outcome_unknown")
+
+
+async def test_a_doubt_outlives_the_time_of_its_delivery(front: Front, settings: Settings) -> None:
+    """It waited to be asked again when its time ended."""
+    settings = changed(settings, lifetimes={"delivery_s": 1.5}, retry={"base_s": 60.0, "cap_s": 60.0})
+    provider = Scripted(*[UNTOLD] * 10, idempotent=True)
+    async with Front(settings, "short") as short, working(settings, [courier(settings, provider)]):
+        accepted = await accept(short)
+        found = await until(front.deliveries, accepted.id, "failed", "unknown")
+    assert found.status == "unknown"
+
+
+async def test_a_gateway_that_never_answers_may_have_the_message(front: Front, settings: Settings) -> None:
+    """It is asked again as often as it may be, under one id."""
+    settings = changed(settings, retry={"max_retries": 1})
+    own = HttpProviderSettings(url="http://127.0.0.1:1", timeout_s=0.2, connect_timeout_s=1.0)
+    async with receiving([stay_silent] * 9) as receiver:
+        http = Http(own.model_copy(update={"url": receiver.url}))
+        async with working(settings, [courier(settings, http)]):
+            found = await until(front.deliveries, (await accept(front)).id, "failed", "unknown")
+        assert (found.status, (found.error or {})["code"], found.attempts) == ("unknown", "outcome_unknown", 2)
+        assert {news.headers["idempotency-key"] for news in receiver.got} == {found.id}
+
+
+async def cancels_itself(_: Outgoing) -> Sent:
+    """Wait for something that somebody cancels."""
+    step: asyncio.Future[Sent] = asyncio.get_running_loop().create_future()
+    step.cancel()
+    return await step
+
+
+async def answers_nothing(_: Outgoing) -> Sent:
+    return None  # type: ignore[return-value]  # the slip that is meant
+
+
+async def answers_strangely(_: Outgoing) -> Sent:
+    return Sent("\ud800")
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [(cancels_itself, "unknown"), (answers_nothing, "unknown"), (answers_strangely, "sent")],
+)
+async def test_a_slip_of_a_provider_sends_nothing_twice(
+    front: Front, settings: Settings, answer: Callable[[Outgoing], Awaitable[Sent]], status: str
+) -> None:
+    """A cancellation of its own is none of ours, and an answer that says nothing is no word that it was not taken."""
+    provider = Scripted(answer)
+    async with working(settings, [courier(settings, provider)]):
+        found = await until(front.deliveries, (await accept(front)).id, "unknown", "failed", "sent")
+    assert (found.status, found.attempts, len(provider.got)) == (status, 1, 1)
+    assert statuses(found) == ["pending", "sending", status]
+
+
+async def test_what_its_provider_has_already_is_not_counted_as_handed_over(
+    link: Link, front: Front, settings: Settings
+) -> None:
+    """It has told so meanwhile, and is given it no second time; nor is any time negative."""
+
+    def counted(name: str) -> float:
+        return REGISTRY.get_sample_value(f"penstock_delivery_{name}", {"stage": "sms", "provider": "console"}) or 0.0
+
+    before, before_s = counted("sent_total"), counted("sent_seconds_sum")
+    provider = Scripted()
+    accepted, ahead = await accept(front), await accept(front)
+    await front.deliveries.told("console", [Event("e1", accepted.id, "delivered")])
+    await link.call("HINCRBY", keys.DELIVERY + ahead.id, "due_ms", 3_600_000)  # the clock was set back
+    async with working(settings, [courier(settings, provider)]):
+        await until(front.deliveries, ahead.id, "sent")
+        for one in (accepted, ahead):
+            await wait_until(partial(link.call, "EXISTS", keys.COMPLETION + one.id))
+    assert [message.id for message in provider.got] == [ahead.id]
+    assert (counted("sent_total") - before, counted("sent_seconds_sum") - before_s) == (1, 0)
+
+
+async def test_reasons_of_strangers_are_counted_as_one(front: Front, settings: Settings) -> None:
+    """Each would be a series of its own, for ever."""
+    labels = {"stage": "sms", "provider": "console", "reason": "other"}
+    before = REGISTRY.get_sample_value("penstock_delivery_attempts_failed_total", labels) or 0
+    provider = Scripted(*[Reject("no", code=f"reason_{number}") for number in range(3)])
+    async with working(settings, [courier(settings, provider)]):
+        for number in range(3):
+            found = await until(front.deliveries, (await accept(front)).id, "failed")
+            assert (found.error or {})["code"] == f"reason_{number}"
+    assert REGISTRY.get_sample_value("penstock_delivery_attempts_failed_total", labels) == before + 3
 
 
 async def test_a_provider_that_asks_for_patience_is_left_alone_by_all(

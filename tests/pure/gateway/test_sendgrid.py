@@ -298,6 +298,31 @@ def test_what_is_no_email_is_unreadable(given: Notice) -> None:
     assert sendgrid().read(given) == ["unreadable"]
 
 
+ODD_CHARSETS = (
+    "", "\0", "x-unknown", "unknown-8bit", "windows-999", "windows-932", "iso-8859-12", "iso-8859-99", "gb9999",
+    "utf-8\0", "utf-8\n", "base64", "rot13", "hex", "zip", "bz2", "uu", "quopri", "idna", "punycode", "unicode_escape",
+    "utf-7", "utf-16", "mbcs", "oem", "undefined", "raw_unicode_escape", "../utf-8", "x" * 100_000,
+)  # fmt: skip
+named_like_one = st.from_regex(
+    r"\A(?:iso-8859-\d{1,2}|windows-\d{3,4}|gb\d{4,5}|koi8-[a-z]|euc-[a-z]{2}|iso-2022-[a-z]{2})\Z"
+)
+
+
+@given(
+    st.sampled_from(ODD_CHARSETS) | named_like_one | st.text() | st.none() | st.integers(-9, 9),
+    st.binary() | st.sampled_from(["Grüße", "aGVsbG8="]).map(str.encode),
+)
+def test_any_character_set_may_be_named(charset: object, content: bytes) -> None:
+    """Its name is the sender's: what is none of mails is read as UTF-8, and nothing is unpacked that looks packed."""
+    charsets = orjson.dumps({"text": charset, "subject": charset})
+    (found,) = sendgrid().read(mail(MAIL | {"text": content, "charsets": charsets}, boundary="Zz9"))
+    if isinstance(found, Received):  # else the content held the boundary
+        assert "\0" not in found.body
+        assert orjson.dumps(found.body)
+        if charset in ODD_CHARSETS:
+            assert found.body == content.decode("utf-8", "replace").replace("\0", "\ufffd")
+
+
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | st.text(),
     lambda inner: (
