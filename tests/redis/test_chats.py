@@ -446,6 +446,7 @@ async def test_a_run_nobody_worked_on_is_followed_by_another_until_its_messages_
 async def test_messages_that_redis_dropped_are_told_as_expired(link: Link, chats: Chats, hand: Hand) -> None:
     """The queue's life ended, say: their run finds out, and so does the next message."""
     await say(chats, "a")
+    await age(link, 1)  # of those of one millisecond nobody knows the order any more
     await say(chats, "b")
     await link.call("DEL", keys.CHAT_QUEUE + "c")
     run = decode((await hand.take_one()).data or b"").id

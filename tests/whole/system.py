@@ -291,8 +291,8 @@ class Outside:
         return Reply(answer.status_code, answer.json(), began_s, time.monotonic(), answer.headers)
 
     async def ask(self, question: str = "What is a lease?", **fields: Any) -> Reply:
-        """Ask one question."""
-        return await self.send("POST", "/query", {"query": question, **fields})
+        """Ask one question, which lives long enough to see a system start again."""
+        return await self.send("POST", "/query", {"query": question, "timeout_s": END_S, **fields})
 
     async def outcome(self, job_id: str, **headers: str) -> Json:
         """Wait for the outcome of a job."""
