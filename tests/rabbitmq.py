@@ -49,7 +49,7 @@ class Epmd(Server):
 class RabbitServer(Server):
     """One RabbitMQ, with the user `guest` that comes with it. What is durable outlives `stop` and `kill`."""
 
-    start_timeout_s = 300.0  # seconds of work for one core, which others may want, too
+    start_timeout_s = 600.0  # seconds of work for one core, which others may want, too
 
     def __init__(self) -> None:
         if not SCRIPT.exists():

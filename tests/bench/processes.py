@@ -23,7 +23,7 @@ Json = dict[str, Any]
 ROOT: Final = Path(__file__).resolve().parents[2]
 READY_S: Final = 240.0
 MEASURE_S: Final = 600.0
-END_S: Final = 60.0
+END_S: Final = 20.0  # then it is killed, which ends it as well
 
 
 class Broken(Exception):

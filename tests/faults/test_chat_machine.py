@@ -482,7 +482,7 @@ def ends_since_clear(ends: list[Json]) -> list[Json]:
     return ends[clears[-1] + 1 :] if clears else ends
 
 
-@pytest.mark.timeout(3_600 if EXAMPLES else 300)
+@pytest.mark.timeout(3_600 if EXAMPLES else 900)
 def test_any_order_of_events_keeps_the_promises_of_chats(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -939,7 +939,7 @@ def _burial(entry: Entry, job_id: str, tenant: str) -> Settlement:
     return Settlement(entry, job_id, "bury", completion, letter)
 
 
-@pytest.mark.timeout(900 if EXAMPLES else 300)
+@pytest.mark.timeout(3_600 if EXAMPLES else 900)
 def test_any_order_of_operations_keeps_the_promises(redis_server: RedisServer) -> None:
     """Model and Redis agree after every step of every run, and every run can be drained."""
     profile = settings(

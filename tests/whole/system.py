@@ -65,7 +65,7 @@ def environment(**more: str) -> dict[str, str]:
     """Return the environment of every process here: short spans, so that no test waits long."""
     spans = {
         "PENSTOCK_WORKER__LEASE_S": f"{LEASE_S:g}",
-        "PENSTOCK_WORKER__DRAIN_S": "60",
+        "PENSTOCK_WORKER__DRAIN_S": "10",
         "PENSTOCK_LLM__BREAKER_OPEN_S": "0.5",
         "PENSTOCK_RETRY__BASE_S": "0.1",
     }

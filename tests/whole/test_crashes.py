@@ -90,7 +90,7 @@ async def test_an_outage_of_redis_is_said_at_once_and_survived(whole: Outside, e
 
 async def test_sigterm_answers_what_was_accepted_and_leaves_no_process() -> None:
     """Under load `up` drains: every question that was accepted has its answer, the exit code is 0."""
-    with System() as own:
+    with System(PENSTOCK_WORKER__DRAIN_S=f"{END_S / 2:g}") as own:
         async with outside(own) as whole:
             await whole.behave(latency=CALL_S)
             asked = [asyncio.create_task(whole.ask()) for _ in range(40)]

@@ -38,9 +38,11 @@ async def test_five_hundred_questions_are_answered_by_all_replicas_alike(whole: 
         replies = await whole.ask_many(500, IN_FLIGHT)
         assert Counter(reply.status for reply in replies) == {200: 500}
         calls = {url: await whole.records(url) for url in whole.system.replicas}
-        assert set(calls_of(record for records in calls.values() for record in records).values()) == {1}
+        made = calls_of(record for records in calls.values() for record in records)
+        assert set(made.values()) == {1}
+        # A client that was refused, for want of an answer in time, asks again what may have been accepted all the same.
+        assert made.keys() >= {reply.body["job_id"] for reply in replies}
         shares = sorted(len(records) for records in calls.values())
-        assert sum(shares) == 500
         await whole.until_idle()
         return shares[-1] <= 1.1 * shares[0]
 
