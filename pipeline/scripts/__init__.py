@@ -11,7 +11,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from importlib import resources
-from typing import Final
+from typing import Final, NamedTuple
 
 from pipeline.keys import LUA_KEYS
 
@@ -25,28 +25,48 @@ class Script:
     sha: str
 
 
+_FOLDER: Final = resources.files(__package__)
+_WORD: Final = re.compile(r"\w+")
+_DEFINED: Final = re.compile(r"^local (?:function )?([\w, ]+)", re.MULTILINE)
+
+
+class _Paragraph(NamedTuple):
+    """A paragraph of the prelude: the names that it defines, and all its words."""
+
+    text: str
+    defines: frozenset[str]
+    words: frozenset[str]
+
+
+def _paragraph(text: str) -> _Paragraph:
+    names = " ".join(_DEFINED.findall(text))
+    return _Paragraph(text, frozenset(_WORD.findall(names)), frozenset(_WORD.findall(text)))
+
+
+_PRELUDE: Final = tuple(map(_paragraph, (_FOLDER / "_prelude.lua").read_text().split("\n\n")))
+"""Taken apart once: every process loads all scripts as it starts."""
+
+
 def _load(name: str) -> Script:
-    folder = resources.files(__package__)
-    shebang, _, body = (folder / f"{name}.lua").read_text().partition("\n")
-    text = f"{shebang}\n{_used((folder / '_prelude.lua').read_text(), body)}\n{body}"
+    shebang, _, body = (_FOLDER / f"{name}.lua").read_text().partition("\n")
+    text = f"{shebang}\n{_used(body)}\n{body}"
     text = re.sub(r"\bKEY\.(\w+)", lambda key: f"'{LUA_KEYS[key[1]]}'", text)
     return Script(name, text, hashlib.sha1(text.encode()).hexdigest())  # noqa: S324 - Redis names scripts by SHA-1
 
 
-def _used(prelude: str, body: str) -> str:
+def _used(body: str) -> str:
     """Return the paragraphs of the prelude that define a name which *body*, or a later one of them, uses.
 
     A name in a comment counts as used, which does no harm.
     """
     used: list[str] = []
-    for paragraph in reversed(prelude.split("\n\n")):
-        names = {name for names in _DEFINED.findall(paragraph) for name in re.findall(r"\w+", names)}
-        if names & set(re.findall(r"\w+", " ".join([*used, body]))):
-            used.insert(0, paragraph)
-    return "\n\n".join(used)
+    words = set(_WORD.findall(body))
+    for paragraph in reversed(_PRELUDE):
+        if not words.isdisjoint(paragraph.defines):
+            used.append(paragraph.text)
+            words |= paragraph.words
+    return "\n\n".join(reversed(used))
 
-
-_DEFINED: Final = re.compile(r"^local (?:function )?([\w, ]+)", re.MULTILINE)
 
 ADOPT: Final = _load("adopt")
 BATCH: Final = _load("batch")
