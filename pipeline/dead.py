@@ -97,7 +97,8 @@ class DeadLetters:
 
         Raises:
             Reject: no such letter (`unknown_letter`), nothing in it that could be run (`not_a_job`), or a delivery that
-                Redis keeps no longer (`content_gone`) or that went out after all (`already_sent`).
+                Redis keeps no longer (`content_gone`), that went out after all (`already_sent`), or that still may
+                (`under_way`).
             Overloaded: it is a message or a delivery, and too much is unfinished.
         """
         letter = await self.show(letter_id)

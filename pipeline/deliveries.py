@@ -188,7 +188,8 @@ class Deliveries:
         Raises:
             Overloaded: too much unfinished work, of all, of this tenant (`too_many_in_flight`), or of the recorder.
             IdempotencyMismatch: the key was used with another body.
-            Reject: what it repeats has gone out, as its provider has told by now (`already_sent`).
+            Reject: what it repeats has gone out, as its provider has told by now (`already_sent`), or has not ended yet
+                (`under_way`).
             BrokerUnavailable: no answer within a second; with `unknown` it may have been accepted all the same.
         """
         self.clock.require()
@@ -216,6 +217,8 @@ class Deliveries:
         word, answering, status = (part.decode() for part in reply_of[1:])
         if word == "already_sent":
             raise Reject(f"the delivery {order.retry_of} has gone out, as its provider has told since", code=word)
+        if word == "under_way":
+            raise Reject(f"the delivery {order.retry_of} has not ended yet: it may still go out by itself", code=word)
         if word not in {"accepted", "repeated"}:
             raise refusal(word, in_flight_limit)
         return AcceptedDelivery(answering, status or "pending", job.deadline_ms, repeated=word == "repeated")

@@ -401,11 +401,17 @@ class Worker:
             await self.streams.stop_waiting()
 
     async def drain(self, timeout_s: float) -> None:
-        """Wait until everything in hand is settled; what is not by then is stopped and given back."""
-        timeout_s = timeout_s if self.stage.drain_s is None else self.stage.drain_s
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        while self.held and asyncio.get_running_loop().time() < deadline:
-            await wait_at_most(self._changed, min(0.1, timeout_s))
+        """Wait until everything in hand is settled; what is not by then is stopped and given back.
+
+        A stage's own time is for its handlers. What is only to be settled has the common one: Redis may be away.
+        """
+        began_s = asyncio.get_running_loop().time()
+        while self.held:
+            runs = any(not held.settling for held in self.held.values())
+            limit_s = self.stage.drain_s if runs and self.stage.drain_s is not None else timeout_s
+            if asyncio.get_running_loop().time() >= began_s + limit_s:
+                break
+            await wait_at_most(self._changed, min(0.1, limit_s))
         for held in list(self.held.values()):
             self._abort(held, "drain")
         tasks = {held.task for held in self.held.values() if held.task is not None}

@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 UNTOLD: Final = "untold"
 """In a job's state: a hand-over of it had no end that was told. settle.lua knows the word."""
+_TAKEN: Final = frozenset({"sent", "undelivered", "failed", "delivered"})
+"""Statuses of a delivery under way that only its provider can have told: it has the message."""
+_SILENT: Final = frozenset({"timeout", "connection_lost"})
+"""Codes of failures that say nothing of whether the provider takes anything."""
 _SENT_AFTER_S: Final = "sent_after_s"
 _LONGEST_ID: Final = 1_000
 
@@ -152,9 +156,13 @@ class Courier(Stage):
         delivery = await self._context.deliveries.read(job.id)
         if delivery is None:
             raise _gone()
-        if delivery.doubt:
-            job.state[UNTOLD] = True  # whoever began before us never said how it went
-        sent = await self._hand_over(job, self._message(delivery))
+        sent = None
+        if delivery.status not in _TAKEN:
+            if delivery.doubt:  # whoever began before us never said how it went
+                if not self._provider.is_idempotent:
+                    raise _in_doubt()
+                job.state[UNTOLD] = True
+            sent = await self._hand_over(job, self._message(delivery))
         if sent is not None:
             job.state[_SENT_AFTER_S] = max(0, self._context.clock.now_ms() - delivery.due_ms) / 1000
         return Done({"provider": self._provider.name, "provider_id": sent and sent.provider_id})
@@ -195,7 +203,7 @@ class Courier(Stage):
                 case "gone":
                     raise _gone()
                 case "doubt":
-                    raise InDoubt("a process ended while it handed this delivery over: it may have gone out")
+                    raise _in_doubt()
                 case word:
                     raise ValueError(f"begin said {word!r}")
 
@@ -204,7 +212,7 @@ class Courier(Stage):
         outcome = await self._outcome(ready)
         if isinstance(outcome, RetryLater) and not outcome.charged:
             outcome = await self._put_off(outcome, seen)
-        elif not isinstance(outcome, RetryLater | InDoubt):
+        elif isinstance(outcome, Sent) or not (isinstance(outcome, InDoubt) or outcome.code in _SILENT):
             self._patience.answered(seen)
         if not isinstance(outcome, Sent):
             raise self._judged(job, outcome)
@@ -299,6 +307,10 @@ def _is_cancelled() -> bool:
 def _is_id(given: object) -> bool:
     """Whether an id can be written anywhere: a message that went out must not be tried again because of it."""
     return isinstance(given, str) and given.isprintable() and len(given) <= _LONGEST_ID
+
+
+def _in_doubt() -> InDoubt:
+    return InDoubt("a process ended while it handed this delivery over: it may have gone out")
 
 
 def _gone() -> Reject:

@@ -1,9 +1,10 @@
 """Leaving a provider alone that takes nothing: waits that grow, and one message at a time that tries it.
 
 A provider is *away*, to one process, from the first hand-over to which nobody listened, or which it put off (429),
-until it takes one or refuses one. In between each failure in a row makes the next wait longer; all others wait in hand,
-which leaves the queue where it is. So an outage costs a few calls however many messages wait, and one line in the log
-when it begins and one when it ends.
+until it answers one. In between each failure in a row makes the next wait longer, and all others are put off for at
+least as long. So an outage costs a few calls however many messages wait, and one line in the log when it begins and one
+when it ends. None waits in hand for long: who dies with a message in hand three times is taken for its victim, and a
+suspect is handled alone, so that others of the process would wait with it.
 
 The waits are told to all processes by `hold.lua`: who is told of one takes the provider for away, too.
 """
@@ -25,7 +26,9 @@ from pipeline.errors import NOT_YET, PenstockError, RetryLater
 BASE_S: Final = 0.1
 """The first wait, short: one connection that fails among many is no outage."""
 CAP_S: Final = 30.0
-"""The longest wait of our own; and the longest that is waited for in hand."""
+"""The longest wait of our own."""
+IN_HAND_S: Final = 1.0
+"""The longest that is waited for in hand."""
 LONGEST_ASKED_S: Final = 3_600.0
 """A slip of a provider must not stop all that goes out by it for days; the delivery itself obeys what was asked."""
 
@@ -52,7 +55,7 @@ class Patience:
         self._provider = provider
         self._rng = rng or Random()
         self._until_us = 0
-        self._trying = asyncio.Lock()
+        self._is_tried = False
         self._stopping = asyncio.Event()
         self._outage = Outage("delivery", of=f"the provider {provider}")
         HELD_S.labels(provider).set_function(lambda: self.left_s)
@@ -67,19 +70,21 @@ class Patience:
         """Wait until the provider may be given something; while it is away, one has its turn at a time.
 
         Raises:
-            RetryLater: it is to be left alone for long, or this process is to stop.
+            RetryLater: it is to be left alone for longer, another message tries it, or this process is to stop.
         """
         if not self.failures:
             yield
             return
-        async with self._trying:
-            if self.failures:  # else it came back meanwhile
-                if self.left_s > CAP_S:
-                    raise self._not_yet(self.left_s)
-                await self.pause(self.left_s)
-                yield
-                return
-        yield
+        if self._is_tried or self.left_s > IN_HAND_S:
+            # Spread out: those that are put off together would come again together.
+            after_s = max(self.left_s, wait_s(self.failures, self._rng))
+            raise self._not_yet(after_s + self._rng.uniform(0.0, min(after_s, CAP_S)))
+        self._is_tried = True
+        try:
+            await self.pause(self.left_s)
+            yield
+        finally:
+            self._is_tried = False
 
     async def pause(self, for_s: float) -> None:
         """Wait, with nothing begun.
@@ -108,7 +113,7 @@ class Patience:
         return self._leave_alone(span_s)
 
     def answered(self, seen: int) -> None:
-        """Note that it took a message, or refused one for good."""
+        """Note that it answered: it took a message, refused one, or has a fault of its own."""
         if seen == self.failures:
             self.failures = 0
             self._outage.ends()

@@ -8,7 +8,7 @@
 -- ARGV[16] idempotency key ('' none)  ARGV[17] body hash  ARGV[18] its life (ms)  ARGV[19] the delivery it repeats ('' none)
 -- ARGV[20] what its attachments hold (JSON, base64; '' nothing)
 -- Returns: time (us), 'accepted' | 'repeated' | 'mismatch' (the key was used with another body) | 'overloaded' | 'backlog' |
---   'in_flight' | 'already_sent' (what it repeats went out), id of the delivery that answers, the status with which that was
+--   'in_flight' | 'already_sent' (what it repeats went out) | 'under_way' (or is still to go out), id of the delivery that answers, the status with which that was
 --   accepted ('' when it is not known any more).
 -- Invariant: one delivery per id and per idempotency key, however often this is sent. One that is scheduled does not count
 --   as in flight before its time (promote).
@@ -36,6 +36,7 @@ end
 if call('EXISTS', key) == 1 then return answer('accepted') end
 local before = ARGV[19] ~= '' and call('HGET', KEY.delivery .. ARGV[19], 'status')
 if before == 'sent' or before == 'delivered' then return answer('already_sent') end
+if RANKS[before or ''] and RANKS[before] <= RANKS.sending then return answer('under_way') end
 if call('ZCARD', KEY.live_index) >= tonumber(ARGV[11]) then return answer('overloaded') end
 if call('XLEN', KEY.events) >= tonumber(ARGV[12]) then return answer('backlog') end
 local now_ms = digits(math.floor(now_us / 1000))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, TextIO
 
 import orjson
 
+from pipeline.errors import RetryLater
 from stages.providers import TYPES, Outgoing, Provider, Sent, Type
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ class Console(Provider):
             ],
         }
         line = orjson.dumps({name: value for name, value in shown.items() if value not in (None, [])}).decode()
-        self._out.write(line + "\n")  # in one piece, so that lines of several processes do not mix
-        self._out.flush()
+        try:
+            self._out.write(line + "\n")  # in one piece, so that lines of several processes do not mix
+            self._out.flush()
+        except OSError as error:  # who read it has gone; a line that is printed twice does no harm
+            raise RetryLater("standard output takes nothing", code="unreachable", charged=False) from error
         return Sent(f"console-{message.id}")

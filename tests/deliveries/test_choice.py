@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RetryLater
 from pipeline.settings import load
 from stages import delivery, providers
 from stages.providers import TYPES, Attachment
@@ -47,6 +47,18 @@ async def test_the_console_shows_a_message_on_one_line() -> None:
         ],
     }
     assert sent.provider_id == "console-0123456789abcdef0123456789abcdef"
+
+
+async def test_a_console_that_nobody_reads_any_more_is_away() -> None:
+    """A line that may be printed twice is no message that may arrive twice."""
+
+    class Closed(io.StringIO):
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+    with pytest.raises(RetryLater) as caught:
+        await Console(Closed()).send(an_email())
+    assert (caught.value.code, caught.value.charged) == ("unreachable", False)
 
 
 def test_without_settings_everything_goes_to_the_console() -> None:

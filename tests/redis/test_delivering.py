@@ -24,7 +24,7 @@ from pipeline.job import decode
 from pipeline.settings import HttpProviderSettings, Settings
 from stages import delivery, incoming
 from stages.delivery import Courier, Shared
-from stages.providers import TYPES, Outgoing, Provider, Sent, Type
+from stages.providers import TYPES, HandOver, Outgoing, Provider, Sent, Type
 from stages.providers.http import Http
 from tests.conftest import wait_until
 from tests.receivers import receiving, stay_silent
@@ -449,6 +449,57 @@ async def test_a_dead_letter_of_what_went_out_after_all_is_not_repeated(
             assert caught.value.code == "already_sent"
     assert len(provider.got) == 1 + is_repeated
     assert await dead.count() == 1 - is_repeated
+
+
+async def test_a_dead_letter_of_a_delivery_under_way_is_not_repeated(
+    link: Link, front: Front, settings: Settings
+) -> None:
+    """Somebody has copied its entry: that is a letter, and the delivery itself still goes out."""
+    freed = asyncio.Event()
+
+    async def slowly(_: Outgoing) -> Sent:
+        await freed.wait()
+        return Sent("P1")
+
+    provider = Scripted(slowly)
+    async with working(settings, [courier(settings, provider)]):
+        accepted = await accept(front)
+        await wait_until(lambda: bool(provider.got))
+        ((_, fields),) = await link.call("XRANGE", "message_queue:sms", "-", "+")
+        await link.call("XADD", "message_queue:sms", "*", *fields)
+        dead = DeadLetters(link, settings)
+        await wait_until(dead.count)
+        (letter,) = await dead.list(10)
+        with pytest.raises(Reject, match="has not ended yet") as caught:
+            await dead.retry(letter.id, front.clock.now_ms())
+        assert caught.value.code == "under_way"
+        freed.set()
+        await until(front.deliveries, accepted.id, "sent")
+    assert len(provider.got) == 1
+
+
+async def test_what_its_provider_has_is_not_made_ready_again(link: Link, front: Front, settings: Settings) -> None:
+    """Its attachments are gone by then, and without them nothing could be: that would be a letter of what arrived."""
+    files = [{"filename": "a.txt", "content_type": "text/plain", "content": "SGVsbG8="}]
+    provider = Scripted(never)
+    async with working(settings, [courier(settings, provider, "email")]) as (victim,):
+        accepted = await accept(front, "email", content={"attachments": files})
+        await wait_until(lambda: bool(provider.got))
+        await victim.crash()
+    await front.deliveries.told("sendgrid", [Event("E1", accepted.id, "delivered")])
+
+    class Strict(Scripted):
+        async def prepare(self, message: Outgoing) -> HandOver:
+            raise Reject("an attachment has no content", code="invalid_attachment")
+
+    async with working(settings, [courier(settings, Strict(), "email")]):
+
+        async def has_ended() -> bool:
+            return not await link.call("EXISTS", keys.LIVE + accepted.id)
+
+        await wait_until(has_ended)
+    assert await letters(link) == []
+    assert statuses(await until(front.deliveries, accepted.id, "delivered")) == ["pending", "sending", "delivered"]
 
 
 async def test_a_dead_letter_is_repeated_once(link: Link, front: Front, settings: Settings) -> None:

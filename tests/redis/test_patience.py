@@ -19,7 +19,7 @@ from stages.delivery import Courier, Shared
 from stages.patience import Patience
 from stages.providers import HandOver, Outgoing, Sent
 from tests.conftest import wait_until
-from tests.redis.test_delivering import Scripted, accept, courier, statuses, until
+from tests.redis.test_delivering import Scripted, accept, courier, never, statuses, until
 from tests.rig import changed, letters, working
 
 MESSAGES = 60
@@ -93,10 +93,13 @@ async def test_a_process_that_hears_of_an_outage_lets_one_message_try(
     await front.deliveries.hold("console", 0.3)
     provider = Scripted(*[slowly] * 8)
     stage = courier(settings, provider)
-    async with working(settings, [stage]) as (worker,):
+    async with working(settings, [stage]):
         accepted = [await accept(front) for _ in range(8)]
-        await wait_until(lambda: len(worker.workers[0].held) == 8 and at_once > 0)
-        await wait_until(lambda: link.call("HGET", keys.DELIVERY + accepted[-1].id, "status"))
+
+        async def others_are_put_off() -> bool:
+            return at_once > 0 and await link.call("ZCARD", keys.DELAYED) == 7
+
+        await wait_until(others_are_put_off)
         assert most == 1
         freed.set()
         for one in accepted:
@@ -117,13 +120,57 @@ async def test_a_long_wait_is_not_waited_for_in_hand(front: Front, settings: Set
     )
 
 
-async def test_a_refusal_ends_an_outage(front: Front, settings: Settings) -> None:
-    """The provider works: it is the message that it does not want."""
-    stage = courier(settings, Scripted(Reject("no", code="refused")))
+@pytest.mark.parametrize(
+    ("error", "failures"),
+    [
+        (Reject("no", code="refused"), 0),
+        (RetryLater("it is ill", code="gateway_error", after_s=600.0), 0),
+        (RetryLater("no answer", code="timeout", after_s=600.0), 1),
+    ],
+    ids=["refusal", "fault", "silence"],
+)
+async def test_an_answer_ends_an_outage(front: Front, settings: Settings, error: Exception, failures: int) -> None:
+    """The provider works: it is the message that it does not want, or it has a fault of its own."""
+    provider = Scripted(error)
+    stage = courier(settings, provider)
     stage._patience.held(0.0)
+    async with working(settings, [stage]) as (worker,):
+        await accept(front)
+        await wait_until(lambda: bool(provider.got) and not worker.workers[0].held)
+    assert stage._patience.failures == failures
+
+
+async def test_who_only_waits_is_not_taken_for_the_victim_of_its_message(front: Front, settings: Settings) -> None:
+    """However often a process dies while a provider is left alone: what it had was put off, and is nobody's."""
+    accepted = await accept(front)
+    provider = Scripted()
+    for _ in range(settings.worker.max_deliveries + 2):
+        await front.deliveries.hold("console", 600.0)
+        stage = courier(settings, provider)
+        async with working(settings, [stage]) as (worker,):
+            await front.deliveries._link.call("ZADD", keys.DELAYED, "XX", 1, accepted.id)
+            await wait_until(lambda: stage._patience.failures > 0 and not worker.workers[0].held)  # noqa: B023
+            await worker.crash()
+    await front.deliveries._link.call("DEL", keys.PROVIDER + "console")
+    async with working(settings, [courier(settings, provider)]):
+        await front.deliveries._link.call("ZADD", keys.DELAYED, "XX", 1, accepted.id)
+        found = await until(front.deliveries, accepted.id, "sent", "failed")
+    assert (found.status, found.attempts) == ("sent", 1)
+
+
+async def test_a_doubt_waits_for_nobody(front: Front, settings: Settings) -> None:
+    """Nothing is to be handed over, so it is told at once, also while the provider is away."""
+    provider = Scripted(never)
+    async with working(settings, [courier(settings, provider)]) as (victim,):
+        accepted = await accept(front)
+        await wait_until(lambda: bool(provider.got))
+        await victim.crash()
+    await front.deliveries.hold("console", 600.0)
+    stage = courier(settings, provider)
+    stage._patience.held(600.0)
     async with working(settings, [stage]):
-        await until(front.deliveries, (await accept(front)).id, "failed")
-    assert stage._patience.failures == 0
+        await until(front.deliveries, accepted.id, "unknown")
+    assert len(provider.got) == 1
 
 
 def test_what_began_before_says_nothing_new() -> None:
@@ -177,6 +224,22 @@ async def test_a_hand_over_is_given_the_time_of_deliveries_to_end(front: Front, 
         await wait_until(lambda: worker.workers[0]._quiet)
         answered.set()
     assert statuses(await until(front.deliveries, accepted.id, "sent")) == ["pending", "sending", "sent"]
+
+
+async def test_a_stop_does_not_wait_for_a_redis_that_is_away(front: Front, settings: Settings) -> None:
+    """The long time is for hand-overs: what has ended only waits to be noted, as in every stage."""
+    settings = changed(settings, worker={"drain_s": 0.2}, deliveries={"drain_s": 100_000.0})
+    other = Link(settings.redis, "other")
+
+    async def while_redis_stands_still(_: Outgoing) -> Sent:
+        await other.call("CLIENT", "PAUSE", 2_000, "ALL")
+        return Sent("P1")
+
+    provider = Scripted(while_redis_stands_still)
+    async with working(settings, [courier(settings, provider)]) as (worker,):
+        await accept(front)
+        await wait_until(lambda: any(held.settling for held in worker.workers[0].held.values()))
+    await other.close()
 
 
 # --- before it is begun -------------------------------------------------------------------------
