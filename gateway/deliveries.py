@@ -236,9 +236,11 @@ def _check_texts(kind: Type, request: DeliveryRequest, settings: DeliveriesSetti
                 raise wrong(name, f"an {kind} has none; only an email has")
         if len(request.body) > MAX_SMS_CHARS:
             raise wrong("body", f"at most {MAX_SMS_CHARS} characters in an {kind}")
-        if not request.body and kind == "sms":
-            raise wrong("body", "an sms says something")
+        if not request.body.strip() and not request.attachments:
+            raise wrong("body", f"an {kind} without attachments says something")
         return
+    if not (request.attachments or any((text or "").strip() for text in (request.body, request.html, request.subject))):
+        raise wrong("body", "an email without subject, html and attachments says something")
     if request.subject is not None and not (request.subject.isprintable() or not request.subject):
         raise wrong("subject", "one line, without control characters")
     for name, text in (("body", request.body), ("html", request.html or "")):
