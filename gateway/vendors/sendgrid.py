@@ -218,8 +218,8 @@ def _object(text: bytes | None) -> dict[str, Any]:
 def _parts(notice: Notice) -> dict[str, bytes] | None:
     """Return the parts of a multipart body by name, without going through it byte by byte; None where it is none.
 
-    The header that names the boundary is not signed, the body is: it begins and ends with the boundary it was made with,
-    and with no other. One that stands within a text would make another mail of it.
+    The header that names the boundary is not signed, the body is: it begins and ends with the boundary it was made
+    with, and with no other. One that stands within a text would make another mail of it.
     """
     found = _BOUNDARY.search(notice.headers.get(b"content-type", b""))
     if found is None:
