@@ -26,7 +26,7 @@ from gateway.operation import Answer, Call, Operation, Parameter, answer
 from pipeline.contacts import MAX_CHARS, BadContact, read_mailbox, read_number, read_sender
 from pipeline.deliveries import AcceptedDelivery, Delivery, Order, Status
 from pipeline.errors import DeadlineExceeded
-from pipeline.flows import Metadata, Payload
+from pipeline.flows import Payload
 from pipeline.job import Json
 from pipeline.settings import DeliveriesSettings
 
@@ -64,6 +64,12 @@ class DeliveryAttachment(Payload):
     url: Annotated[str, StringConstraints(max_length=2_048)] | None = Field(None, description="https; of an mms")
 
 
+Metadata = dict[
+    Annotated[str, StringConstraints(max_length=64)],
+    Annotated[str, StringConstraints(max_length=1_000)] | int | float | bool | None,
+]
+
+
 def _storable(metadata: Metadata) -> Metadata:
     for text in (*metadata, *metadata.values()):
         storable(str(text))
@@ -86,7 +92,7 @@ class DeliveryRequest(Payload):
         None, description=f"send it then: RFC 3339 with its offset, `{EXAMPLE}`"
     )
     metadata: Annotated[Metadata, AfterValidator(_storable)] | None = Field(
-        None, description="kept with it, and given to a gateway of one's own", max_length=64
+        None, description="kept with it, and given to a gateway of one's own", max_length=50
     )
 
 
@@ -230,9 +236,11 @@ def _check_texts(kind: Type, request: DeliveryRequest, settings: DeliveriesSetti
                 raise wrong(name, f"an {kind} has none; only an email has")
         if len(request.body) > MAX_SMS_CHARS:
             raise wrong("body", f"at most {MAX_SMS_CHARS} characters in an {kind}")
-        if not request.body and kind == "sms":
-            raise wrong("body", "an sms says something")
+        if not request.body.strip() and not request.attachments:
+            raise wrong("body", f"an {kind} without attachments says something")
         return
+    if not (request.attachments or any((text or "").strip() for text in (request.body, request.html, request.subject))):
+        raise wrong("body", "an email without subject, html and attachments says something")
     if request.subject is not None and not (request.subject.isprintable() or not request.subject):
         raise wrong("subject", "one line, without control characters")
     for name, text in (("body", request.body), ("html", request.html or "")):

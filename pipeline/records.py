@@ -8,6 +8,8 @@ of one table, named by tenant and id. It has a rank, and the columns of a table 
 - `latest`: replaced by an event whose rank is higher than that of the row (how it stands with it);
 - `earliest`: the least of what events of the row's own epoch said.
 
+What lists do not show, and what may be long, is not read for them (`listed`): a page has hundreds of rows.
+
 So the order in which events come does not matter, repeating them changes nothing, and any number of recorders may write
 at the same time. Two events of one rank about one record must say the same.
 
@@ -57,12 +59,12 @@ METADATA: Final = sa.MetaData()
 _JSON: Final = sa.JSON(none_as_null=True)
 
 
-def _first(name: str, kind: sa.types.TypeEngine[Any]) -> sa.Column[Any]:
-    return sa.Column(name, kind, info={"rule": "first"})
+def _first(name: str, kind: sa.types.TypeEngine[Any], *, listed: bool = True) -> sa.Column[Any]:
+    return sa.Column(name, kind, info={"rule": "first", "listed": listed})
 
 
-def _latest(name: str, kind: sa.types.TypeEngine[Any]) -> sa.Column[Any]:
-    return sa.Column(name, kind, info={"rule": "latest"})
+def _latest(name: str, kind: sa.types.TypeEngine[Any], *, listed: bool = True) -> sa.Column[Any]:
+    return sa.Column(name, kind, info={"rule": "latest", "listed": listed})
 
 
 def _table(name: str, key: str, *parts: sa.Column[Any] | sa.Index) -> sa.Table:
@@ -176,7 +178,7 @@ REPORTS: Final = _table(
     "reports",
     "report_id",
     _first("report_type", sa.Text()),
-    _first("inputs", _JSON),
+    _first("inputs", _JSON, listed=False),
     _first("language", sa.Text()),
     _first("request_id", sa.Text()),
     _latest("user_id", sa.Text()),
@@ -184,7 +186,7 @@ REPORTS: Final = _table(
     _latest("created_ms", sa.BigInteger()),
     _latest("status", sa.Text()),
     _latest("cached", sa.Boolean()),
-    _latest("report", _JSON),
+    _latest("report", _JSON, listed=False),
     _latest("error", _JSON),
     _latest("worker", sa.Text()),
     _latest("replica", sa.Text()),
@@ -201,15 +203,15 @@ DELIVERIES: Final = _table(
     _first("sender", sa.Text()),
     _first("recipient", sa.Text()),
     _first("subject", sa.Text()),
-    _first("body", sa.Text()),
-    _first("html", sa.Text()),
-    _first("attachments", _JSON),
-    _first("metadata", _JSON),
+    _first("body", sa.Text(), listed=False),
+    _first("html", sa.Text(), listed=False),
+    _first("attachments", _JSON, listed=False),
+    _first("metadata", _JSON, listed=False),
     _first("scheduled_ms", sa.BigInteger()),
     _first("retry_of", sa.Text()),
     _first("created_ms", sa.BigInteger()),
     _latest("status", sa.Text()),
-    _latest("history", _JSON),
+    _latest("history", _JSON, listed=False),
     _latest("provider", sa.Text()),
     _latest("provider_id", sa.Text()),
     _latest("error", _JSON),
@@ -613,7 +615,7 @@ class Records:
     async def reports(
         self, tenant: str, user_id: str, *, after: str | None = None, limit: int = 50
     ) -> tuple[list[Row], str | None]:
-        """Return a page of the reports about a person, the newest first, and the cursor of the next one."""
+        """Return a page of the reports about a person, without what they say, the newest first; see `messages`."""
         return await self._page(REPORTS, tenant, {"user_id": user_id}, None, None, after, limit)
 
     async def delivery(self, tenant: str, delivery_id: str) -> Row | None:
@@ -632,7 +634,7 @@ class Records:
         after: str | None = None,
         limit: int = 50,
     ) -> tuple[list[Row], str | None]:
-        """Return a page of deliveries, the newest first, and the cursor of the next one; see `messages`."""
+        """Return a page of deliveries, without what they say, the newest first; see `messages`."""
         wanted = {"type": type, "status": status, "recipient": recipient}
         return await self._page(DELIVERIES, tenant, wanted, since_ms, until_ms, after, limit)
 
@@ -739,7 +741,8 @@ class Records:
         limit = max(1, min(limit, MOST))
         key = list(table.primary_key.columns)[1]
         by = [table.c.position if ordered else table.c.created_ms, key]
-        query = sa.select(table).where(table.c.tenant == tenant, by[0].is_not(None))
+        columns = [column for column in table.columns if column.info.get("listed", True)]
+        query = sa.select(*columns).where(table.c.tenant == tenant, by[0].is_not(None))
         query = query.where(*(table.c[name] == value for name, value in wanted.items() if value is not None))
         if since_ms is not None:
             query = query.where(table.c.created_ms >= since_ms)

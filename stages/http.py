@@ -29,7 +29,7 @@ _GZIP_OR_ZLIB: Final = 32 + zlib.MAX_WBITS
 
 
 class Unreachable(Exception):
-    """No connection came about."""
+    """No connection came about, or it ended before anything was written: nobody has read the request."""
 
 
 class HungUp(Exception):
@@ -206,7 +206,9 @@ class _Connection(asyncio.Protocol):
     async def exchange(self, request: bytes) -> Response:
         """Send a request and return its answer."""
         if self._transport.is_closing():
-            raise HungUp("", was_kept=self._calls > 0)
+            if not self._calls:
+                raise Unreachable("the connection ended as soon as it was there")
+            raise HungUp("", was_kept=True)
         self._forget()
         self._size = 0
         self._calls += 1

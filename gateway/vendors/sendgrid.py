@@ -216,12 +216,16 @@ def _object(text: bytes | None) -> dict[str, Any]:
 
 
 def _parts(notice: Notice) -> dict[str, bytes] | None:
-    """Return the parts of a multipart body by name, without going through it byte by byte; None where it is none."""
+    """Return the parts of a multipart body by name, without going through it byte by byte; None where it is none.
+
+    The header that names the boundary is not signed, the body is: it begins and ends with the boundary it was made
+    with, and with no other. One that stands within a text would make another mail of it.
+    """
     found = _BOUNDARY.search(notice.headers.get(b"content-type", b""))
     if found is None:
         return None
     pieces = (b"\r\n" + notice.body).split(b"\r\n--" + found[1], MOST_FIELDS + 1)
-    if not 2 < len(pieces) <= MOST_FIELDS or not pieces[-1].startswith(b"--"):
+    if not 2 < len(pieces) <= MOST_FIELDS or pieces[0] or pieces[-1] not in {b"--", b"--\r\n"}:
         return None
     parts: dict[str, bytes] = {}
     for piece in pieces[1:-1]:

@@ -373,6 +373,23 @@ async def test_batches_are_listed_alike(records: Records) -> None:
     assert [row["batch_id"] for row in rows] == ["b3"]
 
 
+async def test_lists_of_deliveries_and_reports_read_no_texts(records: Records) -> None:
+    """A page of two hundred emails may hold hundreds of megabytes of them. One by one they are whole."""
+    long = "x" * 1_000
+    email = {"body": long, "html": long, "metadata": {"a": long}, "attachments": [{"filename": long}], "history": []}
+    about = {"created_ms": 1, "user_id": "ann", "epoch": "e1", "subject": "Hello", "language": "en"}
+    await records.apply([Event("delivery", "d1", "default", 0, 1, about | email)])
+    await records.apply([Event("report", "r1", "default", 0, 1, about | {"inputs": {"a": long}})])
+    await records.apply([Event("report", "r1", "default", 1, 2, about | {"result": {"report": {"markdown": long}}})])
+    for whole, (rows, _), texts in (
+        (await records.delivery("default", "d1"), await records.deliveries("default"), {*email}),
+        (await records.report("default", "r1"), await records.reports("default", "ann"), {"inputs", "report"}),
+    ):
+        assert whole is not None
+        assert all(whole[name] is not None for name in texts)
+        assert rows == [{name: value for name, value in whole.items() if name not in texts}]
+
+
 async def test_a_tenant_sees_its_own(records: Records) -> None:
     """Another's record is like one that never was, also where both bear one id."""
     await records.apply([asked("m1", "alice", prompt="a"), asked("m1", "bob", prompt="b"), asked("m2", "bob")])

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from pipeline.flows import FLOWS
 from pipeline.job import Job
 from pipeline.settings import Settings
 from stages import llm
+from stages.http import Pool, Target, Unreachable
 from stages.llm import build
 from tests.conftest import PATIENCE_S
 from tests.stages.llm_bench import (
@@ -154,6 +156,29 @@ async def test_a_replica_that_accepts_but_never_shakes_hands_is_unreachable() ->
         await asyncio.wait_for(left.wait(), PATIENCE_S)
     assert (caught.value.code, caught.value.charged) == ("replica_unreachable", False)
     assert registry.observations[0].refused
+
+
+async def test_a_connection_that_ends_before_anything_was_written_never_reached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody can have read the request, so whoever must not send it twice may send it again."""
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport.abort()
+
+    pool = Pool(connect_timeout_s=PATIENCE_S, keep_alive_s=1.0, max_answer_bytes=1_000)
+    connect = pool._connect
+
+    async def connect_and_lose(target: Target) -> Any:
+        connection = await connect(target)
+        await asyncio.wait_for(connection.ended, PATIENCE_S)
+        return connection
+
+    monkeypatch.setattr(pool, "_connect", connect_and_lose)
+    async with await asyncio.start_server(accept, "127.0.0.1", 0) as server:
+        target = Target.of(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", {})
+        with pytest.raises(Unreachable):
+            await pool.post(target, "j", b"{}")
 
 
 @pytest.mark.parametrize("url", ["http://[::zz]", "http://127.0.0.1:99999"])

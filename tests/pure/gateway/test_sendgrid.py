@@ -290,12 +290,34 @@ def test_an_email_without_message_id_has_its_event_for_a_name() -> None:
         notice(b"", media=b"multipart/form-data; boundary=x"),
         notice(mail(MAIL).body[:-10], media=b"multipart/form-data; boundary=xYzZY"),
         notice(mail(MAIL).body, media=b"multipart/form-data; boundary=other"),
+        notice(mail(MAIL).body, media=b"multipart/form-data; boundary=xYz"),
+        notice(b"hello\r\n" + mail(MAIL).body, media=b"multipart/form-data; boundary=xYzZY"),
+        notice(mail(MAIL).body + b"hello", media=b"multipart/form-data; boundary=xYzZY"),
         notice(b"--x\r\n\r\n--x" * 2_000 + b"--x--", media=b"multipart/form-data; boundary=x"),
     ],
 )
 def test_what_is_no_email_is_unreadable(given: Notice) -> None:
     """And no error."""
     assert sendgrid().read(given) == ["unreadable"]
+
+
+def test_a_boundary_that_the_body_does_not_begin_and_end_with_is_none() -> None:
+    """Nobody signs the header that names it: one within the text would make a mail of another sender's out of it."""
+    inner = mail({"from": b"boss@example.com", "to": b"us@example.com", "text": b"pay"}, boundary="inner").body
+    for text in (b"hello\r\n" + inner, inner):
+        given = mail(MAIL | {"text": text})
+        (found,) = sendgrid().read(given)
+        assert isinstance(found, Received)
+        assert found.sender == "Ann <ann@example.org>"
+        assert sendgrid().read(notice(given.body, media=b"multipart/form-data; boundary=inner")) == ["unreadable"]
+
+
+def test_a_body_may_end_with_its_last_boundary() -> None:
+    """With a line end behind it, or none."""
+    given = mail(MAIL)
+    assert sendgrid().read(given) == sendgrid().read(
+        notice(given.body.removesuffix(b"\r\n"), media=given.headers[b"content-type"])
+    )
 
 
 ODD_CHARSETS = (

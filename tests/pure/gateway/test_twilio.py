@@ -30,12 +30,13 @@ JSON_BODY = b'{"property": "value", "boolean": true}'
 JSON_QUERY = QUERY + b"&bodySHA256=0a1ff7634d9ab3b95db5c9a2dfe9416e41502b283a80c7cf19632632f96e6620"
 JSON_SIGNATURE = b"a9nBmqA0ju/hNViExpshrM61xv4="
 DELIVERY = "0123456789abcdef0123456789abcdef"
+SID = "SM" + "a" * 32
 CALLBACK = {
     "AccountSid": "ACaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
     "From": "+15017250604",
-    "MessageSid": "SMaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "MessageSid": SID,
     "MessageStatus": "sent",
-    "SmsSid": "SMaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "SmsSid": SID,
     "SmsStatus": "sent",
     "To": "+15558675310",
 }
@@ -290,8 +291,8 @@ def test_a_json_body_tells_the_same_as_a_form() -> None:
 
 def test_a_message_from_outside_is_received() -> None:
     """With what came with it, which makes it an mms."""
-    sms = {"MessageSid": "SM1", "SmsStatus": "received", "From": "+1", "To": "+2", "Body": "hello\0", "NumMedia": "0"}
-    assert told(sms, b"") == [Received("SM1:received", "sms", "SM1", "+1", "+2", body="hello\ufffd")]
+    sms = {"MessageSid": SID, "SmsStatus": "received", "From": "+1", "To": "+2", "Body": "hello\0", "NumMedia": "0"}
+    assert told(sms, b"") == [Received(f"{SID}:received", "sms", SID, "+1", "+2", body="hello\ufffd")]
     mms = sms | {"MediaUrl0": "https://api.twilio.com/a", "MediaUrl1": "https://api.twilio.com/b"}
     (found,) = told(mms, b"")
     assert isinstance(found, Received)
@@ -299,9 +300,38 @@ def test_a_message_from_outside_is_received() -> None:
     assert told({name: value for name, value in sms.items() if name != "From"}) == ["unreadable"]
 
 
+@pytest.mark.parametrize("swallowed", range(1, 5))
+def test_a_request_that_is_split_elsewhere_tells_nothing_new(swallowed: int) -> None:
+    """Names and values are signed joined together: fields that move into the value of the id are signed as before."""
+    sms = {"SmsStatus": "received", "From": "+1", "To": "+2", "Body": "hello", "NumMedia": "0", "NumSegments": "1"}
+    pairs = sorted((sms | {"MessageSid": SID, "SmsSid": SID, "SmsMessageSid": SID}).items())
+    at = [name for name, _ in pairs].index("MessageSid")
+    moved = "".join(name + value for name, value in pairs[at : at + 1 + swallowed]).removeprefix("MessageSid")
+    other = [*pairs[:at], ("MessageSid", moved), *pairs[at + 1 + swallowed :]]
+    text = ADDRESS + "?" + QUERY.decode() + "".join(name + value for name, value in pairs)
+    given = notice(urlencode(other).encode(), sign(TOKEN.encode(), text.encode()))
+    twilio = Twilio([TOKEN], ADDRESS)
+    twilio.verify(given, NOW_MS)
+    assert twilio.read(given) == ["unreadable"]
+
+
+@pytest.mark.parametrize("sid", ["SM" + "A0" * 16, "MM" + "0" * 32])
+def test_a_message_is_known_by_a_sid_of_messages(sid: str) -> None:
+    """One with media has another prefix."""
+    (found,) = told(CALLBACK | {"MessageSid": sid, "SmsSid": sid})
+    assert isinstance(found, Told)
+    assert found.event_id == f"{sid}:sent"
+
+
+@pytest.mark.parametrize("sid", ["", "SM1", SID + "a", SID[:-1], SID[:-1] + "g", "CA" + SID[2:], SID + "\n"])
+def test_what_is_no_sid_of_messages_names_none(sid: str) -> None:
+    """All of them have one length."""
+    assert told(CALLBACK | {"MessageSid": sid, "SmsSid": sid}) == ["unreadable"]
+
+
 def test_texts_and_numbers_are_not_shown_by_repr() -> None:
     """What is logged by accident is nobody's business."""
-    (found,) = told({"MessageSid": "SM1", "SmsStatus": "received", "From": "+1555", "To": "+1666", "Body": "secret"})
+    (found,) = told({"MessageSid": SID, "SmsStatus": "received", "From": "+1555", "To": "+1666", "Body": "secret"})
     shown = repr(found) + repr(notice(b"secret", b"+1555", b"+1666"))
     assert not any(word in shown for word in ("secret", "1555", "1666"))
 
