@@ -47,8 +47,8 @@ STATUSES: Final[dict[str, Status]] = {
 """What Twilio calls what it did; `accepted`, `scheduled`, `queued` and `sending` are on the way to one of them."""
 
 _SID: Final = re.compile(r"(?:SM|MM)[0-9a-fA-F]{32}")
-"""Of a message. Its length is what keeps one event from having several ids: names and values are signed joined
-together, so the fields behind an id that may be longer could be moved into it, and the signature would still be right."""
+"""Of a message. Its length keeps one event from having several ids: names and values are signed joined together, so the
+fields behind an id that may be longer could be moved into it, and the signature would still be right."""
 _CODE: Final = re.compile(r"[1-9][0-9]{0,9}")
 
 
