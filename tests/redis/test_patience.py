@@ -145,7 +145,7 @@ async def test_who_only_waits_is_not_taken_for_the_victim_of_its_message(front: 
     accepted = await accept(front)
     provider = Scripted()
     for _ in range(settings.worker.max_deliveries + 2):
-        await front.deliveries.hold("console", 600.0)
+        await front.deliveries.hold("console", 25.0)
         stage = courier(settings, provider)
         async with working(settings, [stage]) as (worker,):
             await front.deliveries._link.call("ZADD", keys.DELAYED, "XX", 1, accepted.id)
@@ -232,13 +232,15 @@ async def test_a_stop_does_not_wait_for_a_redis_that_is_away(front: Front, setti
     other = Link(settings.redis, "other")
 
     async def while_redis_stands_still(_: Outgoing) -> Sent:
-        await other.call("CLIENT", "PAUSE", 2_000, "ALL")
+        await other.call("CLIENT", "PAUSE", 60_000, "WRITE")
         return Sent("P1")
 
     provider = Scripted(while_redis_stands_still)
     async with working(settings, [courier(settings, provider)]) as (worker,):
-        await accept(front)
+        accepted = await accept(front)
         await wait_until(lambda: any(held.settling for held in worker.workers[0].held.values()))
+    assert await other.call("HGET", keys.DELIVERY + accepted.id, "status") == b"sending"  # it stands still yet
+    await other.call("CLIENT", "UNPAUSE")
     await other.close()
 
 
