@@ -41,7 +41,7 @@ LOOK_EVERY_S: Final = 1.0
 FIRST_LOOK_S: Final = 2.0
 """A gateway that starts waits for its history so long: then it serves, and goes on asking."""
 NOT_YET_S: Final = 60.0
-"""At a first start the recorder makes the history's tables, beside the gateway: until then it is no outage without them."""
+"""At a first start the recorder makes the history's tables beside the gateway: until then it is no outage."""
 
 log = structlog.get_logger()
 
