@@ -547,6 +547,7 @@ def _on_redis(redis_url: str | None, data_dir: Path, work: Callable[[Link, Setti
     import asyncio
 
     from pipeline.connection import Link
+    from pipeline.errors import BrokerUnavailable
 
     settings = _settings(_redis_override(redis_url, data_dir))
 
@@ -554,6 +555,11 @@ def _on_redis(redis_url: str | None, data_dir: Path, work: Callable[[Link, Setti
         link = Link(settings.redis, "penstock")
         try:
             return await work(link, settings)
+        except BrokerUnavailable as error:
+            if error.unknown:
+                raise
+            advice = "start `penstock up`, or name another Redis: --data-dir or --redis-url"
+            raise BrokerUnavailable(f"{error}; {advice}") from error
         finally:
             await link.close()
 

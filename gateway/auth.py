@@ -19,12 +19,14 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
+import structlog
+
 from gateway.errors import BrokenKey, Problem
 from pipeline.addresses import is_loopback
 from pipeline.api_keys import NAME, ApiKey, digest_of
 from pipeline.clock import monotonic_us
 from pipeline.connection import Outage
-from pipeline.errors import ConfigError, PenstockError
+from pipeline.errors import ConfigError, HistoryUnavailable, PenstockError
 from pipeline.front import Front
 from pipeline.job import DEFAULT_TENANT
 from pipeline.settings import GatewaySettings
@@ -38,6 +40,10 @@ MOST_KNOWN: Final = 10_000
 LOOK_EVERY_S: Final = 1.0
 FIRST_LOOK_S: Final = 2.0
 """A gateway that starts waits for its history so long: then it serves, and goes on asking."""
+NOT_YET_S: Final = 60.0
+"""At a first start the recorder makes the history's tables beside the gateway: until then it is no outage."""
+
+log = structlog.get_logger()
 
 _CHALLENGE = [(b"www-authenticate", b'Bearer realm="penstock"')]
 
@@ -163,6 +169,8 @@ class _Keeper:
         self._records = records
         self._has_asked = False
         self._outage = Outage("gateway api keys", "history or redis")
+        self._began_us = monotonic_us()
+        self._has_told = False
 
     async def look(self) -> None:
         try:
@@ -170,7 +178,13 @@ class _Keeper:
                 await self._front.revive_api_keys(await self._records.api_keys())
                 self._has_asked = True
         except PenstockError as error:
-            self._outage.begins(error)
+            never = isinstance(error, HistoryUnavailable) and not self._has_asked
+            if never and monotonic_us() - self._began_us < NOT_YET_S * 1e6:
+                if not self._has_told:
+                    self._has_told = True
+                    log.info("history is not there yet; it is asked for API keys again", every_s=LOOK_EVERY_S)
+            else:
+                self._outage.begins(error)
         else:
             self._outage.ends()
 

@@ -292,8 +292,10 @@ def _check_is_ours(response: httpx.Response) -> None:
 def _refusal(response: httpx.Response) -> GatewayRefused:
     try:
         error = response.json()["error"]
+        code, message = str(error.get("code")), str(error["message"])
         param = f"{error['param']}: " if error.get("param") else ""
-        code, message = str(error.get("code")), f"{param}{error['message']}"
+        if not message.startswith(param):  # some messages begin with the field themselves
+            message = param + message
     except (ValueError, KeyError, TypeError):
         code, message = "http", f"HTTP {response.status_code}, not in the words of Penstock"
     return GatewayRefused(response.status_code, code, message, response.headers)

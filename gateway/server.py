@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import resource
 import signal
@@ -110,7 +111,10 @@ def listen(settings: GatewaySettings) -> socket.socket:
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
-        raise ConfigError(f"the gateway cannot listen on {settings.host}:{settings.port}: {error}") from error
+        why = error.strerror or str(error)
+        if error.errno == errno.EADDRINUSE:
+            why = "the port is taken; choose another with --port (PENSTOCK_GATEWAY__PORT)"
+        raise ConfigError(f"the gateway cannot listen on {settings.host}:{settings.port}: {why}") from error
     return listener
 
 

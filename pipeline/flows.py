@@ -29,7 +29,7 @@ def _stripped(text: str) -> str:
     """Return *text* without blanks around it; its length was bounded with them, as the description says."""
     text = text.strip()
     if not text:
-        raise ValueError("String should have at least 1 character")
+        raise ValueError("there is only white space in it")
     return text
 
 

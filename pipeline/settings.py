@@ -50,7 +50,7 @@ def service_url(text: str) -> str:
     except ValueError:
         is_address = False
     if not is_address or any(character <= " " or character == "\x7f" for character in text):
-        raise ValueError("no address like http://127.0.0.1:6333")
+        raise ValueError("no address like http://127.0.0.1:8000")
     if parts.username is not None or parts.password is not None:
         raise ValueError(
             "an address must not hold a password, since it is shown in logs: there is a setting for the key"

@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -39,9 +40,17 @@ def build(name: str, settings: Settings) -> Sequence[Stage | Loop]:
     except ModuleNotFoundError as error:
         if error.name != f"stages.{name}":
             raise
-        raise ConfigError(f"there is no stage called {name!r}: stages/{name}.py does not exist") from error
+        raise ConfigError(f"there is no stage called {name!r}; there are {', '.join(_names())}") from error
+    if not hasattr(module, "build"):
+        raise ConfigError(f"there is no stage called {name!r}; there are {', '.join(_names())}")
     built: Stage | Loop | Sequence[Stage | Loop] = module.build(settings)
     return [built] if isinstance(built, Stage | Loop) else built
+
+
+def _names() -> list[str]:
+    """Return the names of all stages: of the modules here that have a `build`."""
+    files = Path(__file__).parent.glob("[a-z]*.py")
+    return sorted(file.stem for file in files if "\ndef build(" in file.read_text(encoding="utf-8"))
 
 
 async def work(names: Sequence[str], settings: Settings) -> None:

@@ -216,7 +216,7 @@ class Requests(Loop):
         if not entry.fields:  # deleted by hand
             await self._stream.drop(entry)
             return
-        data = data_of(entry.fields) or b""
+        data = data_of(entry.fields)
         request_id = user_id = ""
         try:
             body = self._read(data, entry.deliveries)
@@ -237,12 +237,14 @@ class Requests(Loop):
             word = await self._refuse(entry, request_id, "handler_error", message, bury=True, user_id=user_id)
         REQUESTS.labels(word).inc()
 
-    def _read(self, data: bytes, deliveries: int) -> Json:
+    def _read(self, data: bytes | None, deliveries: int) -> Json:
         """Return a request whose id can be an id.
 
         Raises:
             MalformedEntry: it cannot be read; `job_id` is the id of the request, where one was found.
         """
+        if data is None:
+            raise MalformedEntry("the entry has no field `data`", code="no_data")
         if deliveries > self._settings.worker.max_deliveries:
             message = f"{deliveries - 1} consumers died with this entry in hand"
             raise MalformedEntry(message, code="poison", job_id=find_ids(data)[0])

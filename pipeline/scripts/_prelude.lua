@@ -608,7 +608,7 @@ local function record_end(id, live, completion, ttl_ms)
   end
 end
 
--- finish: the one place where a job ends. The caller has just removed its entry, in this same script.
+-- finish: the one place where a job ends. The caller removes its entry in this same script: before this, or last of all.
 local function finish(id, live, completion, ttl_ms)
   if live.report then
     if is_forgotten(live.report) then completion = forgotten(id, live) end

@@ -47,11 +47,13 @@ async def test_every_wrong_setting_is_named_at_once(arguments: list[str]) -> Non
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "said"),
     [
-        (["stage", "nosuch"], 2, "nosuch"),
+        (["stage", "nosuch"], 2, "'nosuch'; there are aggregator, amqp, chat, delivery, encoder, "),
+        (["stage", "chunks"], 2, "there is no stage called 'chunks'"),
         (["gateway", "--host", "0.0.0.0"], 2, "PENSTOCK_API_KEYS"),
         (["mock-llm", "--latency", "soon"], 2, "soon"),
         (["mock-llm", "--host", "192.0.2.1"], 2, "192.0.2.1"),
         (["status", "--redis-url", "redis://127.0.0.1:1"], 1, "no connection to Redis"),
+        (["status", "--once", "--data-dir", "/nonexistent"], 1, "; start `penstock up`, or name another Redis:"),
         (["status", "--redis-url", "ftp://127.0.0.1"], 2, "PENSTOCK_REDIS__URL"),
         (["dead", "retry"], 2, "--all"),
         (["db", "upgrade", "--database-url", "mysql://x:secret@y/z"], 2, "PENSTOCK_HISTORY__URL"),

@@ -325,7 +325,7 @@ async def test_the_command_prints_plain_lines_without_a_terminal(gateway: SmallG
         (["/nonexistent/folder"], 2, "/nonexistent/folder does not exist"),
         ([str(ROOT / "README.md"), "--url", "http://127.0.0.1:1"], 3, "no gateway at http://127.0.0.1:1"),
         (["a" * 300], 2, "cannot be read: File name too long"),
-        ([str(ROOT / "README.md"), "--url", "localhost:8000"], 2, "--url: no address like http://"),
+        ([str(ROOT / "README.md"), "--url", "localhost:8000"], 2, "--url: no address like http://127.0.0.1:8000"),
         ([str(ROOT / "README.md"), "--url", ""], 2, "--url is empty"),
         ([str(ROOT / "README.md"), "--api-key", "schl\u00fcssel"], 2, "no HTTP header can carry"),
         ([str(ROOT / "README.md"), "--api-key", "a\nb"], 2, "no HTTP header can carry"),

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 import httpx
 import pytest
+import structlog
 
 from gateway import auth
 from gateway.app import create_app
@@ -293,6 +294,24 @@ async def test_history_that_is_away_is_asked_again(
         assert questions == 1
         await wait_until(lambda: is_taken_for(front, key, "alice"))
     assert questions == 3
+
+
+async def test_history_that_has_never_answered_is_an_outage_only_after_a_while(
+    front: Front, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a first start its tables are made beside the gateway: nobody is warned of that; of what lasts, everybody."""
+    monkeypatch.setattr(auth, "LOOK_EVERY_S", 0.01)
+
+    async def away() -> list[Row]:
+        raise HistoryUnavailable("no such table: api_keys")
+
+    monkeypatch.setattr(records, "api_keys", away)
+    with structlog.testing.capture_logs() as lines:
+        async with auth.remembered_keys(front, records):
+            await asyncio.sleep(0.1)
+            assert [line["log_level"] for line in lines] == ["info"]
+            monkeypatch.setattr(auth, "NOT_YET_S", 0.0)
+            await wait_until(lambda: [line["log_level"] for line in lines] == ["info", "warning"])
 
 
 async def test_names_are_used_once(link: Link) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from gateway.client import Client, GatewayRefused
 from tests.gateway.conftest import Running, Start
 from tests.gateway.fake import completed
 
@@ -45,6 +46,20 @@ async def test_a_wrong_field_is_named_by_its_path(gateway: Running, body: Any, p
     assert (error["param"], error["code"], error["type"]) == (param, "invalid_field", "invalid_request")
     assert error["message"].startswith(f"{param}: ")
     assert gateway.front.jobs == {}
+
+
+async def test_a_question_of_white_space_is_told_so(gateway: Running) -> None:
+    """Not that it lacks characters, which it does not."""
+    reply = await gateway.http.post("/query", json={"query": "   "})
+    assert _error(reply)["message"] == "query: there is only white space in it"
+
+
+async def test_the_client_names_a_field_once(start: Start) -> None:
+    """Also where the message begins with it, as most do."""
+    running = await start()
+    async with Client(f"http://127.0.0.1:{running.address[1]}") as client:
+        with pytest.raises(GatewayRefused, match=r"^top_k: (?!top_k)"):
+            await client.send_once("POST", "/query", {"query": "?", "top_k": 0})
 
 
 async def test_every_wrong_field_is_named_at_once(gateway: Running) -> None:

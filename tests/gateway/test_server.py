@@ -91,10 +91,10 @@ def test_an_address_that_is_no_address_is_a_config_error() -> None:
 
 
 def test_an_address_that_is_taken_is_a_config_error() -> None:
-    """The message names the address."""
+    """The message names the address, and the option that chooses another."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}"):
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: the port is taken; choose another with --port"):
             listen(GatewaySettings(port=port))
 
 

@@ -301,7 +301,7 @@ async def test_an_entry_without_data_is_buried(link: Link, settings: Settings) -
         await link.call("XADD", keys.REPORT_REQUESTS, "*", "body", "{}")
         await ask(link, "next")
         await answered(link, 1)
-    assert [letter["reason"] for letter in await letters(link)] == ["not_json"]
+    assert [letter["reason"] for letter in await letters(link)] == ["no_data"]
 
 
 async def test_a_taker_that_dies_leaves_its_requests_to_others(link: Link, settings: Settings) -> None:
