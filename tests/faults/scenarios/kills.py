@@ -26,7 +26,7 @@ QUESTIONS_EACH: Final = 4
 """For every encoder and retriever, so that none is left without one."""
 
 
-@scenario(1, jobs=2_000, least=300, in_slice=1_700)
+@scenario(1, jobs=2_000, least=300, in_slice=1_500)
 async def kill_one_of_each(cell: Cell) -> None:
     """`kill -9` one worker of each stage, over and over.
 
@@ -133,7 +133,7 @@ async def _until_answered(load: Load, count: int) -> None:
         await asyncio.sleep(0.01)
 
 
-@scenario(4, jobs=1_500, least=600, in_slice=660)
+@scenario(4, jobs=1_500, least=600)
 async def rolling_restart(cell: Cell) -> None:
     """SIGTERM to every process in turn, under load; then SIGTERM and SIGKILL during the drain.
 

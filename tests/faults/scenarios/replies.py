@@ -28,7 +28,7 @@ LOSERS: Final = (
 """Who loses replies, and to which script."""
 
 
-@scenario(7, jobs=1_200, least=700, in_slice=1_400)
+@scenario(7, jobs=1_200, least=700, in_slice=2_300)
 async def lost_replies(cell: Cell) -> None:
     """A reply is lost after its command ran, on submit, on settle and on placing.
 
