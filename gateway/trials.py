@@ -155,9 +155,8 @@ async def _delivery(site: Site) -> str:
     unseen = _unseen(site, asked)
     if not asked:
         raise Skipped(f"every type goes out for real here: {unseen}")
-    return "; ".join(
-        [*[await _deliver(site, kind, *who) for kind, who in asked.items()], *([unseen] if unseen else [])]
-    )
+    said = [await _deliver(site, kind, *who) for kind, who in asked.items()]
+    return "; ".join(filter(None, [*said, unseen]))
 
 
 def _unseen(site: Site, asked: Collection[str]) -> str:

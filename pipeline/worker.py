@@ -405,11 +405,12 @@ class Worker:
 
         A stage's own time is for its handlers. What is only to be settled has the common one: Redis may be away.
         """
-        began_s = asyncio.get_running_loop().time()
+        now_s = asyncio.get_running_loop().time
+        began_s = now_s()
         while self.held:
             runs = any(not held.settling for held in self.held.values())
             limit_s = self.stage.drain_s if runs and self.stage.drain_s is not None else timeout_s
-            if asyncio.get_running_loop().time() >= began_s + limit_s:
+            if now_s() >= began_s + limit_s:
                 break
             await wait_at_most(self._changed, min(0.1, limit_s))
         for held in list(self.held.values()):

@@ -196,8 +196,7 @@ class Courier(Stage):
                     self._patience.held(begun.wait_s)
                     return "held"
                 case "busy":
-                    message = f"the provider {provider.name} takes no more for now"
-                    raise RetryLater(message, code=NOT_YET, after_s=begun.wait_s, charged=False)
+                    raise self._patience.not_yet(begun.wait_s)
                 case "cancelled":  # its live record is marked, and so it ends as cancelled whatever is raised here
                     raise RetryLater("it was cancelled", code=NOT_YET, charged=False)
                 case "gone":

@@ -78,7 +78,7 @@ class Patience:
         if self._is_tried or self.left_s > IN_HAND_S:
             # Spread out: those that are put off together would come again together.
             after_s = max(self.left_s, wait_s(self.failures, self._rng))
-            raise self._not_yet(after_s + self._rng.uniform(0.0, min(after_s, CAP_S)))
+            raise self.not_yet(after_s + self._rng.uniform(0.0, min(after_s, CAP_S)))
         self._is_tried = True
         try:
             await self.pause(self.left_s)
@@ -96,7 +96,7 @@ class Patience:
             async with asyncio.timeout(for_s):
                 await self._stopping.wait()
         if self._stopping.is_set():
-            raise self._not_yet(None)
+            raise self.not_yet(None)
 
     def held(self, for_s: float) -> None:
         """Note that somebody has it left alone."""
@@ -129,7 +129,8 @@ class Patience:
         self._until_us = until_us
         return True
 
-    def _not_yet(self, after_s: float | None) -> RetryLater:
+    def not_yet(self, after_s: float | None) -> RetryLater:
+        """Return what puts a message off, uncharged, for so long; None: for as long as a retry is."""
         message = f"the provider {self._provider} takes no more for now"
         return RetryLater(message, code=NOT_YET, after_s=after_s, charged=False)
 

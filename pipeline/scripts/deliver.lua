@@ -1,15 +1,15 @@
 #!lua
 -- deliver: accept a delivery: its own record, its job's live record and its entry, or its place among the delayed.
--- ARGV[1] id  ARGV[2] type  ARGV[3] tenant  ARGV[4] content (JSON; of attachments their names)  ARGV[5] what history is told
---   of it (JSON)
+-- ARGV[1] id  ARGV[2] type  ARGV[3] tenant  ARGV[4] content (JSON; of attachments their names)
+-- ARGV[5] what history is told of it (JSON)
 -- ARGV[6] tail (envelope without its head)  ARGV[7] stream  ARGV[8] deadline_ms  ARGV[9] due_ms (0: now)
 -- ARGV[10] how long it is kept once it has ended (ms)  ARGV[11] max live jobs  ARGV[12] max events that wait to be recorded
 -- ARGV[13] in-flight set ('' none)  ARGV[14] in-flight limit  ARGV[15] reply stream ('' none)
 -- ARGV[16] idempotency key ('' none)  ARGV[17] body hash  ARGV[18] its life (ms)  ARGV[19] the delivery it repeats ('' none)
 -- ARGV[20] what its attachments hold (JSON, base64; '' nothing)
 -- Returns: time (us), 'accepted' | 'repeated' | 'mismatch' (the key was used with another body) | 'overloaded' | 'backlog' |
---   'in_flight' | 'already_sent' (what it repeats went out) | 'under_way' (or is still to go out), id of the delivery that answers, the status with which that was
---   accepted ('' when it is not known any more).
+--   'in_flight' | 'already_sent' (what it repeats went out) | 'under_way' (or is still to go out),
+--   id of the delivery that answers, the status with which that was accepted ('' when it is not known any more).
 -- Invariant: one delivery per id and per idempotency key, however often this is sent. One that is scheduled does not count
 --   as in flight before its time (promote).
 local now_us = clock_us()

@@ -140,7 +140,9 @@ async def test_an_answer_ends_an_outage(front: Front, settings: Settings, error:
     assert stage._patience.failures == failures
 
 
-async def test_who_only_waits_is_not_taken_for_the_victim_of_its_message(front: Front, settings: Settings) -> None:
+async def test_who_only_waits_is_not_taken_for_the_victim_of_its_message(
+    link: Link, front: Front, settings: Settings
+) -> None:
     """However often a process dies while a provider is left alone: what it had was put off, and is nobody's."""
     accepted = await accept(front)
     provider = Scripted()
@@ -148,12 +150,12 @@ async def test_who_only_waits_is_not_taken_for_the_victim_of_its_message(front: 
         await front.deliveries.hold("console", 25.0)
         stage = courier(settings, provider)
         async with working(settings, [stage]) as (worker,):
-            await front.deliveries._link.call("ZADD", keys.DELAYED, "XX", 1, accepted.id)
+            await link.call("ZADD", keys.DELAYED, "XX", 1, accepted.id)
             await wait_until(lambda: stage._patience.failures > 0 and not worker.workers[0].held)  # noqa: B023
             await worker.crash()
-    await front.deliveries._link.call("DEL", keys.PROVIDER + "console")
+    await link.call("DEL", keys.PROVIDER + "console")
     async with working(settings, [courier(settings, provider)]):
-        await front.deliveries._link.call("ZADD", keys.DELAYED, "XX", 1, accepted.id)
+        await link.call("ZADD", keys.DELAYED, "XX", 1, accepted.id)
         found = await until(front.deliveries, accepted.id, "sent", "failed")
     assert (found.status, found.attempts) == ("sent", 1)
 
