@@ -79,14 +79,14 @@ class Case:
             self.verdict.broken.append(claim)
 
     def expect(self, claim: str, held: bool) -> None:
-        """Note what does not hold and may be the machine's fault: a span, or that a fault met enough to be judged."""
+        """Note what does not hold and may be the machine's fault: a span."""
         if not held:
             (self.verdict.doubts if self.any_machine else self.verdict.broken).append(claim)
 
     def require_recovery(self, within_s: float) -> None:
         """Demand that the work of killed workers was in other hands in time, and that there was some."""
         if not self.recoveries_s:
-            self.expect(f"recovered within {within_s:g} s: no recovery was measured", False)
+            self.require(f"recovered within {within_s:g} s: no recovery was measured", False)
             return
         slowest_s = max(self.recoveries_s)
         self.expect(f"recovered within {within_s:g} s, not {slowest_s:.2f}", slowest_s <= within_s)
@@ -171,7 +171,7 @@ class Case:
         told_of = order.told_of_a_page(requests)
         self.verdict.figures["consulted"] = told_of
         claim = f"of {consulted} who asked what a document says, some were told of a version that was done before"
-        self.expect(claim, told_of > 0 or consulted < ENOUGH_TO_CONSULT)
+        self.require(claim, told_of > 0 or consulted < ENOUGH_TO_CONSULT)
 
     def _judge_accounts(self, requests: Sequence[Told], called: Calls, faults: Iterable[Json]) -> None:
         """Demand that every client was told something, and something that may be told; and that enough heard yes."""
@@ -180,16 +180,16 @@ class Case:
         self.require(f"told nothing: {len(told.silent)}, among them requests {told.silent[:5]}", not told.silent)
         self.require(f"clients crashed: {len(told.crashed)}, among them {told.crashed[:3]}", not told.crashed)
         strange = {code: count for code, count in told.refusals.items() if code not in self.may_refuse}
-        self.expect(f"refused for no good reason: {strange}", not strange)
+        self.require(f"refused for no good reason: {strange}", not strange)
         unbidden = called.unbidden
         self.require(f"refused, and called for: {len(unbidden)}, among them requests {unbidden[:5]}", not unbidden)
         most, unknown = self.may_be_unknown, self.verdict.unknown
         if most is None and not any(_can_hide_an_answer(line) for line in faults):
             most = 0
-        self.expect(f"at most {most} requests are unknown, not {unknown}", most is None or unknown <= most)
+        self.require(f"at most {most} requests are unknown, not {unknown}", most is None or unknown <= most)
         accepted, least = self.verdict.accepted, max(math.ceil(len(requests) * self.least_accepted), 1)
         claim = f"at least {least} of {len(requests)} requests are accepted, not {accepted}"
-        self.expect(claim, accepted >= least or not requests)
+        self.require(claim, accepted >= least or not requests)
 
     def _judge_calls(self, called: Calls, faults: Iterable[Json]) -> None:
         """Demand that no more calls are made again than the faults account for: each says how many with `repeats`."""
@@ -274,7 +274,7 @@ class Case:
         verdict.faults, verdict.aimed, verdict.hits = len(faults), len(aimed), sum(line["held"] > 0 for line in aimed)
         verdict.kills = sum(_is_kill(line) for line in faults)
         enough = verdict.hit_share is None or verdict.hit_share >= HIT_SHARE
-        self.expect(f"{verdict.hits} of {verdict.aimed} faults met work in hand", enough)
+        self.require(f"{verdict.hits} of {verdict.aimed} faults met work in hand", enough)
         if self.recoveries_s:
             verdict.recovered_p50_s = round(statistics.median(self.recoveries_s), 3)
             verdict.recovered_max_s = round(max(self.recoveries_s), 3)

@@ -40,7 +40,7 @@ class Verdict:
         limit_s: how long the cell may take; server: what kept the data, with its version.
         figures: what else a scenario has measured.
         broken: what was promised and did not hold; empty when the cell is green.
-        doubts: what `--any-machine` does not hold against it: spans that were too long, too little that was met.
+        doubts: what `--any-machine` does not hold against it: spans that were too long.
     """
 
     number: int

@@ -351,7 +351,7 @@ async def everything_at_once(cell: Cell) -> None:
         await cluster.until_ready()
     cell.verdict.figures["faults"] = dict(chaos.done)
     for kinds in EACH_KIND:
-        cell.expect(f"there is a fault of the kind {' or '.join(kinds)}", any(chaos.done[kind] for kind in kinds))
+        cell.require(f"there is a fault of the kind {' or '.join(kinds)}", any(chaos.done[kind] for kind in kinds))
     cell.may_be_unknown = unknown_in_silence(cell.clients, cell.faults)
 
 
@@ -433,7 +433,7 @@ def _require_counts(cell: Cell, chaos: Chaos) -> None:
         cell.require(f"at least {least} times {fault}, not {chaos.done[fault]}", chaos.done[fault] >= least)
     victims = Counter(line["victim"].partition("-")[0] for line in read(cell.faults) if line.get("fault") == "kill")
     cell.verdict.figures["kills by stage"] = dict(victims)
-    cell.expect(f"workers of every stage are killed, not {dict(victims)}", all(victims[stage] for stage in STAGES))
+    cell.require(f"workers of every stage are killed, not {dict(victims)}", all(victims[stage] for stage in STAGES))
 
 
 def _harmed_share(cell: Cell) -> float:

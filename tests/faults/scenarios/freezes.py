@@ -76,10 +76,10 @@ async def zombies(cell: Cell) -> None:
         "refused_by_zombies": refused, "refused_by_encoder": encoder, "refused_by_blocked_loop": blocked,
     }  # fmt: skip
     frozen = [(line["held"], line["lost"]) for line in read(cell.faults) if line.get("fault") == "zombie"]
-    cell.expect(f"others take over all that the frozen hold, not {frozen}", all(held == lost for held, lost in frozen))
-    cell.expect(f"every thawed worker tries and is refused, not {refused}", refused != [] and all(refused))
-    cell.expect("the encoder that was thawed tries and is refused", encoder > 0)
-    cell.expect("the worker whose loop was blocked tries and is refused", blocked > 0)
+    cell.require(f"others take over all that the frozen hold, not {frozen}", all(held == lost for held, lost in frozen))
+    cell.require(f"every thawed worker tries and is refused, not {refused}", refused != [] and all(refused))
+    cell.require("the encoder that was thawed tries and is refused", encoder > 0)
+    cell.require("the worker whose loop was blocked tries and is refused", blocked > 0)
 
 
 async def _freeze_an_encoder(cell: Cell) -> int:

@@ -69,7 +69,7 @@ async def kill_all_workers(cell: Cell) -> None:
             await nemesis.until_recovered()
 
         again = await _drain(cluster, load, half, kill_all)
-    cell.expect(f"all {len(cluster.workers)} workers had work in hand when they were killed", _hits(cell) == 1.0)
+    cell.require(f"all {len(cluster.workers)} workers had work in hand when they were killed", _hits(cell) == 1.0)
     if normal is None or again is None:
         cell.require(f"{cell.jobs} requests are enough to measure a rate: 2,400 are", False)
         return
@@ -177,5 +177,5 @@ async def rolling_restart(cell: Cell) -> None:
     accepted = sum(told.is_accepted for told in cell.requests())
     cell.may_be_unknown = cell.jobs - math.ceil(cell.jobs * ACCEPTED_AT_LEAST)
     claim = f"{ACCEPTED_AT_LEAST:.0%} of {cell.jobs} requests are accepted, not {accepted}"
-    cell.expect(claim, accepted >= cell.jobs - cell.may_be_unknown)
+    cell.require(claim, accepted >= cell.jobs - cell.may_be_unknown)
     cell.require_recovery(RECOVERY_S)

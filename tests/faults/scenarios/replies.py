@@ -70,9 +70,9 @@ async def lost_replies(cell: Cell) -> None:
         if placing is not None:
             await placing
     cell.verdict.figures["lost replies"] = dict(lost)
-    cell.expect(f"at least {LOST_AT_LEAST} replies are lost, not {lost.total()}", lost.total() >= LOST_AT_LEAST)
+    cell.require(f"at least {LOST_AT_LEAST} replies are lost, not {lost.total()}", lost.total() >= LOST_AT_LEAST)
     for name in sorted({script.name for _, script in LOSERS}):
-        cell.expect(f"a reply to {name} is lost", lost[name] > 0)
+        cell.require(f"a reply to {name} is lost", lost[name] > 0)
     cell.may_be_unknown = lost[scripts.SUBMIT.name]
     repeated = cell.calls().repeated
     cell.require(f"no job is called for twice, not {repeated}", repeated == 0)
