@@ -1,9 +1,9 @@
 """Connections to Redis: one command in flight on each, never a blind retry.
 
 redis-py's client repeats a command whose reply was lost, and so can run an XADD twice; its pool can hand a connection
-with a stale reply to the next caller. A `Link` is one redis-py connection with neither: it sends one command at a
-time, is closed when a call is cancelled or times out, and says whether the command may have run
-(`BrokerUnavailable.unknown`). The caller decides what may be sent again. This file is where errors of redis-py end.
+with a stale reply to the next caller. A `Link` is one connection with neither: it sends one command at a time, is
+closed when a call is cancelled or times out, and says whether the command may have run (`BrokerUnavailable.unknown`).
+The caller decides what may be sent again. This file is where errors of redis-py and of hiredis end.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pipeline.clock import monotonic_us
 from pipeline.errors import BrokerUnavailable, ConfigError, Overloaded, PenstockError, RetryLater
 from pipeline.limit import Limit
 from pipeline.metrics import TURN_WAIT_S
+from pipeline.wire import Wire
 
 if TYPE_CHECKING:
     from redis.asyncio.connection import AbstractConnection
@@ -41,13 +42,8 @@ Argument = str | bytes | int | float
 _NOT_NOW: Final = ("LOADING", "READONLY", "BUSY ", "MASTERDOWN", "CLUSTERDOWN", "MISCONF", "TRYAGAIN", "NOREPLICAS")
 """Redis did not execute the command and may do so later (BUSY: a script runs; MISCONF: persistence fails)."""
 
-_NOT_NOW_ERRORS: Final = (
-    redis_errors.BusyLoadingError,
-    redis_errors.ReadOnlyError,
-    redis_errors.ClusterDownError,  # MASTERDOWN too
-    redis_errors.TryAgainError,
-)
-"""The same where redis-py has a class for it: it takes the word away from the text."""
+_ELSEWHERE: Final = ("LOADING", "READONLY")
+"""After a failover the address may lead to the new primary by now: the next try gets a new connection."""
 
 OUT_OF_MEMORY_AGAIN_S: Final = 1.0
 """After which a job that Redis had no room for is tried again."""
@@ -93,6 +89,7 @@ class Link:
         self._turn = _Turn(name)
         self._limit = Limit()
         self._connection = _make_connection(settings, name)
+        self._wire: Wire | None = None
 
     async def open(self, timeout_s: float) -> None:
         """Connect now, where there is no connection, so that what is sent next can be chosen after that wait.
@@ -136,11 +133,13 @@ class Link:
 
     def held_for_s(self) -> float:
         """Return how long the present connection has held, in seconds; 0 while there is none."""
-        return 0.0 if self.connected_at_us is None else (monotonic_us() - self.connected_at_us) / 1e6
+        if self.connected_at_us is None or not self._is_connected():
+            return 0.0
+        return (monotonic_us() - self.connected_at_us) / 1e6
 
     async def close(self) -> None:
         """Close the connection; a later call opens a new one."""
-        self.connected_at_us = None
+        self.connected_at_us = self._wire = None
         await self._connection.disconnect(nowait=True)
 
     async def subscribe(self, *channels: str) -> AsyncGenerator[tuple[str, bytes], None]:
@@ -173,7 +172,13 @@ class Link:
             raise BrokerUnavailable(f"{args[0]!s} timed out after {timeout_s} s", unknown=True)
         return reply
 
+    async def _refusal(self, text: str) -> PenstockError:
+        if text.startswith(_ELSEWHERE):
+            await self.close()
+        return _translate(text)
+
     async def _connect(self, at_most_s: float) -> None:
+        await self.close()  # what is left of the last one
         try:
             async with _time_of_redis(min(self._settings.connect_timeout_s, at_most_s)):
                 await self._connection.connect()  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
@@ -182,29 +187,27 @@ class Link:
         except (redis_errors.RedisError, OSError, TimeoutError) as error:
             await self.close()
             raise BrokerUnavailable(f"no connection to Redis: {str(error) or 'timed out'}") from error
+        self._wire = Wire(self._connection)
         self.connected_at_us = monotonic_us()
         self.client_id = await self._call(("CLIENT", "ID"), min(self._settings.reply_timeout_s, at_most_s))
 
     def _is_connected(self) -> bool:
-        return self.connected_at_us is not None and self._connection.is_connected
+        return self._wire is not None and not self._wire.is_lost
 
     async def _exchange(self, args: Sequence[Argument] | None, timeout_s: float) -> Any:
         """Send one command (None: none) and return the next reply, both in time.
 
-        A long command waits for Redis where it is longer than the buffers between.
         Returns `_NOTHING` when time was over, with the connection still open.
         """
+        wire = self._wire
+        if wire is None:
+            raise BrokerUnavailable("Redis went away: the connection was closed", unknown=True)
         try:
             with self._limit.of(timeout_s):
                 if args is not None:
-                    packed = hiredis.pack_command(tuple(args))  # type: ignore[arg-type]  # its stub: a tuple of one
-                    await self._connection.send_packed_command(packed, check_health=False)
-                return await self._connection.read_response(disconnect_on_error=False)
-        except (redis_errors.ResponseError, redis_errors.BusyLoadingError) as error:
-            if isinstance(error, (redis_errors.ReadOnlyError, redis_errors.BusyLoadingError)):
-                await self.close()  # after a failover the address may lead to the new primary by now
-            raise _translate(error) from error
-        except (redis_errors.RedisError, OSError, RuntimeError) as error:  # RuntimeError: uvloop, on a closed transport
+                    wire.send(args)
+                reply = await wire.reply()
+        except (hiredis.HiredisError, OSError, RuntimeError) as error:  # RuntimeError: uvloop, on a closed transport
             if isinstance(error, TimeoutError) and self._limit.expired:
                 return _NOTHING
             await self.close()
@@ -213,6 +216,9 @@ class Link:
             # Cancelled half-way through a command, or while a reply is due: the next caller must never get it.
             await self.close()
             raise
+        if type(reply) is hiredis.ReplyError:
+            raise await self._refusal(str(reply))
+        return reply
 
     def __repr__(self) -> str:
         return f"<Link {self.name} connected={self.connected_at_us is not None}>"
@@ -265,17 +271,16 @@ class _ScriptMissing(PenstockError):
     """Redis does not hold the script."""
 
 
-def _translate(error: redis_errors.ResponseError | redis_errors.BusyLoadingError) -> PenstockError:
-    text = str(error)
-    if isinstance(error, redis_errors.NoScriptError):
+def _translate(text: str) -> PenstockError:
+    if text.startswith("NOSCRIPT"):
         return _ScriptMissing(text)
-    if isinstance(error, redis_errors.OutOfMemoryError) or text.startswith("OOM") or "OOM command" in text:
+    if text.startswith("OOM") or "OOM command" in text:
         return OutOfMemory(text)
     if "NOGROUP" in text or "UNBLOCKED" in text:
         return GroupMissing(text)
-    if isinstance(error, _NOT_NOW_ERRORS) or text.startswith(_NOT_NOW):
+    if text.startswith(_NOT_NOW):
         return BrokerUnavailable(f"Redis cannot work now: {text}")
-    return CommandRefused(text)
+    return CommandRefused(text.removeprefix("ERR "))
 
 
 def _make_connection(settings: RedisSettings, name: str) -> AbstractConnection:

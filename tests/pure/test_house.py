@@ -15,8 +15,8 @@ from pipeline import settings
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("pipeline", "stages", "gateway", "loadtest")
 PURE = {"job", "retry", "errors", "settings", "keys", "clock", "balancing", "flows", "priorities", "outcomes"}
-PURE_MAY_IMPORT = {"pydantic", "orjson"}
-OWNERS_OF_REDIS = {"pipeline/connection.py"}
+PURE_MAY_IMPORT = {"pydantic", "orjson", "msgspec"}
+OWNERS_OF_REDIS = {"pipeline/connection.py", "pipeline/wire.py"}
 NAMES_OF_NOTHING = {"utils", "util", "helpers", "helper", "common", "base", "misc", "core", "lib"}
 
 

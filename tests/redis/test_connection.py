@@ -79,15 +79,35 @@ async def test_nobody_there_is_known(redis_server: RedisServer) -> None:
     await absent.close()
 
 
-async def test_killed_connection_is_made_anew(link: Link, redis_server: RedisServer) -> None:
-    """One call fails, the next works."""
+async def test_connection_killed_while_nothing_is_under_way_is_made_anew(link: Link, redis_server: RedisServer) -> None:
+    """Nobody is told: what is sent next was sent to nobody before."""
     other = Link(RedisSettings(url=redis_server.url), "victim")
     await other.call("PING")
-    await link.call("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-    with pytest.raises(BrokerUnavailable):
-        await other.call("PING")
+    await link.call("CLIENT", "KILL", "ID", other.client_id)
+    await wait_until(lambda: other.held_for_s() == 0)
+    assert await other.call("ECHO", "again") == b"again"
+    assert other.held_for_s() > 0
+    await other.close()
+
+
+async def test_connection_killed_during_a_call_fails_that_call(link: Link, redis_server: RedisServer) -> None:
+    """It may have run; the next call works."""
+    other = Link(RedisSettings(url=redis_server.url), "victim")
+    waiting = asyncio.create_task(other.call("BLPOP", "nothing", 0))
+    await wait_until(lambda: _is_blocked(link))
+    await link.call("CLIENT", "KILL", "ID", other.client_id)
+    with pytest.raises(BrokerUnavailable) as caught:
+        await waiting
+    assert caught.value.unknown
     assert await other.call("ECHO", "again") == b"again"
     await other.close()
+
+
+async def test_long_commands_and_replies_arrive_whole(link: Link) -> None:
+    """Longer than any buffer between: they come in pieces."""
+    text = bytes(range(256)) * 40_000
+    assert await link.call("ECHO", text) == text
+    assert await link.call("ECHO", "after it") == b"after it"
 
 
 async def test_refusals_are_told_apart(link: Link) -> None:
@@ -152,7 +172,7 @@ async def test_sockets_own_timeout_is_no_empty_reply(link: Link, redis_server: R
     await other.call("PING")
     asking = asyncio.create_task(other.call("BLPOP", "nothing", 0))
     await wait_until(lambda: _is_blocked(link))
-    other._connection._reader.set_exception(TimeoutError(110, "Connection timed out"))  # type: ignore[union-attr]
+    other._wire.connection_lost(TimeoutError(110, "Connection timed out"))  # type: ignore[union-attr]
     with pytest.raises(BrokerUnavailable, match="went away") as caught:
         await asking
     assert caught.value.unknown

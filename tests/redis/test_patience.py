@@ -90,11 +90,13 @@ async def test_a_process_that_hears_of_an_outage_lets_one_message_try(
         at_once -= 1
         return Sent("P")
 
-    await front.deliveries.hold("console", 0.3)
     provider = Scripted(*[slowly] * 8)
     stage = courier(settings, provider)
+    accepted = [await accept(front) for _ in range(8)]
+    await front.deliveries.hold(
+        "console", 3.0
+    )  # all eight hear of it, also where the machine stands still for a second
     async with working(settings, [stage]):
-        accepted = [await accept(front) for _ in range(8)]
 
         async def others_are_put_off() -> bool:
             return at_once > 0 and await link.call("ZCARD", keys.DELAYED) == 7
