@@ -9,6 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import Final, Generic, TypeVar
 
 from pipeline.limit import Limit, Patience
@@ -20,24 +21,14 @@ R = TypeVar("R")
 A = TypeVar("A")
 
 
-class _Caller(Generic[A]):
-    """Who waits for the answers to some records; they may come with more than one call."""
+class _Caller(Generic[R, A]):
+    """Some records that travel together, at most MOST, and who waits for their answers."""
 
-    __slots__ = ("_answers", "_records", "future")
+    __slots__ = ("future", "records")
 
-    def __init__(self, records: int) -> None:
-        self.future: asyncio.Future[list[A]] = asyncio.get_running_loop().create_future()
-        self._answers: list[A] = []  # in order, since records travel in order
-        self._records = records
-
-    def answer(self, answer: A) -> None:
-        self._answers.append(answer)
-        if len(self._answers) == self._records and not self.future.done():
-            self.future.set_result(self._answers)
-
-    def fail(self, error: Exception) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
+    def __init__(self, records: Sequence[R], future: asyncio.Future[Sequence[A]]) -> None:
+        self.records = records
+        self.future = future
 
 
 class Batcher(Generic[R, A]):
@@ -49,29 +40,30 @@ class Batcher(Generic[R, A]):
 
     def __init__(self, send: Callable[[Sequence[R]], Awaitable[Sequence[A]]]) -> None:
         self._send = send
-        self._waiting: deque[tuple[R, _Caller[A]]] = deque()
-        self._sender: asyncio.Task[None] | None = None
+        self._waiting: deque[_Caller[R, A]] = deque()
+        self._sender: asyncio.Task[None] | None = None  # one for good: a task for each batch costs as much as a call
+        self._idle: asyncio.Future[None] | None = None  # what the sender waits for while there is nothing to send
         self._answered = asyncio.Event()  # set at the end of each call
         self._limit = Limit()
         self._patience = Patience()
 
     async def add(self, record: R, *, within_s: float | None = None) -> A:
         """Send *record* with the next batch and return its answer; `TimeoutError` when that takes longer than told."""
-        return (await self.add_all((record,), within_s=within_s))[0]
+        future = self._enqueue((record,))
+        return (await (future if within_s is None else self._patience.wait(future, within_s)))[0]
 
-    async def add_all(self, records: Sequence[R], *, within_s: float | None = None) -> list[A]:
+    async def add_all(self, records: Sequence[R]) -> Sequence[A]:
         """Send *records* with the next batches and return their answers, in order."""
         if not records:
-            return []
-        caller: _Caller[A] = _Caller(len(records))
-        self._waiting.extend([(record, caller) for record in records])
-        if self._sender is None:
-            self._sender = asyncio.create_task(self._drain(), name="batcher")
-        return await (caller.future if within_s is None else self._patience.wait(caller.future, within_s))
+            return ()
+        if len(records) <= MOST:
+            return await self._enqueue(records)
+        portions = [self._enqueue(records[first : first + MOST]) for first in range(0, len(records), MOST)]
+        return list(chain.from_iterable(await asyncio.gather(*portions)))
 
     async def pause(self, at_most_s: float) -> None:
         """Wait for the call that is under way, if any, for a while at most: what is made then travels together."""
-        if self._sender is None:
+        if not self._is_sending:
             return
         self._answered.clear()
         with suppress(TimeoutError), self._limit.of(at_most_s):
@@ -79,42 +71,80 @@ class Batcher(Generic[R, A]):
 
     async def close(self) -> None:
         """Stop sending; whoever still waits is cancelled."""
-        if self._sender is not None:
-            self._sender.cancel()
+        sender, self._sender = self._sender, None
+        if sender is not None:
+            sender.cancel()
             with suppress(asyncio.CancelledError):
-                await self._sender
+                await sender
         while self._waiting:
-            self._waiting.popleft()[1].future.cancel()
+            self._waiting.popleft().future.cancel()
 
-    async def _drain(self) -> None:
+    @property
+    def _is_sending(self) -> bool:
+        return self._sender is not None and (self._idle is None or self._idle.done())
+
+    def _enqueue(self, records: Sequence[R]) -> asyncio.Future[Sequence[A]]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Sequence[A]] = loop.create_future()
+        self._waiting.append(_Caller(records, future))
+        if self._sender is None:
+            self._sender = loop.create_task(self._send_forever(), name="batcher")
+        elif self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+        return future
+
+    async def _send_forever(self) -> None:
+        loop = asyncio.get_running_loop()
         try:
-            while batch := self._next():
-                try:
-                    answers = await self._send([record for record, _ in batch])
-                    pairs = list(zip(batch, answers, strict=True))
-                except asyncio.CancelledError:
-                    for _, caller in batch:
-                        caller.future.cancel()
-                    raise
-                except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to those who wait
-                    for _, caller in batch:
-                        caller.fail(error)
-                else:
-                    for (_, caller), answer in pairs:
-                        caller.answer(answer)
-                self._answered.set()
+            while True:
+                while callers := self._next():
+                    await self._send_for(callers)
+                    self._answered.set()
+                self._idle = loop.create_future()
+                await self._idle
+                self._idle = None
         finally:
-            self._sender = None
+            self._idle = None
             self._answered.set()
 
-    def _next(self) -> list[tuple[R, _Caller[A]]]:
-        """Return what is to travel now, without what was taken back."""
-        batch: list[tuple[R, _Caller[A]]] = []
-        while self._waiting and len(batch) < MOST:
-            item = self._waiting.popleft()
-            if not item[1].future.done():
-                batch.append(item)
-        return batch
+    async def _send_for(self, callers: Sequence[_Caller[R, A]]) -> None:
+        records = callers[0].records
+        if len(callers) > 1:
+            records = [record for caller in callers for record in caller.records]
+        try:
+            answers = await self._answers_to(records)
+        except asyncio.CancelledError:
+            for caller in callers:
+                caller.future.cancel()
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to those who wait
+            for caller in callers:
+                if not caller.future.done():
+                    caller.future.set_exception(error)
+            return
+        first = 0
+        for caller in callers:
+            end = first + len(caller.records)
+            if not caller.future.done():
+                caller.future.set_result(answers[first:end])
+            first = end
+
+    async def _answers_to(self, records: Sequence[R]) -> Sequence[A]:
+        answers = await self._send(records)
+        if len(answers) != len(records):
+            raise ValueError(f"{len(answers)} answers came for {len(records)} records")
+        return answers
+
+    def _next(self) -> list[_Caller[R, A]]:
+        """Return those whose records are to travel now, without what was taken back."""
+        callers: list[_Caller[R, A]] = []
+        left = MOST
+        while self._waiting and len(self._waiting[0].records) <= left:
+            caller = self._waiting.popleft()
+            if not caller.future.done():
+                callers.append(caller)
+                left -= len(caller.records)
+        return callers
 
     def __repr__(self) -> str:
-        return f"<Batcher waiting={len(self._waiting)} sending={self._sender is not None}>"
+        return f"<Batcher waiting={len(self._waiting)} sending={self._is_sending}>"

@@ -7,10 +7,11 @@ A letter holds the story of an entry that could not be worked on, and the entry 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
+from msgspec import structs
 
 from pipeline import flows, keys, scripts
 from pipeline.accepting import Idempotency
@@ -180,7 +181,7 @@ class DeadLetters:
         try:
             if not data.startswith(OURS):
                 foreign = flows.adopt(letter.stage, decode_foreign(data), now_ms=now_ms, lifetimes=lifetimes)
-                return replace(foreign, id=new_id(), retry_of=foreign.id)
+                return structs.replace(foreign, id=new_id(), retry_of=foreign.id)
             old = decode(data)
             flow = flows.FLOWS[old.flow]
             if old.flow == "report":

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pipeline.clock import Clock
     from pipeline.handling import Held
     from pipeline.job import Job
+    from pipeline.limit import Alarm
 
 
 class Deadlines:
@@ -30,13 +31,15 @@ class Deadlines:
         jobs: Sequence[tuple[Held, Job]],
         clock: Clock,
         let_go: Callable[[Held, Job, DeadlineExceeded], Awaitable[None]],
+        alarm: Alarm[Deadlines],
     ) -> None:
+        """Watch over *jobs*; *alarm* calls `ring`."""
         self.are_over = False
         self._left = [(held, job) for held, job in jobs if not held.settling]
         self._clock = clock
         self._let_go = let_go
         self._letting_go: list[asyncio.Future[None]] = []
-        self._timer: asyncio.TimerHandle | None = None
+        self._alarm = alarm
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.current_task()
@@ -47,8 +50,7 @@ class Deadlines:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        self._alarm.clear(self)
         ours = self.are_over and self._task is not None and self._task.uncancel() <= self._cancelled_before
         cancelled = kind is asyncio.CancelledError and not ours
         if self._letting_go:
@@ -61,10 +63,10 @@ class Deadlines:
 
     def _wait(self) -> None:
         next_ms = min(job.deadline_ms for _, job in self._left)
-        left_s = max(0.0, (next_ms - self._clock.now_ms()) / 1000)
-        self._timer = asyncio.get_running_loop().call_later(left_s, self._ring)
+        self._alarm.set(self, max(0.0, (next_ms - self._clock.now_ms()) / 1000))
 
-    def _ring(self) -> None:
+    def ring(self) -> None:
+        """Let go what is due."""
         now_ms = self._clock.now_ms()
         for held, job in self._left:
             if job.deadline_ms <= now_ms and not held.settling:

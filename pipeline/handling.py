@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections import Counter
 from collections.abc import Awaitable, Callable, Container, Sequence
 from random import Random
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import orjson
 import structlog
+from msgspec import Struct
 
 from pipeline import flows, keys, metrics
 from pipeline.clock import Clock
@@ -38,33 +38,31 @@ A = TypeVar("A")
 Reason = Literal["lost", "cancelled", "drain", "deadline"]
 
 
-class Held:
+class Held(Struct, eq=False):
     """One entry in hand.
 
     Attributes:
+        read_us: when it was read, on Redis' clock.
         reason: why its handler is to stop; None while it may go on.
         settling: its outcome is on the way; nothing may stop it any more.
         is_settled: Redis has answered.
         alone: it is suspected of killing its holders and runs without neighbours.
     """
 
-    __slots__ = ("alone", "entry", "is_settled", "job", "read_us", "reason", "settling", "task")
-
-    def __init__(self, entry: Entry, read_us: int, *, alone: bool = False) -> None:
-        self.entry = entry
-        self.read_us = read_us
-        self.alone = alone
-        self.job: Job | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.reason: Reason | None = None
-        self.settling = False
-        self.is_settled = False
+    entry: Entry
+    read_us: int
+    alone: bool = False
+    job: Job | None = None
+    task: asyncio.Task[None] | None = None
+    reason: Reason | None = None
+    settling: bool = False
+    is_settled: bool = False
 
     def __repr__(self) -> str:
         return f"<Held {self.entry.stream} {self.entry.id.decode()} reason={self.reason} settling={self.settling}>"
 
 
-class Parting(NamedTuple):
+class Parting(Struct, eq=False):
     """An entry that is let go of: what becomes of it, and the word that metrics have for it.
 
     Attributes:
@@ -107,57 +105,83 @@ class Handling:
         self._rng = rng
         self._outage = Outage(f"{stage.name} handling")
         self._metrics = metrics.OfStage(stage.name)
+        self._max_deliveries = settings.worker.max_deliveries
         self._deadlines: Alarm[Held] = Alarm(_overdue)
+        self._batch_deadlines: Alarm[Deadlines] = Alarm(Deadlines.ring)
+        self._wait = f"{stage.name}_wait"
 
     async def live(self, chunk: Sequence[Held]) -> None:
         """Take entries from being read to being settled: one, or a batch that is handled together."""
-        jobs = [(held, job) for held in chunk if (job := await self._prepare(held)) is not None]
+        jobs: list[tuple[Held, Job]] = []
+        now_ms = self._clock.now_ms()
+        for held in chunk:
+            found = self._prepare(held, now_ms)
+            job = found if isinstance(found, Job) else await found
+            if job is not None:
+                jobs.append((held, job))
+        if not jobs:
+            return
         if self.stage.batch > 1:
             outcomes = await self._handle_batch(jobs)
         else:
             outcomes = [await self._handle(held, job) for held, job in jobs]
         now_us = self._clock.now_us()
-        triples = zip(jobs, outcomes, strict=True)
-        partings = [self._part(held, job, outcome, now_us) for (held, job), outcome in triples if not held.settling]
-        await self._settle([parting for parting in partings if parting is not None])
+        partings: list[Parting] = []
+        for (held, job), outcome in zip(jobs, outcomes, strict=True):
+            if not held.settling and (parting := self._part(held, job, outcome, now_us)) is not None:
+                partings.append(parting)
+        if partings:
+            await self._settle(partings)
 
-    async def _prepare(self, held: Held) -> Job | None:
-        """Return the job to be handled; None when the entry was settled (or lost) instead."""
+    def _prepare(self, held: Held, now_ms: int) -> Job | Awaitable[Job | None]:
+        """Return the job to be handled; where something is in the way, what is to be awaited first.
+
+        That brings the job after all, or None when its entry was settled (or lost) instead.
+        """
         entry = held.entry
         try:
             job = _read(entry)
-            if job is None:
-                await self._adopt(held)
-                return None
         except MalformedEntry as error:
-            await self._bury_malformed(held, error)
-            return None
+            return self._bury_malformed(held, error)
+        if job is None:
+            return self._adopt(held)
         held.job = job
         self._by_job[job.id] = held
         if self.stage.placed:
             job.replica = entry.replica or None
         if job.at_us:
             wait_ms = max(0.0, (held.read_us - job.at_us) / 1000)
-            name = f"{self.stage.name}_wait"
-            job.timings_ms[name] = round(job.timings_ms.get(name, 0.0) + wait_ms, 3)
+            job.timings_ms[self._wait] = round(job.timings_ms.get(self._wait, 0.0) + wait_ms, 3)
             self._metrics.wait_s.observe(wait_ms / 1000)
-        if entry.deliveries > self._settings.worker.max_deliveries:
-            message = f"{entry.deliveries - 1} consumers died with this entry in hand"
-            completion = ended(job, self.name, "failed", "poison", message)
-            await self._settle([Parting(held, self._burial(held, completion, "poison"), "poison")])
-            return None
-        if job.deadline_ms <= self._clock.now_ms():
-            await self._let_go(held, job, DeadlineExceeded())
-            return None
-        doubtful = entry.resumed or job.id in self._heard
-        if doubtful and await self._until_answered(lambda: self.streams.is_cancelled(job.id)):
-            held.reason = "cancelled"
-            await self._let_go(held, job, Done({}))
-            return None
+        if entry.deliveries > self._max_deliveries:
+            return self._bury_poison(held, job)
+        if job.deadline_ms <= now_ms:
+            return self._let_go(held, job, DeadlineExceeded())
+        if entry.resumed or job.id in self._heard:
+            return self._unless_cancelled(held, job)
         return job
 
+    async def _bury_poison(self, held: Held, job: Job) -> None:
+        message = f"{held.entry.deliveries - 1} consumers died with this entry in hand"
+        completion = ended(job, self.name, "failed", "poison", message)
+        await self._settle([Parting(held, self._burial(held, completion, "poison"), "poison")])
+
+    async def _unless_cancelled(self, held: Held, job: Job) -> Job | None:
+        """Return the job, unless its live record says that it is to be cancelled: then let it go."""
+        if not await self._until_answered(lambda: self.streams.is_cancelled(job.id)):
+            return job
+        held.reason = "cancelled"
+        await self._let_go(held, job, Done({}))
+        return None
+
     async def _adopt(self, held: Held) -> None:
-        """Put a job of ours in the place of a foreign entry."""
+        """Put a job of ours in the place of a foreign entry, or bury it where no job can be made of it."""
+        try:
+            await self._adopt_foreign(held)
+        except MalformedEntry as error:
+            await self._bury_malformed(held, error)
+
+    async def _adopt_foreign(self, held: Held) -> None:
         entry = held.entry
         body = decode_foreign(entry.data or b"")
         if entry.extra or entry.vector is not None:
@@ -212,7 +236,7 @@ class Handling:
         """Run the batch; a job whose deadline comes meanwhile is let go at once, and its mates go on."""
         if all(held.reason is not None or held.settling for held, _ in jobs):  # none is left, or wanted any more
             return [PenstockError("stopped") for _ in jobs]
-        deadlines = Deadlines(jobs, self._clock, self._let_go)
+        deadlines = Deadlines(jobs, self._clock, self._let_go, self._batch_deadlines)
         try:
             async with deadlines:
                 return await self._call_batch([job for _, job in jobs])
@@ -338,15 +362,19 @@ class Handling:
             parting.held.settling = True
         answers = await self.streams.settle([parting.settlement for parting in partings])
         orphans: list[Parting] = []
-        words: Counter[str] = Counter()
+        words: dict[str, int] = {}
         now_us = self._clock.now_us()
         for parting, answer in zip(partings, answers, strict=True):
             if answer == "orphan":
                 orphans.append(self._orphaned(parting))
             else:
-                words[self._note(parting, answer, now_us)] += 1
+                word = self._note(parting, answer, now_us)
+                words[word] = words.get(word, 0) + 1
         for word, count in words.items():
             self._metrics.jobs(word).inc(count)
+        if self.streams.dropped_letters:
+            metrics.DEAD_DROPPED.labels(self.stage.name).inc(self.streams.dropped_letters)
+            self.streams.dropped_letters = 0
         if orphans:
             await self._settle(orphans)
 
@@ -358,20 +386,19 @@ class Handling:
 
     def _note(self, parting: Parting, answer: Answer, now_us: int) -> str:
         """Note what became of an entry, and return the word that metrics have for it."""
-        held, settlement, word, done = parting
+        held = parting.held
         held.is_settled = True
-        if answer == "settled" and done is not None and held.job is not None:
-            self.stage.ended(held.job, done)
-        if answer == "settled" and settlement.verb == "bury":
-            metrics.DEAD_LETTERS.labels(self.stage.name, settlement.c).inc()
-        if answer == "lost":
-            metrics.STALE_WRITES.labels(self.stage.name).inc()
-            self._log(held).warning("refused: the entry belongs to another delivery by now")
         self._metrics.service_s.observe(max(0, now_us - held.read_us) / 1e6)
-        if self.streams.dropped_letters:
-            metrics.DEAD_DROPPED.labels(self.stage.name).inc(self.streams.dropped_letters)
-            self.streams.dropped_letters = 0
-        return answer if answer != "settled" else word
+        if answer != "settled":
+            if answer == "lost":
+                metrics.STALE_WRITES.labels(self.stage.name).inc()
+                self._log(held).warning("refused: the entry belongs to another delivery by now")
+            return answer
+        if parting.done is not None and held.job is not None:
+            self.stage.ended(held.job, parting.done)
+        if parting.settlement.verb == "bury":
+            metrics.DEAD_LETTERS.labels(self.stage.name, parting.settlement.c).inc()
+        return parting.word
 
     def _stamp(self, held: Held, job: Job, now_us: int) -> None:
         """Note how long this stage took; the next wait begins here."""

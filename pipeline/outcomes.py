@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from pipeline.errors import BrokerUnavailable, DeadlineExceeded, NotReady, Reject, RetryLater
 from pipeline.flows import FLOWS
@@ -18,21 +20,21 @@ MAX_MESSAGE_CHARS = 500
 """An error's message is for people; a page of HTML from a proxy is cut."""
 
 
-class Forward(NamedTuple):
+class Forward(Struct, frozen=True):
     """Hand the job to the next stage of its route."""
 
     stage: str
     done: Done
 
 
-class Complete(NamedTuple):
+class Complete(Struct, frozen=True):
     """The job ends: publish *completion*."""
 
     completion: Completion
     done: Done | None = None
 
 
-class Retry(NamedTuple):
+class Retry(Struct, frozen=True):
     """Run the same stage again after *delay_s*, as attempt *attempt*."""
 
     delay_s: float
@@ -40,7 +42,7 @@ class Retry(NamedTuple):
     error: dict[str, str]
 
 
-class Bury(NamedTuple):
+class Bury(Struct, frozen=True):
     """The job ends as failed (or expired, see `Flow.buried_late`), and its story goes to the dead letters."""
 
     completion: Completion

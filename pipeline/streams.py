@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import structlog
+from msgspec import Struct
 
 from pipeline import keys, scripts
 from pipeline.batching import Batcher
@@ -37,9 +37,12 @@ GATHER_S: Final = 0.02
 
 Verb = Literal["forward", "complete", "retry", "release", "bury"]
 Answer = Literal["settled", "cancelled", "lost", "orphan"]
+_ANSWERS: Final[dict[bytes, Answer]] = {
+    b"settled": "settled", b"cancelled": "cancelled", b"lost": "lost", b"orphan": "orphan"
+}  # fmt: skip
 
 
-class Entry(NamedTuple):
+class Entry(Struct, frozen=True):
     """One entry in this consumer's hands.
 
     Attributes:
@@ -60,8 +63,7 @@ class Entry(NamedTuple):
     extra: tuple[bytes, ...] = ()
 
 
-@dataclass(slots=True)
-class Settlement:
+class Settlement(Struct, eq=False):
     """What is to become of one entry: the verb, and what the settle script needs for it."""
 
     entry: Entry
@@ -74,8 +76,7 @@ class Settlement:
     unknown: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Claimed:
+class Claimed(Struct, frozen=True):
     """What a claim brought.
 
     Attributes:
@@ -159,9 +160,13 @@ class Streams:
             "XREADGROUP", "GROUP", self.stage, self._consumer, "COUNT", count, "BLOCK", BLOCK_MS, "STREAMS",
             *self.names, ">", ">", ">", timeout_s=self._settings.redis.reply_timeout_s + BLOCK_MS / 1000,
         )  # fmt: skip
-        entries = [_entry(name.decode(), *found, deliveries=1) for name, rows in reply or () for found in rows]
+        entries: list[Entry] = []
+        self._more_waits = False
+        for name, rows in reply or ():
+            stream = name.decode()
+            entries += [_entry(stream, entry_id, fields, deliveries=1) for entry_id, fields in rows]
+            self._more_waits = self._more_waits or len(rows) >= count
         self._shares.took(len(entries))
-        self._more_waits = any(len(rows) >= count for _, rows in reply or ())
         return entries
 
     async def stop_waiting(self) -> None:
@@ -240,7 +245,7 @@ class Streams:
         """
         answers: list[Answer] = []
         for settlement, answer in zip(settlements, await self._outbox.add_all(settlements), strict=True):
-            final = await self._insist(settlement, answer) if isinstance(answer, CommandRefused) else answer
+            final = answer if type(answer) is str else await self._insist(settlement, answer)
             answers.append("settled" if final == "lost" and settlement.unknown else final)
         return answers
 
@@ -316,11 +321,10 @@ class Streams:
         reply: list[Any] = await self._settler.run(scripts.SETTLE, (), args)
         self._clock.observe(int(reply[0]), sent_us)
         self.dropped_letters += reply[1]
-        return [word.decode() for word in reply[2:]]
+        return [_ANSWERS[word] for word in reply[2:]]
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(Struct, frozen=True):
     """How one replica stands, as the placing script counted it.
 
     Attributes:
@@ -336,8 +340,7 @@ class Standing:
     seen_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
+class Placed(Struct, frozen=True):
     """What a placing brought: entries, and the picture for the next one."""
 
     entries: list[Entry]

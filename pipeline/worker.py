@@ -237,11 +237,12 @@ class Worker:
             key = (entry.stream, entry.id)
             if key in self.held or (key in self._taken_up and not entry.resumed):
                 continue
-            held = Held(entry, now_us, alone=alone)
+            held = Held(entry, now_us, alone)
             self.held[key] = held
             fresh.append(held)
+        loop = asyncio.get_running_loop()
         for chunk in self._batches(fresh, 1 if alone else self.stage.batch):
-            task = asyncio.create_task(self._work(chunk), name=f"{self.stage.name} {chunk[0].entry.id.decode()}")
+            task = loop.create_task(self._work(chunk), name=self.stage.name)
             for held in chunk:
                 held.task = task
         return len(fresh)

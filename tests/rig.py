@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any, Self
 
 import orjson
+from msgspec import structs
 
 from pipeline import flows, keys
 from pipeline.clock import Clock
@@ -49,7 +49,7 @@ class Scripted(Stage):
         self.context = context
 
     async def handle(self, job: Job) -> Done:
-        self.seen.append(replace(job, state=dict(job.state)))  # as it came: the worker goes on to change it
+        self.seen.append(structs.replace(job, state=dict(job.state)))  # as it came: the worker goes on to change it
         return await self._handler(job)
 
     def runs(self, job_id: str) -> int:

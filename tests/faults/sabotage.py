@@ -64,7 +64,7 @@ BREAKS: Final = (
     ),
     Break(
         "patience with killers", "pipeline/handling.py",
-        "if entry.deliveries > self._settings.worker.max_deliveries:", "if entry.deliveries > 1:",
+        "if entry.deliveries > self._max_deliveries:", "if entry.deliveries > 1:",
     ),
     Break(
         "the answer itself", "pipeline/flows.py",

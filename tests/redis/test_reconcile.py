@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from msgspec import structs
 from prometheus_client import Counter
 
 from pipeline import keys, metrics
@@ -72,7 +73,7 @@ async def test_late_delivery_of_what_was_taken_up_is_not_run_again(
         gate.open()
         await wait_until(lambda: outcome(link, second.id))
         await wait_until(lambda: not worker.held)
-        assert worker.start([held.entry._replace(resumed=False)]) == 0
+        assert worker.start([structs.replace(held.entry, resumed=False)]) == 0
         assert worker.held == {}
         assert stage.runs(second.id) == 1
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
+from msgspec import structs
 
 from pipeline import keys, scripts
 from pipeline.accepting import Idempotency
@@ -280,7 +281,7 @@ async def test_batch_whose_entries_lie_apart_is_settled_whole(link: Link, settin
         entries = [entry for _ in range(6) for entry in (await owner.take_one(), await other.take_one())]
         ours, theirs = entries[::2], entries[1::2]
         picked = [ours[3], ours[0], ours[5]]
-        stale = ours[4]._replace(deliveries=2)
+        stale = structs.replace(ours[4], deliveries=2)
         batch = [complete(entry) for entry in (*picked, theirs[2], stale)]
         assert await owner.settle(*batch) == ["settled"] * 3 + ["lost"] * 2
         for entry in picked:
