@@ -12,12 +12,13 @@ import asyncio
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import orjson
 import structlog
+from msgspec import Struct
 
 from pipeline import flows, keys, scripts
 from pipeline.accepting import Idempotency, key_arguments, limit_arguments, refusal
@@ -66,8 +67,7 @@ REGISTERED_FOR_S: Final = 30.0
 """A replica that no llm worker has registered for so long is not leased to."""
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(Struct, frozen=True):
     """A job was accepted, now or earlier under the same Idempotency-Key (`repeated`)."""
 
     job_id: str
@@ -99,17 +99,15 @@ class Health:
         return self.redis is None and not any(self.stages.values())
 
 
-@dataclass(slots=True)
-class _Waiting:
+class _Waiting(Struct, eq=False):
     """A job whose outcome is of interest here, from before it is submitted: no wake-up may come too early."""
 
-    futures: list[asyncio.Future[Completion]] = field(default_factory=list)
+    futures: list[asyncio.Future[Completion]] = []
     completion: Completion | None = None
     gone: int = 0  # sweeps in a row that found neither completion nor live record
 
 
-@dataclass(slots=True)
-class _Submission:
+class _Submission(Struct, eq=False):
     """A job to be accepted, as long as its caller is there (`is_wanted`)."""
 
     job: Job

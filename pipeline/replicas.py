@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import orjson
 import structlog
+from msgspec import Struct
 
 from pipeline import keys, metrics, scripts
 from pipeline.balancing import POLICIES, Replica, Snapshot, plan
@@ -44,8 +45,7 @@ FORGET_AFTER_S: Final = 60.0
 """A replica that no worker has registered for so long leaves the registry once it holds no lease."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
+class _Call(Struct, frozen=True):
     url: str
     word: str
     duration_us: int

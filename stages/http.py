@@ -21,6 +21,7 @@ from urllib.parse import quote, urlsplit
 
 import httptools
 import httpx
+from msgspec import Struct
 
 MAX_HEAD_BYTES: Final = 64 * 1024  # four times what servers send at most
 
@@ -52,8 +53,7 @@ class TooLarge(BrokenAnswer):
     """The answer is larger than allowed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Response:
+class Response(Struct, frozen=True):
     """A whole answer; header names are in lower case."""
 
     status: int

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any, Final, TypedDict, cast
 
 import orjson
+from msgspec import Struct
 from qdrant_edge import (
     CountRequest,
     Distance,
@@ -96,8 +97,7 @@ class IndexBroken(Exception):
     """The index failed at an operation it should have done."""
 
 
-@dataclass(frozen=True, slots=True)
-class Search:
+class Search(Struct, frozen=True):
     """One search: *limit* chunks of *tenant* nearest to a question.
 
     Attributes:
@@ -111,8 +111,7 @@ class Search:
     dense: Dense | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Hit:
+class Hit(Struct, frozen=True):
     """One chunk that was found.
 
     Attributes:

@@ -43,6 +43,7 @@ from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
 import orjson
+from msgspec import Struct
 
 from pipeline.errors import Reject, RetryLater
 from pipeline.job import Json
@@ -75,8 +76,7 @@ Code = Literal[
 Consequence = Literal["reject", "charged", "uncharged"]
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(Struct, frozen=True):
     """What the model said.
 
     Attributes:

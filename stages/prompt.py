@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from pipeline.errors import Reject
 from stages.tokens import TokenCount
@@ -41,8 +42,7 @@ _CHINESE_STOPS: Final = "\u3002\uff01\uff1f"  # no blank follows them
 _SENTENCE_END: Final = re.compile(rf"[.!?][\"')\]]*(?=\s)|[{_CHINESE_STOPS}]|(?=\n)")
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(Struct, frozen=True):
     """One piece of text to answer from."""
 
     title: str

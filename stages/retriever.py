@@ -8,7 +8,6 @@ accepted (`Job.accepted_us`), never by when they arrive here, so that retries an
 from __future__ import annotations
 
 from array import array
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, Final, TypeVar, cast
@@ -224,11 +223,11 @@ def spread(hits: Sequence[Hit], top_k: int) -> list[Hit]:
     Args:
         hits: best first.
     """
-    seen: Counter[str] = Counter()
+    seen: dict[str, int] = {}
     weighed = []
     for hit in hits:
-        weighed.append((hit.score * _SAME_DOCUMENT ** seen[hit.document], hit))
-        seen[hit.document] += 1
+        before = seen[hit.document] = seen.get(hit.document, -1) + 1
+        weighed.append((hit.score * _SAME_DOCUMENT**before, hit))
     weighed.sort(key=lambda pair: -pair[0])
     return [hit for _, hit in weighed[:top_k]]
 

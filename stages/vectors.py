@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
+from msgspec import Struct
 from qdrant_edge import Bm25, Bm25Config
 
 from pipeline.errors import ConfigError
@@ -38,8 +39,7 @@ _SECTION: Final = struct.Struct("<BB")
 _U32: Final = struct.Struct("<I")
 
 
-@dataclass(frozen=True, slots=True)
-class Sparse:
+class Sparse(Struct, frozen=True):
     """A sparse vector: dimensions (u32) and their weights (f32), of equal number."""
 
     indices: tuple[int, ...]

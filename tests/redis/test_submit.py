@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 
 import orjson
 import pytest
+from msgspec import structs
 
 from pipeline import keys, scripts
 from pipeline.accepting import Idempotency
@@ -165,7 +165,7 @@ async def test_key_keeps_its_outcome_longer_than_the_completion_lives(
     async with Hand(settings, "owner") as owner:
         await owner.settle(complete(await owner.take_one()))
     await link.call("DEL", keys.COMPLETION + job.id)
-    assert await front.submit(query(front), idempotency=idempotency) == replace(
+    assert await front.submit(query(front), idempotency=idempotency) == structs.replace(
         await front.submit(query(front), idempotency=idempotency), job_id=job.id, repeated=True
     )
     kept = await front.idempotent_outcome(idempotency.key)
