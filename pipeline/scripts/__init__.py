@@ -9,21 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from functools import cache, cached_property
 from importlib import resources
 from typing import Final, NamedTuple
 
 from pipeline.keys import LUA_KEYS
-
-
-@dataclass(frozen=True, slots=True)
-class Script:
-    """One script, ready to be sent."""
-
-    name: str
-    text: str
-    sha: str
-
 
 _FOLDER: Final = resources.files(__package__)
 _WORD: Final = re.compile(r"\w+")
@@ -43,15 +33,43 @@ def _paragraph(text: str) -> _Paragraph:
     return _Paragraph(text, frozenset(_WORD.findall(names)), frozenset(_WORD.findall(text)))
 
 
-_PRELUDE: Final = tuple(map(_paragraph, (_FOLDER / "_prelude.lua").read_text().split("\n\n")))
-"""Taken apart once: every process loads all scripts as it starts."""
+@cache
+def _prelude() -> tuple[_Paragraph, ...]:
+    return tuple(map(_paragraph, _PRELUDE.split("\n\n")))
 
 
-def _load(name: str) -> Script:
-    shebang, _, body = (_FOLDER / f"{name}.lua").read_text().partition("\n")
-    text = f"{shebang}\n{_used(body)}\n{body}"
-    text = re.sub(r"\bKEY\.(\w+)", lambda key: f"'{LUA_KEYS[key[1]]}'", text)
-    return Script(name, text, hashlib.sha1(text.encode()).hexdigest())  # noqa: S324 - Redis names scripts by SHA-1
+def _read(name: str) -> str:
+    return (_FOLDER / f"{name}.lua").read_text()
+
+
+_PRELUDE: Final = _read("_prelude")
+
+
+class Script:
+    """One script, put together when it is first called: a process uses few of them.
+
+    Args:
+        source: its file, read when the process begins, so that an update beneath it changes nothing.
+    """
+
+    def __init__(self, name: str, source: str) -> None:
+        self.name = name
+        self._source = source
+
+    @cached_property
+    def text(self) -> str:
+        """What is sent."""
+        shebang, _, body = self._source.partition("\n")
+        text = f"{shebang}\n{_used(body)}\n{body}"
+        return re.sub(r"\bKEY\.(\w+)", lambda key: f"'{LUA_KEYS[key[1]]}'", text)
+
+    @cached_property
+    def sha(self) -> str:
+        """How Redis names it."""
+        return hashlib.sha1(self.text.encode()).hexdigest()  # noqa: S324 - Redis' choice
+
+    def __repr__(self) -> str:
+        return f"<Script {self.name}>"
 
 
 def _used(body: str) -> str:
@@ -61,11 +79,15 @@ def _used(body: str) -> str:
     """
     used: list[str] = []
     words = set(_WORD.findall(body))
-    for paragraph in reversed(_PRELUDE):
+    for paragraph in reversed(_prelude()):
         if not words.isdisjoint(paragraph.defines):
             used.append(paragraph.text)
             words |= paragraph.words
     return "\n\n".join(reversed(used))
+
+
+def _load(name: str) -> Script:
+    return Script(name, _read(name))
 
 
 ADOPT: Final = _load("adopt")

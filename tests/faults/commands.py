@@ -8,7 +8,6 @@ now and then one that Redis has never seen; some block in BLPOP until somebody p
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
@@ -41,12 +40,8 @@ _CLOSING_S: Final = 5.0
 _KEY_TTL_MS: Final = 10_000
 
 
-def _script(name: str, text: str) -> Script:
-    return Script(name, text, hashlib.sha1(text.encode()).hexdigest())
-
-
-_ANSWER: Final = _script("answer", "#!lua\nreturn ARGV[1]")
-_FEED: Final = _script("feed", "#!lua\nredis.call('RPUSH', KEYS[1], ARGV[1])\nredis.call('PEXPIRE', KEYS[1], ARGV[2])")
+_ANSWER: Final = Script("answer", "#!lua\nreturn ARGV[1]")
+_FEED: Final = Script("feed", "#!lua\nredis.call('RPUSH', KEYS[1], ARGV[1])\nredis.call('PEXPIRE', KEYS[1], ARGV[2])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +125,7 @@ class _Caller:
             elif kind < 0.89:
                 await self._expect(nonce, self._link.run(_ANSWER, (), (nonce,)))
             elif kind < 0.90:
-                unseen = _script("unseen", f"{_ANSWER.text} -- {nonce.decode()}")
+                unseen = Script("unseen", f"{_ANSWER.text} -- {nonce.decode()}")
                 await self._expect(nonce, self._link.run(unseen, (), (nonce,)))
             elif kind < 0.95:
                 async with asyncio.TaskGroup() as group:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
@@ -34,7 +33,7 @@ for _, name in ipairs(redis.call('KEYS', '*')) do
 end
 return answer
 """
-_SCRIPT: Final = Script("picture", _TEXT, hashlib.sha1(_TEXT.encode()).hexdigest())
+_SCRIPT: Final = Script("picture", _TEXT)
 
 
 @dataclass(slots=True)
