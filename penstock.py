@@ -84,6 +84,9 @@ def up(
     insecure: Annotated[bool, typer.Option(help="Allow a public address without API keys.")] = False,
 ) -> None:
     """Run everything on this machine: Redis, mock replicas, the stages, the gateway. Ctrl-C drains."""
+    from pipeline import starting
+
+    starting.begin()
     import uvloop
 
     from pipeline import local, logs
@@ -109,6 +112,7 @@ def up(
         after_ready=(lambda url: _answer(settings, url, ask)) if ask else None,
         environ=_environ(overrides),
     )
+    starting.end()
     uvloop.run(local.up(plan))
 
 

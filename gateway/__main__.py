@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from pipeline import starting
+
+if __name__ == "__main__":
+    starting.begin()
+
 import os
 import sys
 

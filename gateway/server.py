@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import gc
 import resource
 import signal
 import socket
@@ -26,6 +25,7 @@ from gateway.auth import ApiKeys, refuse_open_address, remembered_keys
 from gateway.discovery import enlisted
 from gateway.limits import bounded
 from gateway.operation import Records
+from pipeline import starting
 from pipeline.errors import ConfigError
 from pipeline.front import Front
 from pipeline.job import new_id
@@ -69,8 +69,7 @@ async def serve(
                 remembered_keys(front, records),
             ):
                 server = Server(settings, create_app(settings, front, records, stop), stop)
-                gc.collect()
-                gc.freeze()  # what was imported stays: walking over it would stop the loop for 25 ms now and then
+                starting.end()
                 logger.info("gateway.listening", address=address)
                 if on_listening is not None:
                     on_listening(address)

@@ -502,3 +502,21 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise OSError(f"the mock replica cannot listen on {host}, port {port}: {error.strerror}") from None
     return listener
+
+
+def main(arguments: list[str]) -> int:
+    """Serve on the port that is given, with the defaults for the rest; return the process's exit code.
+
+    `penstock mock-llm` is for people; its command line takes longer to import than all of this, and `penstock up`
+    starts several replicas.
+    """
+    try:
+        run(MockOptions(port=int(arguments[0])))
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"penstock: mock-llm: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

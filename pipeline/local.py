@@ -124,8 +124,8 @@ async def _run(plan: Plan, supervisor: Supervisor, port: int, mocks: Sequence[in
         trial_url = environ["PENSTOCK_WEBHOOK__TRIAL_URL"] = _receiver_after(port)
     unfilled = _mark_if_empty(settings.retriever, data_dir / "index.unfilled")
     for number, mock_port in enumerate(mocks, start=1):
-        command = ["penstock", "mock-llm", "--port", str(mock_port)]
-        supervisor.start(replace(_program(f"mock{number}", command, environ), quiet=True))
+        mock = _program(f"mock{number}", ["loadtest.mock", str(mock_port)], environ)
+        supervisor.start(replace(mock, quiet=True))
     if mocks:
         environ["PENSTOCK_LLM__URLS"] = ",".join(_local(mock_port) for mock_port in mocks)
         if not settings.images.url:

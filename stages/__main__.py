@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import gc
+from pipeline import starting
+
+if __name__ == "__main__":
+    starting.begin()
+
 import importlib
 import os
 import sys
@@ -66,8 +70,7 @@ async def work(names: Sequence[str], settings: Settings) -> None:
         address = f"{settings.metrics.host}:{server.server_port}"
         consumer = Consumer(stages, settings, loops=loops, metrics_address=address)
         consumer.stop_on_signals()
-        gc.collect()
-        gc.freeze()  # what was imported stays: walking over it would stop the loop for 25 ms now and then
+        starting.end()
         sys.setswitchinterval(SWITCH_S)
         log.info("working", worker=consumer.worker_name, stages=list(names), metrics_port=server.server_port)
         await consumer.run()

@@ -20,7 +20,6 @@ from typing import Final, cast
 from urllib.parse import quote, urlsplit
 
 import httptools
-import httpx
 from msgspec import Struct
 
 MAX_HEAD_BYTES: Final = 64 * 1024  # four times what servers send at most
@@ -169,6 +168,8 @@ class Pool:
 
     @cached_property
     def _tls(self) -> ssl.SSLContext:
+        import httpx  # late: most replicas are called over plain HTTP, and it takes 0.1 s of a start
+
         return httpx.create_ssl_context()
 
     def __repr__(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,3 +123,22 @@ def default_of(name: str) -> str:
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     return f"`{int(value) if isinstance(value, float) and value.is_integer() else value}`"
+
+
+@pytest.mark.parametrize(
+    ("what", "dear"),
+    [
+        ("stages.__main__, stages.encoder, stages.retriever, stages.llm", {"rich", "typer", "sqlalchemy", "httpx"}),
+        ("gateway.server", {"rich", "typer", "sqlalchemy", "httpx"}),
+        ("pipeline.local", {"rich", "sqlalchemy", "httpx", "redis"}),
+        ("loadtest.mock", {"rich", "typer", "pydantic"}),
+    ],
+)
+def test_what_up_waits_for_imports_nothing_dear_that_it_does_without(what: str, dear: set[str]) -> None:
+    """Until the first answer `up` does little but import, in eight processes at once."""
+    begin = "" if what.startswith("loadtest") else "from pipeline import starting; starting.begin(); "
+    code = f"{begin}import {what}, sys; print(*sys.modules)"
+    imported = subprocess.run(  # a process of its own: here everything is imported already
+        [sys.executable, "-P", "-c", code], capture_output=True, check=True, text=True, env={"PYTHONPATH": str(ROOT)}
+    ).stdout.split()
+    assert dear & set(imported) == set()
