@@ -109,6 +109,7 @@ def up(
         start_redis="url" not in settings.redis.model_fields_set,
         start_mocks=not settings.llm.urls,
         fill=lambda url: _index_own_docs(settings, url),
+        before_fill=_import_client,
         after_ready=(lambda url: _answer(settings, url, ask)) if ask else None,
         environ=_environ(overrides),
     )
@@ -249,6 +250,20 @@ async def _ingest(
             report = await send(client, found, watcher.add, again=again, collection=collection)
         watcher.sum_up(report)
         return report
+
+
+async def _import_client(_url: str) -> bool:
+    """Import what `_index_own_docs` needs: in a thread, since it takes a while."""
+    import asyncio
+
+    from pipeline.starting import without_rich
+
+    def load() -> None:
+        with without_rich():
+            import gateway.ingest  # noqa: F401
+
+    await asyncio.to_thread(load)
+    return True
 
 
 async def _index_own_docs(settings: Settings, url: str) -> bool:

@@ -1,9 +1,13 @@
 """What `penstock up` does: the whole pipeline on this machine, each part a process, kept running until told to stop.
 
-Starts, in this order, without waiting longer than it must: Redis (unless one is given), mock replicas (unless real
-ones are given), the stages, the gateway. Says `ready <address>` once, on standard output, when the gateway can answer;
-log lines of every process go to standard error. Stops in the opposite order: first the gateway, so that nothing new is
-accepted and what was accepted is answered, then the stages, the mock replicas, and Redis last.
+Starts, in this order, without waiting longer than it must: mock replicas (unless real ones are given), Redis (unless
+one is given), the gateway, the stages that a question passes. Says `ready <address>` once, on standard output, when the
+gateway can answer; log lines of every process go to standard error. Then, or after a while without an answer, come the
+other stages and the recorder: each process spends half a second of a core on its imports, and the first answer should
+wait for none that it does without. What the gateway accepts for the others meanwhile waits for them in Redis.
+
+Stops in the opposite order: first the gateway, so that nothing new is accepted and what was accepted is answered, then
+the stages, the recorder, the mock replicas, and Redis last.
 
 One data directory belongs to one `up`: a lock says so, and Redis inherits it (see `private_redis`).
 """
@@ -23,6 +27,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,10 +39,12 @@ from pipeline.errors import ConfigError
 from pipeline.settings import RetrieverSettings, Settings
 from pipeline.supervisor import Program, Supervisor
 
-STAGES: Final = ("encoder", "retriever", "llm", "aggregator", "webhook")
-LATER: Final = ("chat", "image", "report", "delivery")
-"""Stages that nobody waits for when it all begins."""
+FIRST: Final = ("encoder", "retriever", "llm")
+"""Stages that a question passes."""
+LATER: Final = ("aggregator", "webhook", "chat", "image", "report", "delivery")
+"""Stages that start when questions are answered: what comes for them earlier waits in Redis."""
 MOCKS: Final = 3
+OTHERS_S: Final = 10.0  # the other stages start by then: what the first ones wait for may take long, a replica say
 READY_POLL_S: Final = 0.02
 READY_HINT_S: Final = 10.0  # how often to say what `up` still waits for
 PREDECESSOR_S: Final = 10.0  # a killed predecessor's Redis needs a moment to write its last
@@ -63,6 +70,7 @@ class Plan:
         start_mocks: False when real replicas were named.
         fill: indexes first documents where nothing was ever indexed; done before `ready` is said, so that the first
             question finds something.
+        before_fill: what of that needs no pipeline, imports say; done while the processes start.
         after_ready: done once `ready` was said.
     """
 
@@ -71,6 +79,7 @@ class Plan:
     start_redis: bool
     start_mocks: bool
     fill: Step | None = None
+    before_fill: Step | None = None
     after_ready: Step | None = None
     environ: Mapping[str, str] = field(default_factory=dict)
 
@@ -133,25 +142,44 @@ async def _run(plan: Plan, supervisor: Supervisor, port: int, mocks: Sequence[in
     if plan.start_redis:
         redis_url = await _start_redis(supervisor, data_dir, lock)
         environ["PENSTOCK_REDIS__URL"] = redis_url
-    for stage in STAGES:
+    supervisor.start(_program("gateway", ["gateway"], environ))  # first: its start takes longest
+    for stage in FIRST:
         supervisor.start(_program(stage, ["stages", stage], environ))
-    supervisor.start(_program("gateway", ["gateway"], environ))
-    await _until_ready(settings.gateway.host, port)
-    for stage in LATER:
-        if stage != "image" or settings.images.url or mocks:
-            supervisor.start(_program(stage, ["stages", stage], environ))
-    # Nobody waits for the recorder, and its start would delay the others'.
-    supervisor.start(_program("recorder", ["stages", "recorder"], environ | {"PENSTOCK_HISTORY__AUTO_UPGRADE": "true"}))
+    start_others = partial(_start_others, supervisor, environ, draws=bool(mocks or settings.images.url))
+    others = asyncio.get_running_loop().call_later(OTHERS_S, start_others)
     url = f"http://{_authority(_reachable(settings.gateway.host), port)}"
     replicas = [_local(mock_port) for mock_port in mocks] or list(settings.llm.urls)
     said = {"pid": os.getpid(), "url": url, "redis_url": redis_url, "replicas": replicas, "trial_url": trial_url}
-    _write(data_dir / "up.json", json.dumps(said) + "\n")
-    if plan.fill is not None and unfilled.exists() and await _try(plan.fill, url):
-        unfilled.unlink(missing_ok=True)
-    sys.stdout.write(f"ready {url}\n")
-    sys.stdout.flush()
+    fills = plan.fill is not None and unfilled.exists()
+    try:
+        if fills and plan.before_fill is not None:
+            await _try(plan.before_fill, url)
+        await _until_ready(settings.gateway.host, port)
+        _write(data_dir / "up.json", json.dumps(said) + "\n")
+        if plan.fill is not None and fills and await _try(plan.fill, url):
+            unfilled.unlink(missing_ok=True)
+        sys.stdout.write(f"ready {url}\n")
+        sys.stdout.flush()
+    finally:
+        others.cancel()
+    start_others()
     if plan.after_ready is not None:
         await _try(plan.after_ready, url)
+
+
+def _start_others(supervisor: Supervisor, environ: Mapping[str, str], *, draws: bool) -> None:
+    """Start what the first answer does without, once: the other stages, and the recorder.
+
+    Args:
+        draws: whether there is somebody to make pictures.
+    """
+    if "recorder" in supervisor.children:
+        return
+    for stage in LATER:
+        if stage != "image" or draws:
+            supervisor.start(_program(stage, ["stages", stage], environ))
+    environ = {**environ, "PENSTOCK_HISTORY__AUTO_UPGRADE": "true"}
+    supervisor.start(_program("recorder", ["stages", "recorder"], environ))
 
 
 async def _try(step: Step, url: str) -> bool:
@@ -280,7 +308,7 @@ async def _drain(supervisor: Supervisor, settings: Settings) -> None:
     _log.info("draining", at_most_s=drain_s)
     mocks = [name for name in supervisor.children if name.startswith("mock")]
     await supervisor.stop(["gateway"], drain_s + STOP_MARGIN_S)
-    others = [name for name in (*STAGES, *LATER) if name != "delivery"]
+    others = [name for name in (*FIRST, *LATER) if name != "delivery"]
     await asyncio.gather(
         supervisor.stop(others, drain_s + STOP_MARGIN_S),
         supervisor.stop(["delivery"], max(drain_s, settings.deliveries.drain_s) + STOP_MARGIN_S),

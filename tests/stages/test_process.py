@@ -37,7 +37,7 @@ class Looker:
 async def test_threads_give_way_to_the_event_loop_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """A question comes to the loop several times in each stage; 5 ms at each, beside documents, is what it noticed."""
     monkeypatch.setattr(program, "Consumer", Looker)
-    monkeypatch.setattr("stages.__main__.gc.freeze", lambda: None)
+    monkeypatch.setattr("stages.__main__.starting.end", lambda: None)
     settings = Settings()
     settings = settings.model_copy(update={"metrics": settings.metrics.model_copy(update={"port": 0})})
     await program.work(["encoder"], settings)
