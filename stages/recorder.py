@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import structlog
 
 from pipeline import metrics
+from pipeline.clock import monotonic_us
 from pipeline.connection import Backoff, Outage
 from pipeline.errors import HistoryUnavailable, MalformedEntry, PenstockError, Reject
 from pipeline.events import EventStream
@@ -30,6 +31,9 @@ log = structlog.get_logger(__name__)
 
 A = TypeVar("A")
 
+REST_S: Final = 0.1
+"""Between two transactions: ten in a second cost much less than one for each few events. What comes alone is written at
+once all the same."""
 DATABASE_AGAIN_S: Final = 2.0
 """The longest wait between two tries to reach the database."""
 
@@ -72,7 +76,9 @@ class Recorder(Loop):
             await self._reach_database(self._prepare)
             while not stop.is_set():
                 if entries := await unless(self._reach_redis(self._stream.take), self._stop):
+                    began_us = monotonic_us()
                     await self._record(entries)
+                    await self._rest(began_us, len(entries))
         except Stopped:
             return  # what is in hand is another's as soon as the lease is gone
         finally:
@@ -112,6 +118,7 @@ class Recorder(Loop):
         burials: list[_Burial] = []
         first = 0
         while portion := await self._reach_redis(lambda: self._stream.rows(event.rows, first)):  # noqa: B023 - used at once
+            began_us = monotonic_us()
             first += len(portion)
             events: list[tuple[Entry, Event]] = []
             for element, found in zip(portion, event.members(portion), strict=True):
@@ -121,7 +128,17 @@ class Recorder(Loop):
                 else:
                     events.append((entry, found))
             burials += await self._write(events)
+            await self._rest(began_us, len(portion))
         return burials
+
+    async def _rest(self, began_us: int, taken: int) -> None:
+        """Let more events come for the next transaction, and others use the processor.
+
+        Where a transaction was full there is more already: then it is half of the time.
+        """
+        took_s = (monotonic_us() - began_us) / 1e6
+        full = taken >= self._settings.history.batch
+        await unless(asyncio.sleep(min(took_s, REST_S) if full else REST_S), self._stop)
 
     async def _write(self, events: Sequence[tuple[Entry, Event]]) -> list[_Burial]:
         """Write events in one transaction; where the database refuses one, find it and write the others."""

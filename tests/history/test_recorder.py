@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -120,6 +121,36 @@ async def test_events_come_into_the_database_and_leave_redis(link: Link, here: S
         assert (worker.consumer, worker.stages) == (process.name, {"recorder": None})
     assert (await statuses(here))["m99"] == "pending"
     assert await link.call("EXISTS", keys.WORKER + process.name) == 0
+
+
+async def test_events_that_come_one_by_one_are_written_together(
+    link: Link, here: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first at once; those that come soon after it in one transaction. Where many wait, nobody rests for more."""
+    monkeypatch.setattr("stages.recorder.REST_S", 1.0)
+    records, sizes = Records.open(here.history.url), []
+    apply = records.apply
+
+    async def count(events: Sequence[Event]) -> None:
+        sizes.append(len(events))
+        await apply(events)
+
+    monkeypatch.setattr(records, "apply", count)
+    async with recording(here, records):
+        await tell(link, [asked(0)])
+        await wait_until(lambda: nothing_waits(link))
+        for number in range(1, 6):
+            await tell(link, [asked(number)])
+        await wait_until(lambda: nothing_waits(link))
+        assert sizes == [1, 5]
+        await tell(link, [asked(number) for number in range(6, 56)])
+        began = time.monotonic()
+        await wait_until(lambda: nothing_waits(link))
+        assert time.monotonic() - began < 4.0  # five transactions: one rest, not five
+        monkeypatch.setattr("stages.recorder.REST_S", 60.0)
+        await tell(link, [asked(99)])
+        await wait_until(lambda: nothing_waits(link))  # it rests now, and stops all the same
+    assert (await statuses(here))["m99"] == "pending"
 
 
 async def test_the_rows_of_a_large_batch_are_read_from_their_list(link: Link, here: Settings) -> None:
