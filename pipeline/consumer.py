@@ -39,9 +39,15 @@ STEADY_S: Final = 2.0
 """A claimer's connection must have held so long: owners reconnect within half a second and re-take their leases."""
 PROMOTE_EVERY_S: Final = 0.1
 EXPIRE_EVERY_S: Final = 0.5
+STAGED_FOR_MS: Final = 60_000
+"""Members of a batch that were staged go when nothing was added to them for so long, and no commit came."""
 OLDEST_REDIS: Final = 7  # scripts with flags, and XREADGROUP inside a script
-AT_ONCE: Final = 200
-"""Jobs promoted or expired by one script: about 2 ms during which Redis serves nobody else."""
+AT_ONCE: Final = 50
+"""Jobs promoted or expired by one script: about 1 ms during which Redis serves nobody else."""
+PACE_S: Final = 0.005
+"""Between two such scripts while there is more to do."""
+TURN_MS: Final = 100
+"""One process promotes while there is much to do; another one when it has been silent for so long."""
 
 
 class Consumer:
@@ -91,6 +97,7 @@ class Consumer:
                     group.create_task(self._renew_forever(), name="renew"),
                     group.create_task(self._every(PROMOTE_EVERY_S, self._promote), name="promote"),
                     group.create_task(self._every(EXPIRE_EVERY_S, self._expire), name="expire"),
+                    group.create_task(self._every(EXPIRE_EVERY_S, self._unstage), name="unstage"),
                     group.create_task(self._listen_forever(), name="listen"),
                     group.create_task(self._watch_loop_lag(), name="loop lag"),
                     group.create_task(self._inspect_redis(), name="inspect redis"),
@@ -239,7 +246,7 @@ class Consumer:
     # --- time ------------------------------------------------------------------------------------
 
     async def _every(self, interval_s: float, once: Callable[[], Awaitable[bool]]) -> None:
-        """Repeat *once* at intervals, at once while it says that there is more."""
+        """Repeat *once* at intervals, and sooner while it says that there is more."""
         while True:
             try:
                 more = await once()
@@ -248,12 +255,12 @@ class Consumer:
                 more = False
             except PenstockError:
                 more = False  # the lease's renewal reports the outage
-            await asyncio.sleep(0 if more else interval_s)
+            await asyncio.sleep(PACE_S if more else interval_s)
 
     async def _promote(self) -> bool:
-        reply = await self._run_tick(scripts.PROMOTE, (AT_ONCE,))
-        metrics.PROMOTED.inc(reply[1])
-        return bool(reply[1] >= AT_ONCE)
+        _, moved, _, more = await self._run_tick(scripts.PROMOTE, (AT_ONCE, self.name, TURN_MS))
+        metrics.PROMOTED.inc(moved)
+        return bool(more)
 
     async def _expire(self) -> bool:
         ttl_ms = int(self._settings.worker.completion_ttl_s * 1000)
@@ -265,6 +272,10 @@ class Consumer:
         if lost:
             log.error("jobs are lost: their stream entries had vanished", jobs=lost)
         return bool(expired + lost >= AT_ONCE)
+
+    async def _unstage(self) -> bool:
+        await self._run_tick(scripts.UNSTAGE, (AT_ONCE, STAGED_FOR_MS))
+        return False  # nobody waits for it
 
     async def _run_tick(self, script: scripts.Script, args: Sequence[Argument]) -> list[int]:
         sent_us = monotonic_us()

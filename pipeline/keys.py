@@ -7,6 +7,9 @@ key                        type    life                         written by      
 `job:<stage>_in[:high|:low]` stream  an entry until it is settled  submit, settle, promote  stage workers
 `job:completion:<id>`      string  setting, 60 s                settle, cancel, expire  gateways, anyone
 `job:delayed`              zset    until due                    settle, submit          promote
+`job:staged`               zset    batch until it is committed  stage, batch, unstage   unstage, expire
+`job:entering`             zset    batch until it has entered   batch, promote          promote, status
+`job:promoting`            string  100 ms, renewed              promote                 promote
 `job:dead`                 stream  setting, age and count       settle                  `penstock dead`
 `job:live`                 zset    id until the job ends        who accepts or ends     expire, admission
 `job:stamp`                string  for ever, one number         submit, adopt, revive   submit, adopt, revive
@@ -23,11 +26,11 @@ key                        type    life                         written by      
 `llm:running:<URL>`        zset    job id until the call ends   place, move, settle ... place
 `llm:health:<URL>`         hash    1 h after the last call      observe                 place
 `record:events`            stream  until the database has them  who accepts or ends     recorder
-`record:rows:<batch>`      list    until the database has them  who accepts a batch     recorder
+`record:rows:<batch>`      list    until the database has them  stage, batch, unstage   recorder
 `api_keys`                 hash    for ever, revoked ones too   `penstock keys`         gateways
 `message:<id>`             string  setting, 7 days              who ends a job          aggregator, gateways, anyone
 `batch:<id>`               hash    open; then setting, 7 days   batch, who ends a job   aggregator, gateways, anyone
-`batch:members:<id>`       list    as its batch                 batch                   aggregator, gateways
+`batch:members:<id>`       list    as its batch                 stage, batch, unstage   aggregator, gateways, promote
 `batch:done:<id>`          set     as its batch                 who ends a job          who ends a job
 `batch_results:<id>`       string  setting, 7 days              aggregator              gateways, webhook, anyone
 `queue:<queue>`            hash    for ever                     gateways, webhook       gateways, webhook
@@ -71,6 +74,9 @@ from pipeline.job import DEFAULT_TENANT, Priority
 
 COMPLETION: Final = "job:completion:"
 DELAYED: Final = "job:delayed"
+STAGED: Final = "job:staged"
+ENTERING: Final = "job:entering"
+PROMOTING: Final = "job:promoting"
 DEAD: Final = "job:dead"
 LIVE_INDEX: Final = "job:live"
 STAMP: Final = "job:stamp"
@@ -138,6 +144,9 @@ CHAT_CHANNEL: Final = "chat:told"
 LUA_KEYS: Final = {
     "completion": COMPLETION,
     "delayed": DELAYED,
+    "staged": STAGED,
+    "entering": ENTERING,
+    "promoting": PROMOTING,
     "dead": DEAD,
     "live_index": LIVE_INDEX,
     "stamp": STAMP,
@@ -205,10 +214,12 @@ BOUNDED: Final = {
     INCOMING_QUEUE + "*": "unfinished work, bounded by admission",
     DELIVERY + "*": "one per unfinished delivery; once it has ended it has a TTL",
     DELAYED: "unfinished work, bounded by admission",
+    STAGED: "batches being accepted; what rests for a minute is taken away",
+    ENTERING: "open batches, bounded by admission",
     DEAD: "capped by count and age",
-    LIVE_INDEX: "one member per live job",
+    LIVE_INDEX: "one member per live job, and per staged member of a batch",
     STAMP: "one number",
-    LIVE + "*": "one per live job",
+    LIVE + "*": "one per live job, and per staged member of a batch",
     IN_FLIGHT + "*": "one member per live job",
     WORKERS: "one member per process, dropped when it is gone",
     REPLICAS: "one field per replica",
@@ -216,9 +227,9 @@ BOUNDED: Final = {
     LEASES + "*": "one member per live job",
     RUNNING + "*": "one member per running call",
     EVENTS: "events not yet written, bounded by admission",
-    ROWS + "*": "one per event that names it",
+    ROWS + "*": "one per event that names it, and per batch being accepted",
     API_KEYS: "two fields per key that an operator made",
-    BATCH + "*": "open batches, bounded by admission; a closed one has a TTL",
+    BATCH + "*": "open batches and those being accepted, bounded by admission; a closed one has a TTL",
     PERSONA + "*": "one per persona that was set up, bounded by a setting",
     PERSONAS + "*": "one member per persona",
     CHAT_COUNTS: "two numbers",

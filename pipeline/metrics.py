@@ -32,7 +32,9 @@ ABORTED = Counter("penstock_handlers_aborted_total", "Handlers stopped before th
 LEASES_LOST = Counter("penstock_worker_leases_lost_total", "Times this process found its lease lapsed")
 DEAD_LETTERS = Counter("penstock_dead_letters_total", "Entries buried", ["stage", "reason"])
 DEAD_DROPPED = Counter("penstock_dead_letters_dropped_total", "Dead letters dropped by age or count", ["stage"])
-PROMOTED = Counter("penstock_delayed_promoted_total", "Delayed jobs moved onto their streams")
+PROMOTED = Counter(
+    "penstock_delayed_promoted_total", "Delayed jobs, and members of new batches, moved onto their streams"
+)
 EXPIRED = Counter("penstock_waiting_expired_total", "Jobs ended at their deadline while they waited")
 LOST = Counter("penstock_jobs_lost_total", "Jobs whose entry had vanished at their deadline")
 LOOP_LAG_S = Histogram("penstock_event_loop_lag_seconds", "How late the event loop ran a timer", buckets=_SPANS_S)

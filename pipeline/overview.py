@@ -160,7 +160,7 @@ async def look(link: Link, *, thorough: bool = True) -> Overview:
         connectors=[one for one in listeners if one.kind != "gateway"],
         lapsed_workers=lapsed,
         live_jobs=int(await link.call("ZCARD", keys.LIVE_INDEX)),
-        delayed=int(await link.call("ZCARD", keys.DELAYED)),
+        delayed=int(await link.call("ZCARD", keys.DELAYED)) + await _entering(link),
         dead_letters=int(await link.call("XLEN", keys.DEAD)),
         letters_ever=await _letters_ever(link),
         memory_bytes=int(memory.get("used_memory", "0")),
@@ -173,6 +173,15 @@ async def look(link: Link, *, thorough: bool = True) -> Overview:
         chats_failed=int(failed or 0),
         chats_expired=int(expired or 0),
     )
+
+
+async def _entering(link: Link) -> int:
+    """Count the members of batches just accepted that are neither on their stream nor among the delayed jobs yet."""
+    count = 0
+    for batch in await link.call("ZRANGE", keys.ENTERING, 0, -1):
+        wanted, entered = await link.call("HMGET", keys.BATCH + batch.decode(), "req.count", "entered")
+        count += int(wanted) - int(entered) if entered else 0
+    return count
 
 
 async def _stages_with_streams(link: Link) -> set[str]:

@@ -308,6 +308,7 @@ async def assert_nothing_is_left(link: Link) -> None:
     """No job lives, no stream holds an entry, no replica bears a load: all accepted work has ended."""
     assert await link.call("ZCARD", keys.LIVE_INDEX) == 0
     assert await link.call("ZCARD", keys.DELAYED) == 0
+    assert await link.call("EXISTS", keys.STAGED, keys.ENTERING) == 0
     assert await link.call("KEYS", keys.LIVE + "*") == []
     for pattern in ("job:*_in*", keys.DELIVERY_QUEUE + "*", keys.INCOMING_QUEUE + "*"):
         for name in await link.call("KEYS", pattern):

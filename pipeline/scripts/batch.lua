@@ -7,57 +7,49 @@
 -- ARGV[16] its due_ms, when the batch closes in any case  ARGV[17] how long results are kept (ms)  ARGV[18] queue
 -- ARGV[19] what the recorder is told of the batch, kept as `asked` (JSON)  ARGV[20] when it was asked for (ms)
 -- ARGV[21] 'staged' | 'here' | 'ask' (before any of it is staged: change nothing, say what speaks against it)
--- then per member its id, and when it is 'here' its tail and its row for the recorder (JSON); after 'ask' their number
+-- then per member its id, its tail and its row for the recorder (JSON); after 'staged' and 'ask' only their number
 -- Returns: time (us), 'free' (nothing speaks against it now) | 'accepted' | 'repeated' | 'mismatch' | 'overloaded' |
 --   'backlog' | 'in_flight' | 'unstaged' (some members are gone again: begin anew), the id of the batch that answers.
 -- Invariant: one batch per id and per idempotency key, however often this is sent; no part of a batch without the rest.
---   Members begin in the order given: each is due a thousandth of a millisecond after the one before.
+--   Members begin in the order given: each is due a thousandth of a millisecond after the one before. However many were
+--   staged, none of them is touched here: `promote` has them enter, portion by portion.
 local now_us = clock_us()
-local now_ms = math.floor(now_us / 1000)
 local id, tenant, stream, deadline_ms, set, idem = ARGV[1], ARGV[2], ARGV[3], ARGV[5], ARGV[8], ARGV[10]
 local due_ms, closes_ms, staged, asks = tonumber(ARGV[4]), ARGV[16], ARGV[21] == 'staged', ARGV[21] == 'ask'
-local key, members, rows, FIRST, CHUNK = KEY.batch .. id, KEY.batch_members .. id, KEY.rows .. id, 22, 1000
+local key, members, rows, FIRST = KEY.batch .. id, KEY.batch_members .. id, KEY.rows .. id, 22
+local wanted = (asks or staged) and tonumber(ARGV[FIRST]) or (#ARGV - FIRST + 1) / 3
 
 local function answer(word, answering)
+  -- What was staged in vain need not rest before it is taken away.
+  if staged and word ~= 'accepted' and word ~= 'unstaged' then call('ZADD', KEY.staged, 'XX', 0, id) end
   return {digits(now_us), word, answering or id}
 end
 
-local ids = {}
-if not asks then
-  for i = FIRST, #ARGV, staged and 1 or 3 do ids[#ids + 1] = ARGV[i] end
-end
--- Call `use` with the ids of each portion, since a call takes so many arguments only.
-local function in_portions(use)
-  for first = 1, #ids, CHUNK do use(first, math.min(first + CHUNK - 1, #ids)) end
-end
-
 if call('EXISTS', key) == 1 then return answer('accepted') end
+if idem ~= '' then check_type(idem, 'hash') end
+if set ~= '' then check_type(set, 'set') end
+check_accept()
+for name, kind in pairs({
+  [stream] = 'stream', [ARGV[14]] = 'stream', [KEY.events] = 'stream', [rows] = 'list', [members] = 'list',
+  [KEY.staged] = 'zset', [KEY.entering] = 'zset',
+}) do check_type(name, kind) end
 if idem ~= '' then
-  check_type(idem, 'hash')
   local seen = call('HMGET', idem, 'hash', 'job')
   if seen[1] then return answer(seen[1] == ARGV[11] and 'repeated' or 'mismatch', seen[2]) end
 end
-check_accept()
-for name, wanted in pairs({[stream] = 'stream', [ARGV[14]] = 'stream', [KEY.events] = 'stream', [rows] = 'list'}) do
-  check_type(name, wanted)
-end
-local wanted = asks and tonumber(ARGV[FIRST]) or #ids
-if call('ZCARD', KEY.live_index) + wanted + 1 > tonumber(ARGV[6]) then return answer('overloaded') end
-if call('XLEN', KEY.events) >= tonumber(ARGV[7]) then return answer('backlog') end
-if set ~= '' then
-  check_type(set, 'set')
-  if call('SCARD', set) >= tonumber(ARGV[9]) then return answer('in_flight') end
-end
-if asks then return answer('free') end
+local there = call('LLEN', members)
+-- What others have staged may never be committed: it keeps them from staging more, and a batch that is there from nothing.
+local jobs = call('ZCARD', KEY.live_index) - there
 if staged then
-  local found = call('EXISTS', rows) - 1
-  in_portions(function(first, last)
-    local names = {}
-    for i = first, last do names[#names + 1] = KEY.live .. ids[i] end
-    found = found + call('EXISTS', unpack(names))
-  end)
-  if found < #ids then return answer('unstaged') end
+  for _, other in ipairs(call('ZRANGE', KEY.staged, 0, -1)) do
+    if other ~= id then jobs = jobs - call('LLEN', KEY.batch_members .. other) end
+  end
 end
+if jobs + wanted + 1 > tonumber(ARGV[6]) then return answer('overloaded') end
+if call('XLEN', KEY.events) >= tonumber(ARGV[7]) then return answer('backlog') end
+if set ~= '' and call('SCARD', set) >= tonumber(ARGV[9]) then return answer('in_flight') end
+if asks then return answer('free') end
+if staged and (there ~= wanted or call('LLEN', rows) ~= wanted) then return answer('unstaged') end
 
 local more = {'deadline', ARGV[15], 'record', 'batch'}
 if set ~= '' then
@@ -71,30 +63,19 @@ if idem ~= '' then
   more[#more + 1] = 'idem'
   more[#more + 1] = idem
 end
-call('HSET', key, 'req.count', #ids, 'res.count', 0, 'failed.count', 0, 'cancelled.count', 0, 'status', 'pending',
+call('HSET', key, 'req.count', wanted, 'res.count', 0, 'failed.count', 0, 'cancelled.count', 0, 'status', 'pending',
   'tenant', tenant, 'queue', ARGV[18], 'created_ms', ARGV[20], 'closes_ms', closes_ms, 'keep_ms', ARGV[17],
   'deadline_ms', ARGV[15], 'asked', ARGV[19])
-in_portions(function(first, last) call('RPUSH', members, unpack(ids, first, last)) end)
 if staged then
-  local due = due_ms > now_ms and due_ms or now_ms - #ids / 1000
-  in_portions(function(first, last)
-    local deadlines, dues = {}, {}
-    for i = first, last do
-      call('PERSIST', KEY.live .. ids[i])
-      deadlines[#deadlines + 1] = deadline_ms
-      deadlines[#deadlines + 1] = ids[i]
-      dues[#dues + 1] = string.format('%.3f', due + (i - 1) / 1000)
-      dues[#dues + 1] = ids[i]
-    end
-    call('ZADD', KEY.live_index, unpack(deadlines))
-    call('ZADD', KEY.delayed, unpack(dues))
-  end)
-  call('PERSIST', rows)
+  call('HSET', key, 'entered', 0, 'due_ms', ARGV[4])
+  call('ZADD', KEY.entering, digits(math.floor(now_us / 1000)), id)
+  call('ZREM', KEY.staged, id)
 else
   for i = FIRST, #ARGV, 3 do
     local fields = {'deadline', deadline_ms, 'record', 'message ' .. id}
     local due = due_ms > 0 and string.format('%.3f', due_ms + (i - FIRST) / 3000) or 0
     accept(ARGV[i], ARGV[i + 1], stream, tenant, deadline_ms, due, now_us, fields)
+    call('RPUSH', members, ARGV[i])
     call('RPUSH', rows, ARGV[i + 2])
   end
 end

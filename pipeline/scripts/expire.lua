@@ -25,6 +25,8 @@ for _, id in ipairs(call('ZRANGEBYSCORE', KEY.live_index, '-inf', digits(now_ms)
     call('ZADD', KEY.live_index, digits(now_ms + 1000), id) -- a key of a wrong type: an operator must act, others pass
   elseif not live then
     call('ZREM', KEY.live_index, id)
+  elseif live.kind == 'message' and has_type(KEY.staged, 'zset') and call('ZSCORE', KEY.staged, live.batch) then
+    call('ZADD', KEY.live_index, digits(now_ms + 1000), id) -- it is no job yet, and may never be one
   else
     local late = {'expired', 'deadline_exceeded', 'the deadline passed while the job was waiting'}
     local text = ended(id, live, late[1], late[2], late[3], now_us)

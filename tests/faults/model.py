@@ -86,7 +86,7 @@ class Item:
 
 @dataclass(eq=False, slots=True)
 class Live:
-    """A job that was accepted and has no outcome yet. `item` is its one entry; None while it is delayed."""
+    """A job that was accepted and has no outcome yet. `item` is its one entry; None while it is delayed or `enters`."""
 
     id: str
     tenant: str
@@ -111,6 +111,12 @@ class Live:
     batch: str = ""
     """The batch that it is a message of, or that it is the job of."""
     is_message: bool = False
+    enters: bool = False
+    """It was committed with its batch, and is neither on its stream nor among the delayed yet."""
+
+    @property
+    def is_delayed(self) -> bool:
+        return self.item is None and not self.enters
 
 
 @dataclass(eq=False, slots=True)
@@ -120,6 +126,8 @@ class Batch:
     Attributes:
         asked: what history was told of it; rows: what history is told of its messages.
         ended: messages that were counted.
+        entered: how many of its messages have entered; None: all of them.
+        due_ms: of those that have not.
     """
 
     id: str
@@ -138,6 +146,8 @@ class Batch:
     is_cancelled: bool = False
     status: str = ""
     closed_ms: bytes = b""
+    entered: int | None = None
+    due_ms: int = 0
 
     @property
     def verdict(self) -> str:
@@ -151,6 +161,8 @@ class Batch:
             "cancelled.count": self.cancelled, "created_ms": self.created_ms, "closes_ms": self.closes_ms,
             "keep_ms": self.keep_ms, "deadline_ms": self.deadline_ms,
         }  # fmt: skip
+        if self.entered is not None:
+            numbers |= {"entered": self.entered, "due_ms": self.due_ms}
         texts = {"status": self.status or "pending", "tenant": self.tenant, "queue": self.queue}
         texts |= {"cancel": "1"} if self.is_cancelled else {}
         found = {name: str(value).encode() for name, value in (numbers | texts).items()} | {"asked": self.asked}
@@ -216,6 +228,7 @@ class BatchSubmission:
     limit: int | None = None
     idem: str = ""
     body_hash: str = ""
+    is_large: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,14 +306,16 @@ class Model:
     def unlease(self, job: Live) -> None:
         job.lease, job.is_running = "", False
 
-    def accept(self, job: Job, due_ms: float = 0) -> Live:
+    def accept(self, job: Job, due_ms: float = 0, *, enters: bool = False) -> Live:
         assert not self.is_taken(job.id), "an id was accepted twice"
         stage, tail = job.launch()
         text = Text(None, job.id, tail)
         self.newborn.append(text)
         stream = keys.stream(stage, job.priority)
         live = Live(job.id, job.tenant, stream, None, job.deadline_ms, job.deadline_ms)
-        if due_ms:
+        if enters:
+            live.body, live.enters = text, True
+        elif due_ms:
             live.body, live.due = text, due_ms
         else:
             live.item = self.add(stream, text, job.id)
@@ -389,13 +404,16 @@ class Model:
         if new.limit is not None and sum(one.in_flight == in_flight for one in self.jobs.values()) >= new.limit:
             return "in_flight", batch.id
         for place, job in enumerate(new.members):  # one thousandth of a millisecond apart: they begin in this order
-            live = self.accept(job, round(new.due_ms + place / 1000, 3) if new.due_ms else 0)
+            due_ms = round(new.due_ms + place / 1000, 3) if new.due_ms else 0
+            live = self.accept(job, due_ms, enters=new.is_large)
             live.batch, live.is_message = batch.id, True
         own = self.accept(new.job, batch.closes_ms)
         own.in_flight, own.idem, own.batch = in_flight, new.idem, batch.id
         if new.idem:
             self.promises[new.idem] = Promise(new.body_hash, batch.id)
         self.batches[batch.id] = batch
+        if new.is_large:
+            batch.entered, batch.due_ms = 0, new.due_ms
         self.events.append(("batch", batch.id, batch.tenant, 0))
         return "accepted", batch.id
 
@@ -620,15 +638,36 @@ class Model:
         self.end_waiting(job, "cancelled", "cancelled")
         return "cancelled"
 
-    def promote(self) -> int:
-        delayed = [job for job in self.jobs.values() if job.item is None]
-        due = sorted((job.due or 0.0, job.id) for job in delayed if _is_past(job.due))
+    def promote(self, most: int, batch_id: str | None) -> int:
+        """What is due goes onto its stream, then messages of the batch that enters; returns how many did."""
+        delayed = [job for job in self.jobs.values() if job.is_delayed]
+        due = sorted((job.due or 0.0, job.id) for job in delayed if _is_past(job.due))[:most]
         for _, job_id in due:
-            job = self.jobs[job_id]
-            assert job.body is not None
-            job.item = self.add(job.stream, job.body, job.id, job.vector)
-            job.body, job.vector, job.due = None, b"", None
-        return len(due)
+            self._onto_stream(self.jobs[job_id])
+        if batch_id is None or len(due) == most:
+            return len(due)
+        return len(due) + self._enter(self.batches[batch_id], most - len(due))
+
+    def _onto_stream(self, job: Live) -> None:
+        assert job.body is not None
+        job.item = self.add(job.stream, job.body, job.id, job.vector)
+        job.body, job.vector, job.due, job.enters = None, b"", None, False
+
+    def _enter(self, batch: Batch, most: int) -> int:
+        assert batch.entered is not None
+        first, moved = batch.entered, 0
+        some = batch.members[first : first + most]
+        for place, member in enumerate(some, first):
+            job = self.jobs.get(member)
+            if job is None or not job.enters:
+                continue
+            if batch.due_ms:
+                job.enters, job.due = False, round(batch.due_ms + place / 1000, 3)
+            else:
+                self._onto_stream(job)
+                moved += 1
+        batch.entered = first + most if len(some) == most else None
+        return moved
 
     def expire(self) -> tuple[int, int]:
         """End what is over and in nobody's living hands; returns how many expired, how many were lost."""
@@ -720,11 +759,11 @@ class Model:
         expires = picture.zsets.get(keys.LIVE_INDEX, {})
         assert set(expires) == set(self.jobs)
         due = picture.zsets.get(keys.DELAYED, {})
-        assert set(due) == {job.id for job in self.jobs.values() if job.item is None}
+        assert set(due) == {job.id for job in self.jobs.values() if job.is_delayed}
         for job in self.jobs.values():
             job.expires = expires[job.id] if job.expires is None else job.expires
             assert expires[job.id] == job.expires
-            if job.item is None:
+            if job.is_delayed:
                 job.due = due[job.id] if job.due is None else job.due
                 assert due[job.id] == job.due
                 assert not job.is_hurried or _is_past(job.due), "due now, and not only some day"
@@ -757,6 +796,8 @@ class Model:
             for prefix in (keys.BATCH, keys.BATCH_MEMBERS, keys.BATCH_DONE):
                 name = prefix + batch.id
                 assert name not in picture.ttls or (picture.ttls[name] > 0) == bool(batch.status), name
+        entering = {batch.id for batch in self.batches.values() if batch.entered is not None}
+        assert set(picture.zsets.get(keys.ENTERING, {})) == entering
         kept = picture.under(keys.MESSAGE, picture.strings)
         assert set(kept) == set(self.kept)
         for message_id, result in self.kept.items():
@@ -773,6 +814,7 @@ class Model:
         families: tuple[str, ...] = (keys.COMPLETION, keys.LIVE, keys.IDEMPOTENCY, keys.WORKER, keys.IN_FLIGHT)
         families += (keys.BATCH, keys.MESSAGE, keys.ROWS)
         single = {keys.EVENTS, keys.DEAD, keys.DELAYED, keys.LIVE_INDEX, keys.STAMP, keys.WORKERS, REPLY, *self.streams}
+        single.add(keys.ENTERING)
         single |= {family + url for family in (keys.LOAD, keys.LEASES, keys.RUNNING) for url in SLOTS}
         assert {name for name in picture.exact if not name.startswith(families)} <= single
 

@@ -169,7 +169,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def each_job_is_in_one_place(self) -> None:
-        """Live: on the one stream entry that its record names, or delayed; ended: its outcome, and no record."""
+        """Live: on the one stream entry that its record names, delayed or entering; ended: its outcome, no record."""
         records = self.picture.under(keys.LIVE, self.picture.hashes)
         outcomes = self.picture.under(keys.COMPLETION, self.picture.strings)
         delayed = self.picture.zsets.get(keys.DELAYED, {})
@@ -181,8 +181,8 @@ class Machine(RuleBasedStateMachine):
             on_stream = entry in [found for found, _ in self.picture.streams.get(stream, [])]
             job = self.model.jobs[job_id]
             deleted = job.item is not None and job.item.deleted
-            assert on_stream + (job_id in delayed) + deleted == 1, job_id
-            assert (entry == b"") == (job_id in delayed), job_id
+            assert on_stream + (job_id in delayed) + job.enters + deleted == 1, job_id
+            assert (entry == b"") == (job_id in delayed or job.enters), job_id
 
     @invariant()
     def loads_are_true_and_slots_are_kept(self) -> None:
@@ -399,9 +399,15 @@ class Machine(RuleBasedStateMachine):
         most=strategies.sampled_from([1_000, 1_000, 4]),
         key=strategies.sampled_from(["", "", "one", "two"]),
         twice=seldom,
+        portion=strategies.sampled_from([0, 0, 1, 2]),
     )
-    def submit_batch(self, data: strategies.DataObject, size: int, most: int, key: str, twice: bool) -> None:
-        """A batch is accepted as a whole or not at all; *twice*: the reply was lost, and it is sent again."""
+    def submit_batch(
+        self, data: strategies.DataObject, size: int, most: int, key: str, twice: bool, portion: int
+    ) -> None:
+        """A batch is accepted as a whole or not at all; *twice*: replies were lost, and all is sent again.
+
+        With a *portion* it is a large one: staged before, so many at a time; seldom to be taken away again instead.
+        """
         due_ms = _now_ms() + FAR_MS if data.draw(seldom, "later") else None
         order = Order("default", "q", [Message(f"{number}?") for number in range(size)], due_ms=due_ms)
         plan = batches._Plan(order, self.settings, _now_ms())
@@ -409,25 +415,48 @@ class Machine(RuleBasedStateMachine):
         body_hash = data.draw(strategies.sampled_from(["a", "a", "b"]), "body") if key else ""
         idempotency = Idempotency(key, body_hash, LONG_MS / 1000) if key else None
         rows = list(plan.members())
-        args = [*self.front.batches._commit_arguments(plan, idempotency, limit), "here"]
-        args += [part for row in rows for part in row]
+        args = [*self.front.batches._commit_arguments(plan, idempotency, limit), "staged" if portion else "here"]
+        args += [size] if portion else [part for row in rows for part in row]
         args[5] = most
+        if portion:
+            self._stage(plan, rows, portion, twice=twice)
+            if data.draw(seldom, "dies"):
+                self._unstage(plan)
+                return
         keep_ms = int(self.settings.messages.keep_s * 1000)
         batch = Batch(
             plan.batch_id, "default", "q", orjson.dumps(plan.told()), [_bytes(row[2]) for row in rows], plan.ids,
             plan.created_ms, plan.closes_ms, plan.job.deadline_ms, keep_ms,
         )  # fmt: skip
         jobs = [plan._job(*pair) for pair in zip(plan.ids, order.messages, strict=True)]
-        new = BatchSubmission(batch, jobs, plan.job, due_ms or 0, limit, key, body_hash)
+        new = BatchSubmission(batch, jobs, plan.job, due_ms or 0, limit, key, body_hash, bool(portion))
         for _ in range(1 + twice):
             before = len(self.model.accepted)
             word, answering = self.model.submit_batch(new, most)
             self.is_sound = False
             reply = self.do(self.link.run(scripts.BATCH, (), args))
             _same((reply[1].decode(), reply[2].decode()), (word, answering))
+            if word != "accepted" and portion:
+                self._unstage(plan)
+                break
             self.look(unchanged=len(self.model.accepted) == before)
         if batch.id in self.model.batches:
             self.ids = [*self.ids, batch.id, plan.ids[0]][-8:]
+
+    def _stage(self, plan: batches._Plan, rows: Sequence[batches._Row], portion: int, *, twice: bool) -> None:
+        self.is_sound = False
+        for first in range(0, len(rows), portion):
+            for _ in range(1 + twice):
+                word = self.do(self.front.batches._stage(plan, first, rows[first : first + portion]))
+                assert word == b"staged"
+
+    def _unstage(self, plan: batches._Plan) -> None:
+        """A minute later: what was staged is gone, and only the stamp shows that it was there."""
+        self.do(self.link.call("ZADD", keys.STAGED, "XX", PAST, plan.batch_id))
+        while self.do(self.link.run(scripts.UNSTAGE, (), (2, 60_000)))[1]:
+            pass
+        self.model.last_stamp = int(self.do(self.link.call("GET", keys.STAMP)))
+        self.look()
 
     @step(2, stage=strategies.sampled_from(WORKERS), kind=strategies.sampled_from(["job", "copy", "id", "broken"]))
     def write_by_hand(self, data: strategies.DataObject, stage: str, kind: str) -> None:
@@ -733,13 +762,18 @@ class Machine(RuleBasedStateMachine):
             case _:
                 assert isinstance(found, Completion)
 
-    @step(2, lambda self: any(job.item is None for job in self.model.jobs.values()), passes=booleans)
-    def promote(self, data: strategies.DataObject, passes: bool) -> None:
-        """What is due goes onto its stream; with *passes*, time passes for one delayed job first."""
-        if passes:
-            delayed = [job.id for job in self.model.jobs.values() if job.item is None]
+    @step(
+        2,
+        lambda self: any(job.item is None for job in self.model.jobs.values()),
+        passes=booleans,
+        most=strategies.sampled_from([100, 1, 2]),
+    )
+    def promote(self, data: strategies.DataObject, passes: bool, most: int) -> None:
+        """What is due, or enters, goes onto its stream; with *passes*, time passes for one delayed job first."""
+        delayed = [job.id for job in self.model.jobs.values() if job.is_delayed]
+        if passes and delayed:
             self._let_pass(data.draw(strategies.sampled_from(delayed), "job"))
-        self._promote()
+        self._promote(most)
 
     def _let_pass(self, job_id: str) -> None:
         """Time passes: a delayed job becomes due."""
@@ -747,11 +781,14 @@ class Machine(RuleBasedStateMachine):
         self.model.jobs[job_id].due = PAST
         self.look()
 
-    def _promote(self) -> None:
+    def _promote(self, most: int = 100) -> None:
         self.is_sound = False
-        moved = self.model.promote()
-        assert self.do(self.link.run(scripts.PROMOTE, (), (100,)))[1:] == [moved, 0]
-        self.look(unchanged=not moved)
+        entering = self.do(self.link.call("ZRANGE", keys.ENTERING, 0, 0))
+        moved = self.model.promote(most, entering[0].decode() if entering else None)
+        _, *found, more = self.do(self.link.run(scripts.PROMOTE, (), (most, "one", LONG_MS)))
+        assert found == [moved, 0]
+        self.do(self.link.call("DEL", keys.PROMOTING))
+        self.look(unchanged=not moved and not more)
 
     @step(2, lambda self: self.model.jobs, passes=booleans)
     def expire(self, data: strategies.DataObject, passes: bool) -> None:
@@ -868,7 +905,7 @@ class Machine(RuleBasedStateMachine):
         while self.model.jobs or any(self.model.streams.values()):
             rounds += 1
             assert rounds < 100, "nothing goes on"
-            for job_id in [job.id for job in self.model.jobs.values() if job.item is None]:
+            for job_id in [job.id for job in self.model.jobs.values() if job.is_delayed]:
                 self._let_pass(job_id)
             self._promote()
             for heir in heirs:

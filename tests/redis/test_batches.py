@@ -91,7 +91,7 @@ async def make_due(link: Link, job_id: str) -> None:
 
 async def promote(link: Link) -> int:
     """Do what every worker's tick does."""
-    return int((await link.run(scripts.PROMOTE, (), (100,)))[1])
+    return int((await link.run(scripts.PROMOTE, (), (100, "one", 100)))[1])
 
 
 async def expire(link: Link) -> None:
@@ -171,8 +171,9 @@ async def test_members_begin_in_the_order_given(link: Link, front: Front, count:
     """However they were accepted, and although they are due at the same time."""
     due_ms = None if later_ms is None else front.clock.now_ms() + later_ms
     accepted = await front.submit_batch(order(count, due_ms=due_ms))
+    await promote(link)
     found = [name.decode() for name in await link.call("ZRANGE", keys.DELAYED, 0, -1)]
-    if due_ms is None and count == 3:
+    if due_ms is None:
         entries = await link.call("XRANGE", keys.stream("llm"), "-", "+")
         found = [decode(fields[1]).id for _, fields in entries]
     assert [name for name in found if name != accepted.batch_id] == accepted.message_ids
@@ -235,81 +236,8 @@ async def test_batch_sent_again_is_one_batch(
     assert lost == 2 * (1 if count == 2 else 5)
     assert await link.call("ZCARD", keys.LIVE_INDEX) == count + 1
     assert await link.call("LLEN", keys.BATCH_MEMBERS + accepted.batch_id) == count
+    assert await link.call("LLEN", keys.ROWS + accepted.batch_id) == count
     assert len(await events(link)) == 1
-
-
-@pytest.mark.usefixtures("portions")
-@pytest.mark.parametrize("survived", [0, 1, 2, 3])
-async def test_gateway_that_dies_while_it_stages_leaves_nothing_that_counts(
-    link: Link, settings: Settings, front: Front, monkeypatch: pytest.MonkeyPatch, survived: int
-) -> None:
-    """However many portions were staged: no index, no stream, no list knows them, and they go by themselves."""
-    run, calls = front.batches._accepting.run, 0
-
-    async def die(*args: Any, **more: Any) -> Any:
-        nonlocal calls
-        if args[0] is not scripts.BATCH or args[2][20] != "ask":
-            if calls == survived:
-                raise asyncio.CancelledError
-            calls += 1
-        return await run(*args, **more)
-
-    monkeypatch.setattr(front.batches._accepting, "run", die)
-    with pytest.raises(asyncio.CancelledError):
-        await front.submit_batch(order(9))
-    staged = await link.call("KEYS", keys.LIVE + "*")
-    assert len(staged) == 3 * survived
-    for name in [*staged, *await link.call("KEYS", keys.ROWS + "*")]:
-        assert 0 < await link.call("PTTL", name) <= batches.STAGED_FOR_MS
-    for pattern in (keys.BATCH + "*", keys.LIVE_INDEX, keys.DELAYED, keys.EVENTS):
-        assert await link.call("KEYS", pattern) == []
-    monkeypatch.undo()
-    for name in staged:
-        assert await front.batches.message(name.decode().removeprefix(keys.LIVE), "default") is None
-        await link.call("DEL", name)
-    await assert_nothing_is_left(link)
-
-
-@pytest.mark.usefixtures("portions")
-async def test_batch_that_lost_a_part_while_it_was_staged_is_staged_again(
-    link: Link, front: Front, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The commit finds that a member is gone and changes nothing; then all of it is there."""
-    run, commits = front.batches._accepting.run, 0
-
-    async def forgetful(script: scripts.Script, *args: Any, **more: Any) -> Any:
-        nonlocal commits
-        if script is scripts.BATCH and args[1][20] == "staged":
-            commits += 1
-            if commits == 1:
-                await link.call("DEL", (await link.call("KEYS", keys.LIVE + "*"))[0])
-        return await run(script, *args, **more)
-
-    monkeypatch.setattr(front.batches._accepting, "run", forgetful)
-    await front.submit_batch(order(5))
-    assert commits == 2
-    assert await link.call("ZCARD", keys.LIVE_INDEX) == 6
-    assert len(await link.call("KEYS", keys.LIVE + "*")) == 6
-
-
-@pytest.mark.usefixtures("portions")
-async def test_portion_that_arrives_after_the_commit_changes_nothing(
-    link: Link, front: Front, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It lay in the buffer of a connection that nobody listens to any more."""
-    run, staged = front.batches._accepting.run, []
-
-    async def note(script: scripts.Script, names: Any, args: Any, **more: Any) -> Any:
-        if script is scripts.STAGE:
-            staged.append(args)
-        return await run(script, names, args, **more)
-
-    monkeypatch.setattr(front.batches._accepting, "run", note)
-    await front.submit_batch(order(5))
-    before = await all_but_replies(link)
-    for args in staged:
-        assert (await link.run(scripts.STAGE, (), args))[1] == b"late"
-    assert await all_but_replies(link) == before
 
 
 @pytest.mark.usefixtures("portions")
@@ -347,26 +275,6 @@ async def test_repeated_batch_is_not_staged_again(link: Link, front: Front) -> N
     assert await all_but_replies(link) == before
 
 
-@pytest.mark.usefixtures("portions")
-async def test_limit_reached_while_a_batch_is_staged_refuses_it(
-    link: Link, settings: Settings, front: Front, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What was free when it was asked is checked again by the commit."""
-    run = front.batches._accepting.run
-
-    async def others_come(script: scripts.Script, names: Any, args: Any, **more: Any) -> Any:
-        if script is scripts.STAGE:
-            await link.call("SADD", keys.IN_FLIGHT + "default", "one", "two")
-        return await run(script, names, args, **more)
-
-    monkeypatch.setattr(front.batches._accepting, "run", others_come)
-    with pytest.raises(Overloaded) as caught:
-        await front.submit_batch(order(8), in_flight_limit=2)
-    assert caught.value.code == "too_many_in_flight"
-    assert await link.call("KEYS", keys.BATCH + "*") == []
-    await link.call("DEL", keys.IN_FLIGHT + "default")
-
-
 async def test_many_batches_at_once_are_all_accepted(link: Link, front: Front) -> None:
     """However long each of them waits for those before it; Redis is well."""
     sizes = [1 + number % 50 for number in range(1_000)]
@@ -396,7 +304,7 @@ async def test_those_in_line_hear_at_once_that_redis_does_not_answer(
     assert [isinstance(error, MaybeAccepted) for error in refused] == [error.unknown for error in refused]
     assert sum(error.unknown for error in refused) == unknown
     monkeypatch.undo()
-    assert await link.call("KEYS", keys.BATCH + "*") == []
+    assert await link.call("EXISTS", keys.EVENTS, keys.DELAYED) == 0
     await front.submit_batch(order(count))
 
 

@@ -242,7 +242,7 @@ async def test_a_scheduled_one_is_unfinished_from_its_time_on(
     await accept(deliveries, due_ms=deliveries.clock.now_ms() + 3_600_000, in_flight_limit=1)
     for one in later[:2]:
         await link.call("ZADD", keys.DELAYED, 1, one.id)
-    assert (await link.run(scripts.PROMOTE, (), (10,)))[1] == 2
+    assert (await link.run(scripts.PROMOTE, (), (10, "one", 100)))[1] == 2
     assert set(await link.call("SMEMBERS", keys.IN_FLIGHT + "default")) == {
         one.id.encode() for one in (now, *later[:2])
     }
@@ -263,7 +263,7 @@ async def test_a_scheduled_one_waits_among_the_delayed_and_is_pending_from_its_t
     assert await link.call("XLEN", "message_queue:sms") == 0
     assert (await found(deliveries, accepted.id)).due_ms == due_ms
     await link.call("ZADD", keys.DELAYED, 1, accepted.id)  # its time has come
-    assert (await link.run(scripts.PROMOTE, (), (10,)))[1] == 1
+    assert (await link.run(scripts.PROMOTE, (), (10, "one", 100)))[1] == 1
     ((_, fields),) = await link.call("XRANGE", "message_queue:sms", "-", "+")
     assert orjson.loads(fields[1])["scheduled_at"] == "2026-12-01T08:00:00Z"
     delivery = await found(deliveries, accepted.id)
@@ -446,7 +446,7 @@ async def test_an_heir_that_never_began_takes_no_doubt_away(
         if delivery.status == "sending":
             assert delivery.doubt
             await link.call("ZADD", keys.DELAYED, 1, accepted.id)
-            await link.run(scripts.PROMOTE, (), (100,))
+            await link.run(scripts.PROMOTE, (), (100, "one", 100))
             job, entry = await heir.hold()
             assert (await heir.deliveries.begin(job, "console")).word == "doubt"
             await heir.settle(ended(job, entry, "failed", "outcome_unknown"))
@@ -801,8 +801,8 @@ async def test_a_key_of_a_wrong_type_stops_a_delivery_and_no_other(
         with pytest.raises(CommandRefused):
             await told(deliveries, "test", "e1", accepted.id, "sent")
         assert await everything(link) == before
-        reply = await link.run(scripts.PROMOTE, (), (10,))
-        assert reply[1:] == ([0, 1] if key == keys.EVENTS else [1, 0])
+        reply = await link.run(scripts.PROMOTE, (), (10, "one", 100))
+        assert reply[1:3] == ([0, 1] if key == keys.EVENTS else [1, 0])
         await link.call("DEL", wrong)
         await link.call("RESTORE", wrong, 0, saved)
         assert (await hand.deliveries.begin(job, "console")).word == "begun"

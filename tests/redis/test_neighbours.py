@@ -285,12 +285,12 @@ async def test_promotion_goes_on_past_a_key_of_a_wrong_type(link: Link, settings
         await other.settle(retry(await other.take_one(), 0))
         await link.call("RENAME", STREAM, "aside")
         await link.call("SET", STREAM, "x")
-        assert (await link.run(scripts.PROMOTE, (), (10,)))[1:] == [1, 1]
+        assert (await link.run(scripts.PROMOTE, (), (10, "one", 100)))[1:3] == [1, 1]
         assert await link.call("XLEN", keys.stream("retriever")) == 1
         assert await link.call("ZRANGE", keys.DELAYED, 0, -1) == [jobs[0].id.encode()]
         await link.call("RENAME", "aside", STREAM)
         await link.call("ZADD", keys.DELAYED, 1, jobs[0].id)
-        assert (await link.run(scripts.PROMOTE, (), (10,)))[1:] == [1, 0]
+        assert (await link.run(scripts.PROMOTE, (), (10, "one", 100)))[1:3] == [1, 0]
         assert await one.settle(complete(await one.take_one())) == ["settled"]
         assert await other.settle(complete(await other.take_one())) == ["settled"]
     await assert_nothing_is_left(link)

@@ -202,7 +202,9 @@ async def test_delayed_job_is_promoted_once_by_many_tickers(link: Link, settings
         entries = await owner.take()
         await owner.settle(*[retry(entry, 0 if n < 30 else 60_000) for n, entry in enumerate(entries)])
         links = [Link(settings.redis, f"ticker-{n}") for n in range(4)]
-        replies = await asyncio.gather(*(one.run(scripts.PROMOTE, (), (7,)) for one in links for _ in range(3)))
+        replies = await asyncio.gather(
+            *(one.run(scripts.PROMOTE, (), (7, "one", 100)) for one in links for _ in range(3))
+        )
         assert sum(reply[1] for reply in replies) == 30
         assert max(reply[1] for reply in replies) <= 7
         assert await link.call("ZCARD", keys.DELAYED) == 10

@@ -153,7 +153,7 @@ async def test_forwarded_envelope_survives_byte_for_byte(link: Link, settings: S
         assert (moved.data, moved.vector) == (envelope, vector)
         delayed = Settlement(moved, job.id, "retry", 0, envelope, vector)
         assert await following.settle(delayed) == ["settled"]
-        assert (await link.run(scripts.PROMOTE, (), (10,)))[1] == 1
+        assert (await link.run(scripts.PROMOTE, (), (10, "one", 100)))[1] == 1
         again = await following.take_one()
         assert (again.data, again.vector, again.deliveries) == (envelope, vector, 1)
         assert await following.settle(Settlement(again, job.id, "release", "", envelope, vector)) == ["settled"]

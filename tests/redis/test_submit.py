@@ -269,7 +269,7 @@ async def test_full_memory_refuses_new_jobs_and_lets_old_ones_end(link: Link, se
             await link.call("SCRIPT", "FLUSH")
             assert await owner.settle(complete(entries[0]), retry(entries[1], 0)) == ["settled"] * 2
             await link.run(scripts.RENEW, (), ("owner", 60_000, "{}", "", keys.stream("encoder"), "encoder"))
-            assert (await link.run(scripts.PROMOTE, (), (10,)))[1] == 1
+            assert (await link.run(scripts.PROMOTE, (), (10, "one", 100)))[1] == 1
             await owner.die()
             assert len((await heir.streams.claim(entries[2].stream, "owner", 5, idle=False)).entries) == 1
             assert await front.cancel(jobs[3].id, "default") == "cancelled"

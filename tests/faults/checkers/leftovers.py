@@ -14,6 +14,7 @@ from pipeline import keys
 
 WORK = ("job:*_in*", keys.DELIVERY_QUEUE + "*", keys.INCOMING_QUEUE + "*")
 """Streams that hold unfinished work only."""
+_JOBS = {keys.LIVE_INDEX, keys.DELAYED, keys.STAGED, keys.ENTERING}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ async def check(redis: Any) -> Leftovers:
         elif any(fnmatch.fnmatchcase(name, pattern) for pattern in WORK):
             if await redis.xlen(name):
                 work.append(name)
-        elif name.startswith((keys.LIVE, keys.IN_FLIGHT)) or name in {keys.LIVE_INDEX, keys.DELAYED}:
+        elif name.startswith((keys.LIVE, keys.IN_FLIGHT)) or name in _JOBS:
             work.append(name)
         elif name.startswith(keys.DELIVERY):  # none is unfinished
             if await redis.pttl(name) == -1:
