@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 AT_ONCE: Final = 50
 """Members that one script takes: about 1 ms during which Redis serves nobody else."""
+PAUSE_S: Final = 0.002
+"""After each portion that is staged, at most: where Redis is slow a batch must still be accepted within two seconds."""
 AT_ONCE_BYTES: Final = 1 << 20
 PIECE_BYTES: Final = 4 << 20
 """Of results, read by one command: some ten milliseconds, far from what a client waits for one answer of Redis."""
@@ -253,7 +255,7 @@ class Batches:
                     return "unstaged", plan.batch_id
                 took_s = (monotonic_us() - began_us) / 1e6
             staged += len(portion)
-            await asyncio.sleep(took_s)  # half of the time is everybody else's
+            await asyncio.sleep(min(took_s, PAUSE_S))  # half of the time is everybody else's
         async with self._line.turn(until_us):
             return await self._commit([*head, "staged", plan.size])
 
