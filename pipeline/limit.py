@@ -78,7 +78,7 @@ class Limit:
 
 
 class Alarm(Generic[K]):
-    """Calls *ring* for each of many whose time is over; what ends before costs an entry in a dict."""
+    """Calls *ring* for each of many whose time is over, in that order; what ends before costs an entry in a dict."""
 
     def __init__(self, ring: Callable[[K], None]) -> None:
         self._ring_for = ring
@@ -106,7 +106,8 @@ class Alarm(Generic[K]):
     def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer, self._rings_s = None, float("inf")
         now_s = loop.time()
-        for key in [key for key, due_s in self._due_s.items() if due_s <= now_s]:
+        overdue = [key for key, due_s in self._due_s.items() if due_s <= now_s]
+        for key in sorted(overdue, key=self._due_s.__getitem__):
             del self._due_s[key]
             self._ring_for(key)
         if self._due_s:

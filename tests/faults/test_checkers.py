@@ -402,6 +402,7 @@ async def test_process_that_ends_by_itself_makes_a_cell_red(
 
     cell = Cell(1, "by hand", 1, 1, tmp_path)
     async with Redis.from_url(redis_server.url) as redis:
+        await redis.flushall()
         cluster = SimpleNamespace(redis=redis, fallen=lambda: ["encoder-2.1"], metric=nothing)
         monkeypatch.setattr(cell, "cluster", cluster, raising=False)
         monkeypatch.setattr(cell, "nemesis", SimpleNamespace(until_recovered=nothing), raising=False)
