@@ -43,8 +43,16 @@ local function is_ours(record)
   return owner == consumer and count == record.count
 end
 
+-- What is needed of the live record of a job that only moves on, as nearly all do: a third of it.
+local function read_lightly(id)
+  local entry, lease, cancel, attempts = unpack(call('HMGET', KEY.live .. id, 'entry', 'lease', 'cancel', 'attempts'))
+  if not entry or lease or cancel then return read_live(id) end
+  return {entry = entry, attempts = attempts}
+end
+
 local function check(record)
-  record.live = record.id ~= '' and read_live(record.id) or nil
+  local read = record.verb == 'forward' and read_lightly or read_live
+  record.live = record.id ~= '' and read(record.id) or nil
   record.named = record.live and record.live.entry == record.entry
   if not record.named and record.verb ~= 'bury' then record.answer = 'orphan' end
   if record.verb == 'forward' then check_type(record.a, 'stream') end
