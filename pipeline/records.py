@@ -29,10 +29,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import aiosqlite
 import asyncpg
@@ -255,7 +256,7 @@ ERASURES: Final = _table("erasures", "epoch", _latest("erased_ms", sa.BigInteger
 # --- Events ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Event:
     """One thing to be remembered.
 
@@ -342,6 +343,10 @@ class Event:
         Raises:
             MalformedEntry: no such kind, or a value that does not fit its column.
         """
+        return self._row
+
+    @cached_property
+    def _row(self) -> Row:  # made when the event is read, to see whether it fits, and used when it is written
         kind = KINDS.get(self.kind)
         if kind is None:
             message = f"no such kind: {self.kind[:64]!r}; a newer version wrote it, or nobody of ours"
@@ -349,29 +354,50 @@ class Event:
         if not isinstance(self.data, dict):
             raise MalformedEntry("data is no JSON object", code="not_an_event")
         values = self.data | kind.more(self)
-        tenant, key = kind.table.primary_key.columns
+        tenant, key, *_ = columns = _columns(kind.table)
         values |= {tenant.name: self.tenant, key.name: self.id, "rank": self.rank}
-        if self.rank:
-            values |= {column.name: None for column in kind.table.columns if column.info.get("rule") == "first"}
-        row = {column.name: _printable(values.get(column.name)) for column in kind.table.columns}
-        for column in kind.table.columns:
-            if not _fits(column, row[column.name]):
-                message = f"{column.name} cannot be {str(row[column.name])[:64]!r}"
+        row: Row = {}
+        for column in columns:
+            value = None if self.rank and column.is_asked else _printable(values.get(column.name))
+            row[column.name] = value
+            if not (column.is_optional if value is None else column.fits(value)):
+                message = f"{column.name} cannot be {str(value)[:64]!r}"
                 raise MalformedEntry(message, code="unfit_value", job_id=None)
         return row
 
 
-def _fits(column: sa.Column[Any], value: object) -> bool:
-    if value is None:
-        return bool(column.nullable)
-    match column.type:
+class _Column(NamedTuple):
+    """What a row needs to know of a column.
+
+    Attributes:
+        is_asked: it is filled by what was asked for, and by nothing that came of it.
+    """
+
+    name: str
+    is_optional: bool
+    is_asked: bool
+    fits: Callable[[object], bool]
+
+
+@cache
+def _columns(table: sa.Table) -> tuple[_Column, ...]:
+    """Return the columns of *table*, those of its key first; to ask SQLAlchemy for each row takes twice the time."""
+    return tuple(
+        _Column(column.name, bool(column.nullable), column.info.get("rule") == "first", _judge_of(column.type))
+        for column in table.columns
+    )
+
+
+def _judge_of(kind: sa.types.TypeEngine[Any]) -> Callable[[object], bool]:
+    """Return what says whether a value fits a column of this type."""
+    match kind:
         case sa.Boolean():
-            return isinstance(value, bool)
+            return lambda value: isinstance(value, bool)
         case sa.BigInteger():
-            return type(value) is int and -HIGHEST <= value <= HIGHEST
+            return lambda value: type(value) is int and -HIGHEST <= value <= HIGHEST
         case sa.Text():
-            return isinstance(value, str)
-    return True
+            return lambda value: isinstance(value, str)
+    return lambda _: True
 
 
 def _printable(value: Any) -> Any:
