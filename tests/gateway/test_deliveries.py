@@ -54,6 +54,7 @@ class Service:
     async def sent(self, body: Json, headers: dict[str, str] | None = None) -> str:
         reply = await self.send(body, headers)
         assert reply.status_code == 202, reply.text
+        await asyncio.sleep(0.002)  # each in a millisecond of its own: those of one are listed in any order
         return str(reply.json()["id"])
 
     async def get(self, path: str, headers: dict[str, str] | None = None, /, **query: Any) -> Json:
