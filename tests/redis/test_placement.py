@@ -347,6 +347,21 @@ async def test_freed_slot_is_told_only_while_an_entry_waits(link: Link, settings
         assert heard == [b"wake", b"end"]
 
 
+async def test_wake_ups_are_heard_by_those_who_place_only(link: Link, settings: Settings) -> None:
+    """One is said for each question: a dozen other processes would be woken for nothing."""
+    stages = [Scripted("encoder", Gate()), Scripted("llm", Gate(), placed=True), Scripted("chat", Gate())]
+
+    async def listeners(channel: str) -> int:
+        return int((await link.call("PUBSUB", "NUMSUB", channel))[1])
+
+    async def all_listen() -> bool:
+        return await listeners(keys.CANCEL_CHANNEL) == len(stages)
+
+    async with working(settings, stages):
+        await wait_until(all_listen)
+        assert await listeners(keys.WAKE_CHANNEL) == 1
+
+
 async def test_foreign_running_place_is_respected(link: Link, settings: Settings, front: Front) -> None:
     """Another llm process may run calls at the same replica."""
     async with Hand(settings, "a", "llm", placed=True) as owner:
