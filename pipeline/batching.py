@@ -71,23 +71,27 @@ class Batcher(Generic[R, A]):
 
     async def close(self) -> None:
         """Stop sending; whoever still waits is cancelled."""
-        sender, self._sender = self._sender, None
-        if sender is not None:
+        if (sender := self._sender) is not None:
             sender.cancel()
             with suppress(asyncio.CancelledError):
                 await sender
+            self._sender = None
         while self._waiting:
             self._waiting.popleft().future.cancel()
 
     @property
     def _is_sending(self) -> bool:
-        return self._sender is not None and (self._idle is None or self._idle.done())
+        return self._has_sender and (self._idle is None or self._idle.done())
+
+    @property
+    def _has_sender(self) -> bool:
+        return self._sender is not None and not self._sender.done()
 
     def _enqueue(self, records: Sequence[R]) -> asyncio.Future[Sequence[A]]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Sequence[A]] = loop.create_future()
         self._waiting.append(_Caller(records, future))
-        if self._sender is None:
+        if not self._has_sender:
             self._sender = loop.create_task(self._send_forever(), name="batcher")
         elif self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
@@ -100,6 +104,7 @@ class Batcher(Generic[R, A]):
                 while callers := self._next():
                     await self._send_for(callers)
                     self._answered.set()
+                self._answered.set()  # also where all was taken back
                 self._idle = loop.create_future()
                 await self._idle
                 self._idle = None

@@ -39,11 +39,10 @@ A = TypeVar("A")
 
 Argument = str | bytes | int | float
 
-_NOT_NOW: Final = ("LOADING", "READONLY", "BUSY ", "MASTERDOWN", "CLUSTERDOWN", "MISCONF", "TRYAGAIN", "NOREPLICAS")
+_ELSEWHERE: Final = ("LOADING", "READONLY", "NOAUTH", "WRONGPASS", "ERR max number of clients")
+"""Another connection may fare better: after a failover the address leads to the new primary, and each logs in anew."""
+_NOT_NOW: Final = (*_ELSEWHERE, "BUSY ", "MASTERDOWN", "CLUSTERDOWN", "MISCONF", "TRYAGAIN", "NOREPLICAS")
 """Redis did not execute the command and may do so later (BUSY: a script runs; MISCONF: persistence fails)."""
-
-_ELSEWHERE: Final = ("LOADING", "READONLY")
-"""After a failover the address may lead to the new primary by now: the next try gets a new connection."""
 
 OUT_OF_MEMORY_AGAIN_S: Final = 1.0
 """After which a job that Redis had no room for is tried again."""
@@ -187,6 +186,8 @@ class Link:
         except (redis_errors.RedisError, OSError, TimeoutError) as error:
             await self.close()
             raise BrokerUnavailable(f"no connection to Redis: {str(error) or 'timed out'}") from error
+        if not self._connection.is_connected:
+            raise BrokerUnavailable("no connection to Redis: it was closed meanwhile")
         self._wire = Wire(self._connection)
         self.connected_at_us = monotonic_us()
         self.client_id = await self._call(("CLIENT", "ID"), min(self._settings.reply_timeout_s, at_most_s))

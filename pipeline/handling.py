@@ -116,7 +116,11 @@ class Handling:
         now_ms = self._clock.now_ms()
         for held in chunk:
             found = self._prepare(held, now_ms)
-            job = found if isinstance(found, Job) else await found
+            if isinstance(found, Job):
+                jobs.append((held, found))
+                continue
+            job = await found
+            now_ms = self._clock.now_ms()  # that may have taken long, with Redis away
             if job is not None:
                 jobs.append((held, job))
         if not jobs:
@@ -284,7 +288,15 @@ class Handling:
             self._log(held).warning("the handler's answer cannot be written", error=str(error))
             job = decode(held.entry.data or b"", held.entry.vector)
             self._stamp(held, job, now_us)
+            return self._decide_as_it_came(held, job, error)
+
+    def _decide_as_it_came(self, held: Held, job: Job, error: Exception) -> Parting:
+        try:
             return self._decide(held, job, error)
+        except (TypeError, ValueError) as own:  # a number or a depth that can be read and not written
+            message = f"the job can be read, but not written again: {own}"
+            completion = ended(job, self.name, "failed", "bad_envelope", message)
+            return Parting(held, self._burial(held, completion, "bad_envelope"), "malformed")
 
     def _decide(self, held: Held, job: Job, outcome: Outcome) -> Parting:
         """Return what is to become of the entry."""

@@ -166,6 +166,8 @@ def _parse(data: bytes) -> Job:
         job = _with_fields_beside(body)
     if not is_valid_id(job.id):
         raise ValueError("its id is none")
+    if job.vector is not None:
+        raise ValueError("the vector stands beside the envelope, not in it")
     return job
 
 

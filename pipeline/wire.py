@@ -32,8 +32,8 @@ class Wire(asyncio.Protocol):
     def __init__(self, connection: AbstractConnection) -> None:
         self.is_lost = False
         self._parser = hiredis.Reader(notEnoughData=_INCOMPLETE)
-        self._replies: deque[Any] = deque()  # those that nobody waits for yet
-        self._waiter: asyncio.Future[Any] | None = None
+        self._replies: deque[Any] = deque()  # those that nobody has taken yet
+        self._waiter: asyncio.Future[None] | None = None  # woken when there is one; it carries none, lest one be lost
         self._error: Exception | None = None
         self._loop = asyncio.get_running_loop()
         writer = cast("asyncio.StreamWriter", connection._writer)  # noqa: SLF001 - redis-py shows it nowhere else
@@ -51,15 +51,15 @@ class Wire(asyncio.Protocol):
             ConnectionError: the connection is lost.
             hiredis.ProtocolError: what came is not what Redis says.
         """
-        if self._replies:
-            return self._replies.popleft()
-        if self.is_lost:
-            raise self._lost()
-        self._waiter = self._loop.create_future()
-        try:
-            return await self._waiter
-        finally:
-            self._waiter = None
+        while not self._replies:
+            if self.is_lost:
+                raise self._lost()
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return self._replies.popleft()
 
     # --- what the transport tells --------------------------------------------------------------
 
@@ -68,13 +68,12 @@ class Wire(asyncio.Protocol):
         try:
             self._parser.feed(data)
             while (reply := self._parser.gets()) is not _INCOMPLETE:
-                if self._waiter is not None and not self._waiter.done():
-                    self._waiter.set_result(reply)
-                else:
-                    self._replies.append(reply)
+                self._replies.append(reply)
         except hiredis.ProtocolError as error:
             self._end(error)
             self._transport.abort()
+        if self._replies:
+            self._wake()
 
     def connection_lost(self, error: Exception | None) -> None:
         """Hear that the connection has ended."""
@@ -84,8 +83,11 @@ class Wire(asyncio.Protocol):
         if self.is_lost:
             return
         self.is_lost, self._error = True, error
+        self._wake()
+
+    def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_exception(self._lost())
+            self._waiter.set_result(None)
 
     def _lost(self) -> Exception:
         if isinstance(self._error, hiredis.ProtocolError):

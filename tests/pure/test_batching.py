@@ -156,3 +156,51 @@ async def test_pause_ends_with_the_call_under_way_or_its_bound() -> None:
         await pause
     assert await sending == 2
     await batcher.close()
+
+
+async def test_pause_ends_where_all_was_taken_back() -> None:
+    """Nothing is sent then, and nothing to be waited for."""
+    sender = Sender()
+    batcher: Batcher[int, int] = Batcher(sender)
+    assert await batcher.add(1) == 2
+    taken_back = asyncio.create_task(batcher.add(2))
+    await asyncio.sleep(0)
+    taken_back.cancel()
+    async with asyncio.timeout(PATIENCE_S):
+        await batcher.pause(2 * PATIENCE_S)
+    assert sender.batches == [[1]]
+    await batcher.close()
+
+
+async def test_sender_that_ended_is_followed_by_another() -> None:
+    """Whatever it was that it waited for was cancelled: others are sent all the same."""
+    batches: list[list[int]] = []
+
+    async def cancelled_once(records: Sequence[int]) -> list[int]:
+        batches.append(list(records))
+        if len(batches) == 1:
+            raise asyncio.CancelledError
+        return list(records)
+
+    batcher: Batcher[int, int] = Batcher(cancelled_once)
+    with pytest.raises(asyncio.CancelledError):
+        await batcher.add(1)
+    async with asyncio.timeout(PATIENCE_S):
+        assert await batcher.add(2) == 2
+    await batcher.close()
+
+
+async def test_what_comes_while_it_closes_is_not_sent() -> None:
+    """It is cancelled with the rest, and nothing runs on."""
+    sender = Sender(held=True)
+    batcher: Batcher[int, int] = Batcher(sender)
+    first = asyncio.create_task(batcher.add(1))
+    while not sender.batches:
+        await asyncio.sleep(0)
+    closing = asyncio.create_task(batcher.close())
+    await asyncio.sleep(0)
+    late = asyncio.create_task(batcher.add(2))
+    await closing
+    results = await asyncio.gather(first, late, return_exceptions=True)
+    assert all(isinstance(result, asyncio.CancelledError) for result in results)
+    assert sender.batches == [[1]]

@@ -106,6 +106,7 @@ def test_fresh_ids_differ() -> None:
         ("deadline_ms", "1"), ("deadline_ms", 1.5), ("deadline_ms", None), ("deadline_ms", True), ("tenant", None),
         ("priority", "urgent"), ("priority", []), ("state", []), ("attempt", "1"), ("at_us", {}),
         ("accepted_us", None), ("timings_ms", {"llm": "1"}), ("timings_ms", []), ("avoid", "x"), ("replica", 1),
+        ("vector", "AAAA"), ("odd", 1),
     ],
 )  # fmt: skip
 def test_field_of_a_wrong_type_is_malformed(field: str, wrong: object) -> None:

@@ -103,6 +103,33 @@ async def test_connection_killed_during_a_call_fails_that_call(link: Link, redis
     await other.close()
 
 
+async def test_reply_that_comes_as_the_waiting_ends_is_kept(link: Link) -> None:
+    """A subscription looks up from time to time: what is said in that moment is heard all the same."""
+    await link.call("PING")
+    wire = link._wire
+    assert wire is not None
+    waiting = asyncio.create_task(wire.reply())
+    await asyncio.sleep(0)
+    wire.data_received(b"$4\r\nsaid\r\n")
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert await wire.reply() == b"said"
+
+
+async def test_connection_that_is_not_logged_in_any_more_is_left(own_server: RedisServer) -> None:
+    """The next one logs in anew, and says so where it cannot."""
+    other = Link(RedisSettings(url=own_server.url), "other")
+    await other.call("CONFIG", "SET", "requirepass", "secret")
+    await other.call("RESET")
+    with pytest.raises(BrokerUnavailable, match="NOAUTH"):
+        await other.call("PING")
+    assert other.held_for_s() == 0
+    with pytest.raises(BrokerUnavailable, match="no connection to Redis: Authentication required"):
+        await other.call("PING")
+    await other.close()
+
+
 async def test_long_commands_and_replies_arrive_whole(link: Link) -> None:
     """Longer than any buffer between: they come in pieces."""
     text = bytes(range(256)) * 40_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
@@ -13,8 +14,9 @@ from pipeline.errors import Reject
 from pipeline.front import Front
 from pipeline.job import Done, Job
 from pipeline.settings import Settings
+from pipeline.stage import Outcome
 from tests.conftest import wait_until
-from tests.rig import Scripted, ask, echo, everything, query, working
+from tests.rig import Scripted, ScriptedBatch, ask, echo, everything, letters, query, working
 
 
 async def refuse(job: Job) -> Done:
@@ -84,3 +86,36 @@ async def test_letter_stays_when_its_job_cannot_be_started(link: Link, settings:
     await link.call("RENAME", "aside", stream)
     await front.cancel(await dead.retry(letter.id, front.clock.now_ms()), "default")
     assert await dead.count() == 0
+
+
+@pytest.mark.parametrize("odd", [str(2**64), "[" * 300 + "]" * 300], ids=["long number", "deep"])
+async def test_job_that_can_be_read_and_not_written_again_is_buried(
+    link: Link, settings: Settings, front: Front, monkeypatch: pytest.MonkeyPatch, odd: str
+) -> None:
+    """It ends at once, and its batch mates go on and run once: else it would come again and again."""
+    jobs = [query(front, text) for text in ("first", "ODD", "last")]
+    launch = Job.launch
+
+    def with_what_we_never_write(job: Job) -> tuple[str, bytes]:
+        stage, tail = launch(job)
+        return stage, tail.replace(b'"ODD"', odd.encode())
+
+    monkeypatch.setattr(Job, "launch", with_what_we_never_write)
+    for job in jobs:
+        await front.submit(job)
+    monkeypatch.undo()
+
+    async def all_done(jobs: Sequence[Job]) -> Sequence[Outcome]:
+        return [Done({}) for _ in jobs]
+
+    async def both_mates_went_on() -> bool:
+        return bool(await link.call("XLEN", keys.stream("retriever")) == 2)
+
+    stage = ScriptedBatch("encoder", all_done)
+    async with working(settings, [stage]):
+        ended = await front.wait(jobs[1].id, jobs[1].tenant, jobs[1].deadline_ms)
+        await wait_until(both_mates_went_on)
+    assert ended.error is not None
+    assert (ended.status, ended.error["code"]) == ("failed", "bad_envelope")
+    assert stage.calls == [[job.id for job in jobs]]
+    assert [letter["job_id"] for letter in await letters(link)] == [jobs[1].id]

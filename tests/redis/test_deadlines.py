@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
@@ -10,9 +11,10 @@ from pipeline import keys, scripts
 from pipeline.balancing import Replica
 from pipeline.connection import Link
 from pipeline.front import Front
-from pipeline.job import Job
+from pipeline.job import Done, Job
 from pipeline.settings import Settings
 from pipeline.stage import Outcome
+from pipeline.streams import Entry, Streams
 from tests.conftest import wait_until
 from tests.rig import (
     FIRST,
@@ -204,3 +206,29 @@ async def test_waiting_jobs_expire_by_themselves(link: Link, settings: Settings,
 
 async def _no_live(link: Link) -> bool:
     return int(await link.call("ZCARD", keys.LIVE_INDEX)) == 0
+
+
+async def test_deadline_that_comes_while_a_mate_waits_for_redis_is_seen(
+    link: Link, settings: Settings, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stranger's entry is adopted first, which takes as long as Redis is away; nothing late is started after that."""
+    late, good = query(front, "late", lifetime_s=1.0), query(front, "good")
+    started: list[str] = []
+    adopt = Streams.adopt
+
+    async def slowly(self: Streams, entry: Entry, job: Job) -> object:
+        await wait_until(lambda: front.clock.now_ms() > late.deadline_ms)
+        return await adopt(self, entry, job)
+
+    async def note(jobs: Sequence[Job]) -> Sequence[Outcome]:
+        started.extend(job.payload["query"] for job in jobs)
+        return [Done({}) for _ in jobs]
+
+    monkeypatch.setattr(Streams, "adopt", slowly)
+    await link.call("XADD", STREAM, "*", "data", '{"id":"a1","query":"from outside"}')
+    for job in (late, good):
+        await front.submit(job)
+    async with working(settings, [ScriptedBatch("encoder", note)]):
+        await wait_until(lambda: "from outside" in started)
+        expired = await front.wait(late.id, late.tenant, late.deadline_ms)
+    assert (expired.status, "late" in started, "good" in started) == ("expired", False, True)
