@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
@@ -25,7 +26,7 @@ from pipeline import flows, keys, scripts
 from pipeline.accepting import Idempotency, key_arguments, limit_arguments, refusal
 from pipeline.clock import Clock, monotonic_us
 from pipeline.connection import IN_LINE_FOR_S, Argument, Line, Link, insist, within
-from pipeline.errors import BrokerUnavailable, MaybeAccepted, TooManyQueues
+from pipeline.errors import BrokerUnavailable, MaybeAccepted, Overloaded, PenstockError, TooManyQueues
 from pipeline.job import Job, Json, Priority, new_id
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ AT_ONCE: Final = 50
 """Members that one script takes: about 1 ms during which Redis serves nobody else."""
 PAUSE_S: Final = 0.002
 """After each portion that is staged, at most: where Redis is slow a batch must still be accepted within two seconds."""
+STAGED_FOR_MS: Final = 60_000
+"""Members that were staged go when nothing was added to them for so long, and no commit came."""
 AT_ONCE_BYTES: Final = 1 << 20
 PIECE_BYTES: Final = 4 << 20
 """Of results, read by one command: some ten milliseconds, far from what a client waits for one answer of Redis."""
@@ -188,6 +191,7 @@ class Batches:
         self._reading = Link(settings.redis, "results")
         self._accepting = accepting or link
         self._line = Line()
+        self._staging = Line()
         self._settings = settings
         self._clock = clock
 
@@ -243,12 +247,22 @@ class Batches:
             second = next(portions, None)
             if second is None:
                 return await self._commit([*head, "here", *(part for member in first for part in member)])
+        async with self._staging.turn(until_us):  # one after the other: many at once would all be late
+            try:
+                return await self._place_large(plan, head, until_us, chain((first, second), portions))
+            except Overloaded:  # it was too late, or memory is full: others need what it has taken
+                await self._give_up(plan.batch_id)
+                raise
+
+    async def _place_large(
+        self, plan: _Plan, head: Sequence[Argument], until_us: int, portions: Iterable[Sequence[_Row]]
+    ) -> tuple[str, str]:
         async with self._line.turn(until_us):  # what is refused anyway is not staged: it would lie there for a minute
             reply = await self._prepare(scripts.BATCH, [*head, "ask", plan.size])
         if reply[1] != b"free":
             return reply[1].decode(), reply[2].decode()
         staged = 0
-        for portion in chain((first, second), portions):
+        for portion in portions:
             async with self._line.turn(until_us):
                 began_us = monotonic_us()
                 if await self._stage(plan, staged, portion) == b"unstaged":
@@ -258,6 +272,11 @@ class Batches:
             await asyncio.sleep(min(took_s, PAUSE_S))  # half of the time is everybody else's
         async with self._line.turn(until_us):
             return await self._commit([*head, "staged", plan.size])
+
+    async def _give_up(self, batch_id: str) -> None:
+        """Let what was staged go now, unless it was committed; else, with Redis away, it goes in a minute."""
+        with suppress(PenstockError):
+            await within(self._accepting.run(scripts.UNSTAGE, (), (AT_ONCE, STAGED_FOR_MS, batch_id)))
 
     async def _stage(self, plan: _Plan, first: int, portion: Sequence[_Row]) -> bytes:
         args: list[Argument] = [plan.batch_id, first, plan.stream, plan.order.tenant, plan.deadline_ms]

@@ -23,6 +23,7 @@ import orjson
 import structlog
 
 from pipeline import keys, metrics, scripts
+from pipeline.batches import STAGED_FOR_MS
 from pipeline.clock import Clock, monotonic_us
 from pipeline.connection import Argument, Backoff, CommandRefused, Link, Outage, parse_info
 from pipeline.errors import ConfigError, PenstockError
@@ -39,8 +40,6 @@ STEADY_S: Final = 2.0
 """A claimer's connection must have held so long: owners reconnect within half a second and re-take their leases."""
 PROMOTE_EVERY_S: Final = 0.1
 EXPIRE_EVERY_S: Final = 0.5
-STAGED_FOR_MS: Final = 60_000
-"""Members of a batch that were staged go when nothing was added to them for so long, and no commit came."""
 OLDEST_REDIS: Final = 7  # scripts with flags, and XREADGROUP inside a script
 AT_ONCE: Final = 50
 """Jobs promoted or expired by one script: about 1 ms during which Redis serves nobody else."""

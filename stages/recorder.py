@@ -128,6 +128,8 @@ class Recorder(Loop):
                 else:
                     events.append((entry, found))
             burials += await self._write(events)
+            if len(portion) < self._settings.history.batch:
+                break  # all of a list is there before its event: nothing follows, and who sent one message has one
             await self._rest(began_us, len(portion))
         return burials
 

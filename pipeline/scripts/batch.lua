@@ -42,7 +42,8 @@ local there = call('LLEN', members)
 local jobs = call('ZCARD', KEY.live_index) - there
 if staged then
   for _, other in ipairs(call('ZRANGE', KEY.staged, 0, -1)) do
-    if other ~= id then jobs = jobs - call('LLEN', KEY.batch_members .. other) end
+    local theirs = KEY.batch_members .. other
+    if other ~= id and has_type(theirs, 'list') then jobs = jobs - call('LLEN', theirs) end
   end
 end
 if jobs + wanted + 1 > tonumber(ARGV[6]) then return answer('overloaded') end

@@ -22,8 +22,9 @@ from pipeline.events import GROUP, EventStream
 from pipeline.overview import look
 from pipeline.records import Event, Records
 from pipeline.settings import Settings
+from stages import recorder
 from stages.recorder import Recorder
-from tests.conftest import wait_until
+from tests.conftest import PATIENCE_S, wait_until
 from tests.history.conftest import a_postgres, new_database
 from tests.postgres import PostgresServer
 from tests.rig import changed, letters
@@ -374,3 +375,18 @@ async def test_tables_that_are_not_up_to_date_are_waited_for(link: Link, here: S
     await records.close()
     assert await statuses(here) == {"m1": "pending"}
     assert await letters(link) == []
+
+
+async def test_single_messages_that_come_together_are_written_without_a_rest_for_each(
+    link: Link, here: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is a batch of its own, whose rows are a list: one that is no full portion has nothing behind it."""
+    monkeypatch.setattr(recorder, "REST_S", 2 * PATIENCE_S)
+    for number in range(30):
+        rows = f"{keys.ROWS}b{number}"
+        await link.call("RPUSH", rows, orjson.dumps([f"m{number}", asked(number).data]))
+        data = {"queue_id": "q", "request_count": 1, "created_ms": number}
+        await tell(link, [Event("batch", f"b{number}", "default", 0, 1_000, data, rows)])
+    async with recording(here):
+        await wait_until(lambda: nothing_waits(link))
+    assert len(await statuses(here)) == 30

@@ -6,7 +6,8 @@ Here one of more than three messages is large.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import orjson
@@ -14,9 +15,8 @@ import pytest
 
 from pipeline import batches, keys, scripts
 from pipeline.accepting import Idempotency
-from pipeline.batches import AcceptedBatch
+from pipeline.batches import STAGED_FOR_MS, AcceptedBatch, Batches
 from pipeline.connection import CommandRefused, Link
-from pipeline.consumer import STAGED_FOR_MS
 from pipeline.errors import Overloaded
 from pipeline.front import Front
 from pipeline.job import Priority, decode
@@ -551,3 +551,112 @@ async def test_batch_whose_record_is_gone_does_not_enter(link: Link, front: Fron
     await link.call("DEL", keys.BATCH + accepted.batch_id)
     assert await promote(link) == [0, 0, 1]
     assert await link.call("EXISTS", keys.BATCH + accepted.batch_id, keys.ENTERING) == 0
+
+
+async def test_members_keep_their_order_when_their_time_comes_while_they_enter(link: Link, front: Front) -> None:
+    """Those ahead are among the delayed, each due a thousandth of a millisecond after the one before."""
+    for _ in range(20):  # it takes a portion in the very millisecond for which they are scheduled
+        due_ms = await link.time_us() // 1000 + 30
+        accepted = await front.submit_batch(order(8, due_ms=due_ms))
+        await promote(link, 3)
+        while await link.time_us() // 1000 < due_ms:
+            pass
+        while (await promote(link, 3))[2] or await link.call("ZCARD", keys.DELAYED) > 1:
+            pass
+        assert await waiting(link) == accepted.message_ids
+        await link.call("FLUSHALL")
+
+
+async def test_retry_does_not_wait_until_all_that_came_before_it_have_begun(
+    link: Link, front: Front, settings: Settings
+) -> None:
+    """A scheduled batch is due at once; its members keep their order all the same."""
+    early = await front.submit_batch(order(1))
+    async with Hand(settings, "owner", "llm") as owner:
+        await owner.settle(retry(await owner.take_one(), delay_ms=0))
+    await link.call("HSET", keys.LIVE + early.message_ids[0], "record", "query")  # as a question's
+    accepted = await front.submit_batch(order(8, due_ms=front.clock.now_ms() + 3_600_000))
+    while (await promote(link, 4))[2]:
+        pass
+    for number, message_id in enumerate(accepted.message_ids, 1):
+        await link.call("ZADD", keys.DELAYED, "XX", number, message_id)
+    await link.call("ZADD", keys.DELAYED, front.clock.now_ms() - 1, early.message_ids[0])
+    await link.call("HSET", keys.LIVE + early.message_ids[0], "entry", "", "body", "x")
+    await promote(link, 4)
+    assert await link.call("ZSCORE", keys.DELAYED, early.message_ids[0]) is None
+    assert await link.call("ZCARD", keys.DELAYED) == 5 + 2
+    await link.call("FLUSHALL")
+
+
+async def test_retries_go_on_while_nothing_can_enter(link: Link, front: Front, settings: Settings) -> None:
+    """The index of batches that enter is of a wrong type."""
+    await front.submit_batch(order(1))
+    async with Hand(settings, "owner", "llm") as owner:
+        await owner.settle(retry(await owner.take_one(), delay_ms=0))
+    await link.call("SET", keys.ENTERING, "a string", "PX", 60_000)
+    assert await promote(link) == [1, 0, 0]
+    await link.call("FLUSHALL")
+
+
+async def test_another_staging_of_a_wrong_type_refuses_nobody(link: Link, front: Front) -> None:
+    await stage_only(front, 5)
+    (batch_id,) = [name.decode() for name in await link.call("ZRANGE", keys.STAGED, 0, -1)]
+    await link.call("SET", keys.BATCH_MEMBERS + batch_id, "a string", "PX", 60_000)
+    await front.submit_batch(order(5))
+    await link.call("FLUSHALL")
+
+
+async def test_large_batches_are_staged_one_after_the_other(
+    link: Link, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By turns, portion by portion, many at once would all be late."""
+    staged: list[str] = []
+    stage = Batches._stage
+
+    async def note(self: Batches, plan: Any, first: int, portion: Sequence[Any]) -> bytes:
+        staged.append(plan.batch_id)
+        return await stage(self, plan, first, portion)
+
+    monkeypatch.setattr(Batches, "_stage", note)
+    found = await asyncio.gather(*(front.submit_batch(order(12)) for _ in range(4)))
+    assert [batch_id for batch_id, _ in groupby(staged)] == [one.batch_id for one in found]
+    assert len(staged) > len(found)
+    await link.call("FLUSHALL")
+
+
+async def test_batch_that_finds_memory_full_half_way_leaves_nothing(
+    link: Link, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for a minute: whoever comes next would be refused for it."""
+    stages = 0
+
+    async def fill(step: str) -> None:
+        nonlocal stages
+        stages += step == "stage"
+        if stages == 2:
+            await link.call("CONFIG", "SET", "maxmemory", 1)
+
+    between(front, monkeypatch, fill)
+    try:
+        with pytest.raises(Overloaded):
+            await front.submit_batch(order(8))
+        while await unstage(link):
+            pass
+    finally:
+        await link.call("CONFIG", "SET", "maxmemory", 0)
+    await assert_nothing_is_left(link)
+
+
+async def test_keys_of_a_wrong_type_stop_nobody_else(link: Link, front: Front, settings: Settings) -> None:
+    """A delayed job whose record is none is put off, and `status` shows the rest where a batch is none."""
+    first, second = await front.submit_batch(order(1)), await front.submit_batch(order(1))
+    async with Hand(settings, "owner", "llm") as owner:
+        for _ in range(2):
+            await owner.settle(retry(await owner.take_one(), delay_ms=0))
+    await link.call("SET", keys.LIVE + first.message_ids[0], "a string", "PX", 60_000)
+    assert await promote(link) == [1, 1, 0]
+    assert await waiting(link) == second.message_ids
+    await link.call("ZADD", keys.ENTERING, 1, "b1")
+    await link.call("SET", keys.BATCH + "b1", "a string", "PX", 60_000)
+    assert (await look(link)).delayed == 3  # the one put off, and the two batches' own jobs
+    await link.call("FLUSHALL")
