@@ -187,7 +187,7 @@ class System:
 
     def pid_of(self, name: str) -> int | None:
         """Return the process id of one part: a stage, the gateway, redis, or the address of a mock replica."""
-        words = WORDS.get(name) or f"--port {name.rpartition(':')[2]}"
+        words = WORDS.get(name) or f"loadtest.mock {name.rpartition(':')[2]}"
         return next((pid for pid, line in self.children().items() if words in line and lives(pid)), None)
 
     def kill(self, name: str, number: signal.Signals) -> int:
