@@ -311,10 +311,8 @@ class Consumer:
     async def _listen_forever(self) -> None:
         backoff = Backoff(self._settings.redis.reconnect_cap_s)  # the lease's renewal reports the outage
         channels = [keys.CANCEL_CHANNEL]
-        if any(
-            worker.stage.placed for worker in self.workers
-        ):  # it is said for each question; nobody else waits for it
-            channels.append(keys.WAKE_CHANNEL)
+        if any(worker.stage.placed for worker in self.workers):
+            channels.append(keys.WAKE_CHANNEL)  # said for each question: nobody else is to be woken for it
         while True:
             try:
                 async with aclosing(self._listener.subscribe(*channels)) as heard:

@@ -128,7 +128,7 @@ async def test_events_that_come_one_by_one_are_written_together(
     link: Link, here: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first at once; those that come soon after it in one transaction. Where many wait, nobody rests for more."""
-    monkeypatch.setattr("stages.recorder.REST_S", 1.0)
+    monkeypatch.setattr("stages.recorder.REST_S", 5.0)
     records, sizes = Records.open(here.history.url), []
     apply = records.apply
 
@@ -147,12 +147,12 @@ async def test_events_that_come_one_by_one_are_written_together(
         await tell(link, [asked(number) for number in range(6, 56)])
         began = time.monotonic()
         await wait_until(lambda: nothing_waits(link))
-        assert time.monotonic() - began < 4.0  # five transactions: one rest, not five
+        assert time.monotonic() - began < 20.0  # five transactions: one rest, not five
         monkeypatch.setattr("stages.recorder.REST_S", 60.0)
         await tell(link, [asked(99)])
         await wait_until(lambda: nothing_waits(link))  # it rests now, and stops all the same
         began = time.monotonic()
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 30.0
     assert (await statuses(here))["m99"] == "pending"
 
 
